@@ -1,0 +1,1 @@
+"""Problem sources for the reasoning programs: generated chains and JSONL files."""
