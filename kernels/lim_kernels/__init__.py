@@ -1,0 +1,11 @@
+"""Sparse-decode operators on plain tensors, one folder an operator.
+
+Every operator takes `implementation=None`: a name from the operator's table, or None for the best one on the
+tensors' device. A named implementation is used or refused, never replaced.
+"""
+
+from lim_kernels.decode_with_scores import decode_with_scores
+from lim_kernels.select_tokens import choose_tokens, score_tokens, select_tokens
+from lim_kernels.sparse_decode import sparse_decode
+
+__all__ = ["choose_tokens", "decode_with_scores", "score_tokens", "select_tokens", "sparse_decode"]

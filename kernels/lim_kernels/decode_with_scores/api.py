@@ -1,0 +1,58 @@
+"""Public entry of decode with scores: validates operands and dispatches."""
+
+from torch import Tensor
+
+from lim_kernels.decode_with_scores import reference
+from lim_kernels.dispatch import require, resolve
+
+_IMPLEMENTATIONS = ("reference",)
+
+
+def decode_with_scores(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    logit_cap: float = 0.0,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of one query token a row over its whole context, and the logits it is made of.
+
+    Args:
+        q: [B, H, D], a floating dtype.
+        k_cache, v_cache: [num_slots, H_kv, D] and [num_slots, H_kv, D_v].
+        slots: int32 or int64 [B, L], KV slot of each position; entries at or beyond `seq_lens[b]` are never read.
+        seq_lens: int32 or int64 [B], each 1 … L, the current token included.
+        scale, logit_cap: as in `sparse_decode`.
+
+    Returns:
+        out [B, H, D_v] in q's dtype; lse float32 [B, H], natural logarithm; logits float32 [B, H, L], scaled (and
+        capped), undefined at or beyond `seq_lens[b]`.
+
+    Raises:
+        ValueError: wrong shape, dtype or device, or an unknown implementation.
+    """
+    op = "decode_with_scores"
+    require(q.dim() == 3 and q.is_floating_point(), op, "q floating [B, H, D]", f"{q.dtype} {list(q.shape)}")
+    batch, heads, dim = q.shape
+    require(
+        k_cache.dim() == 3 and k_cache.shape[2] == dim and heads % k_cache.shape[1] == 0,
+        op,
+        f"k_cache [num_slots, H_kv, {dim}] with H_kv dividing {heads}",
+        list(k_cache.shape),
+    )
+    require(
+        v_cache.dim() == 3 and v_cache.shape[:2] == k_cache.shape[:2],
+        op,
+        f"v_cache [{k_cache.shape[0]}, {k_cache.shape[1]}, D_v]",
+        list(v_cache.shape),
+    )
+    require(slots.dim() == 2 and slots.shape[0] == batch, op, f"slots [{batch}, L]", list(slots.shape))
+    require(seq_lens.shape == slots.shape[:1], op, f"seq_lens [{batch}]", list(seq_lens.shape))
+    devices = {str(t.device) for t in (q, k_cache, v_cache, slots, seq_lens)}
+    require(len(devices) == 1, op, "all operands on one device", sorted(devices))
+    resolve(op, implementation, _IMPLEMENTATIONS, q.device)
+    return reference.decode_with_scores(q, k_cache, v_cache, slots, seq_lens, scale=scale, logit_cap=logit_cap)

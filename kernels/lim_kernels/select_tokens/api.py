@@ -1,0 +1,126 @@
+"""Public entry of token selection: validates operands and dispatches.
+
+`select_tokens` is the whole operator. It is the composition of `score_tokens` (heads to one score a token) and
+`choose_tokens` (scores to positions), which are public because tensor parallelism reduces the scores between them.
+"""
+
+import torch
+from torch import Tensor
+
+from lim_kernels.dispatch import require, resolve
+from lim_kernels.select_tokens import reference
+
+AGGREGATES = ("union", "max", "sum")
+_IMPLEMENTATIONS = ("reference",)
+
+
+def score_tokens(
+    logits: Tensor,
+    seq_lens: Tensor,
+    *,
+    budget: int,
+    recent: int,
+    sinks: int,
+    aggregate: str = "union",
+    first_head: int = 0,
+    num_heads: int | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """One score a token over all heads; a larger score is chosen first.
+
+    Args:
+        logits: float32 [B, H, L], raw scaled logits; anything at or beyond `seq_lens[b]` is ignored.
+        seq_lens: int32 or int64 [B], each 1 … L.
+        budget, recent, sinks: token budget, length of the recency window, number of sinks;
+            `budget - recent - sinks` is the middle budget.
+        aggregate: "union" (rank-major union of the heads' top lists), or "max" / "sum" of the heads' softmax weights.
+        first_head, num_heads: index of `logits[:, 0]` among all heads and how many heads there are, where this rank
+            holds only some of them. Scores of ranks are combined by max for "union" and "max", by sum for "sum".
+
+    Returns:
+        float32 [B, L]; -inf where no head ranked the token ("union") and beyond `seq_lens`.
+    """
+    _check(logits, seq_lens, budget, recent, sinks, aggregate)
+    num_heads = logits.shape[1] + first_head if num_heads is None else num_heads
+    resolve("score_tokens", implementation, _IMPLEMENTATIONS, logits.device)
+    return reference.score_tokens(
+        logits,
+        seq_lens,
+        budget=budget,
+        recent=recent,
+        sinks=sinks,
+        aggregate=aggregate,
+        first_head=first_head,
+        num_heads=num_heads,
+    )
+
+
+def choose_tokens(
+    scores: Tensor, seq_lens: Tensor, *, budget: int, recent: int, sinks: int, implementation: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sinks, the best-scored candidates and the recency window of each row; equal scores go to the lower position.
+
+    Args:
+        scores: float32 [B, L], larger is better.
+        seq_lens: int32 or int64 [B].
+        budget, recent, sinks: as in `score_tokens`.
+
+    Returns:
+        positions int32 [B, budget], ascending, -1 after `counts[b]`; counts int32 [B] = min(seq_lens, budget).
+        A row no longer than the budget returns all its positions.
+    """
+    resolve("choose_tokens", implementation, _IMPLEMENTATIONS, scores.device)
+    return reference.choose_tokens(scores, seq_lens, budget=budget, recent=recent, sinks=sinks)
+
+
+def select_tokens(
+    logits: Tensor,
+    seq_lens: Tensor,
+    *,
+    budget: int,
+    recent: int,
+    sinks: int,
+    aggregate: str = "union",
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The set of tokens that sparse layers attend to, one set a row for all heads.
+
+    Arguments and results as in `score_tokens` and `choose_tokens`.
+
+    Raises:
+        ValueError: wrong shape, dtype or device, an unknown aggregate or implementation, or a budget that does not
+            cover sinks and window.
+    """
+    scores = score_tokens(
+        logits,
+        seq_lens,
+        budget=budget,
+        recent=recent,
+        sinks=sinks,
+        aggregate=aggregate,
+        implementation=implementation,
+    )
+    return choose_tokens(scores, seq_lens, budget=budget, recent=recent, sinks=sinks, implementation=implementation)
+
+
+def _check(logits: Tensor, seq_lens: Tensor, budget: int, recent: int, sinks: int, aggregate: str) -> None:
+    op = "select_tokens"
+    require(logits.dim() == 3 and logits.dtype == torch.float32, op, "logits float32 [B, H, L]", _describe(logits))
+    require(
+        seq_lens.dim() == 1 and seq_lens.shape[0] == logits.shape[0] and not seq_lens.is_floating_point(),
+        op,
+        f"seq_lens integer [{logits.shape[0]}]",
+        _describe(seq_lens),
+    )
+    require(seq_lens.device == logits.device, op, f"seq_lens on {logits.device}", seq_lens.device)
+    require(
+        budget >= 1 and recent >= 0 and sinks >= 0 and recent + sinks <= budget,
+        op,
+        "budget >= recent + sinks, none negative",
+        f"budget={budget}, recent={recent}, sinks={sinks}",
+    )
+    require(aggregate in AGGREGATES, op, f"aggregate in {AGGREGATES}", repr(aggregate))
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"

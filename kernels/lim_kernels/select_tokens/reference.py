@@ -1,0 +1,88 @@
+"""Specification of token selection in plain torch, on any device, without a host synchronisation.
+
+Source: LessIsMore (arXiv 2508.07101), unified attention head selection with a stable recency window. The rank-major
+union "rank 0 of every head in head order, then rank 1, …, duplicates dropped, cut at m" is computed in its equal
+form: key(t) = min over heads of rank_h(t)·H + h, and the m tokens of smallest key. Equal logits rank by position,
+the lower one first, so that the set does not depend on the device or on how heads are split over ranks.
+"""
+
+import torch
+from torch import Tensor
+
+
+def candidate_mask(seq_lens: Tensor, length: int, *, recent: int, sinks: int) -> Tensor:
+    """bool [B, L]: positions between the sinks and the recency window of each row."""
+    positions = torch.arange(length, device=seq_lens.device)
+    return (positions >= sinks) & (positions < (seq_lens.unsqueeze(1) - recent))
+
+
+def score_tokens(
+    logits: Tensor,
+    seq_lens: Tensor,
+    *,
+    budget: int,
+    recent: int,
+    sinks: int,
+    aggregate: str,
+    first_head: int,
+    num_heads: int,
+) -> Tensor:
+    """See `api.score_tokens`."""
+    length = logits.shape[2]
+    if aggregate == "union":
+        middle = min(budget - recent - sinks, length)
+        candidates = candidate_mask(seq_lens, length, recent=recent, sinks=sinks)
+        return _union_scores(logits, candidates, middle, first_head=first_head, num_heads=num_heads)
+    valid = torch.arange(length, device=logits.device) < seq_lens.unsqueeze(1)
+    # [B, H, L]
+    weights = logits.masked_fill(~valid.unsqueeze(1), float("-inf")).softmax(dim=2)
+    scores = weights.sum(dim=1) if aggregate == "sum" else weights.amax(dim=1)
+    return scores.masked_fill(~valid, float("-inf"))
+
+
+def choose_tokens(scores: Tensor, seq_lens: Tensor, *, budget: int, recent: int, sinks: int) -> tuple[Tensor, Tensor]:
+    """See `api.choose_tokens`."""
+    batch, length = scores.shape
+    candidates = candidate_mask(seq_lens, length, recent=recent, sinks=sinks)
+    forced = ~candidates & (torch.arange(length, device=scores.device) < seq_lens.unsqueeze(1))
+    # Forced tokens outrank every candidate, tokens outside the row rank last: one top-k then gives the whole set.
+    keys = _ordered(scores) + torch.where(forced, 1 << 40, 0)
+    keys = keys.masked_fill(~(forced | candidates), -(1 << 41))
+    width = min(budget, length)
+    top = _top_positions(keys, width)
+    counts = seq_lens.clamp(max=budget).to(torch.int32)
+    ranks = torch.arange(width, device=scores.device)
+    kept = torch.where(ranks < counts.unsqueeze(1), top, length).sort(dim=1).values
+    positions = torch.full((batch, budget), -1, dtype=torch.int32, device=scores.device)
+    positions[:, :width] = kept.masked_fill(kept == length, -1).to(torch.int32)
+    return positions, counts
+
+
+def _union_scores(logits: Tensor, candidates: Tensor, middle: int, *, first_head: int, num_heads: int) -> Tensor:
+    """float32 [B, L]: -key(t) of the module docstring, -inf for a token in no head's list."""
+    batch, heads, length = logits.shape
+    scores = logits.new_full((batch, length), float("-inf"))
+    if middle == 0:
+        return scores
+    keys = _ordered(logits).masked_fill(~candidates.unsqueeze(1), -(1 << 41))
+    # [B, H, m], best first
+    lists = _top_positions(keys, middle)
+    ranks = torch.arange(middle, device=logits.device)
+    owners = torch.arange(first_head, first_head + heads, device=logits.device)
+    order = -(ranks.unsqueeze(0) * num_heads + owners.unsqueeze(1)).to(torch.float32)
+    flat = lists.reshape(batch, heads * middle)
+    scores.scatter_reduce_(1, flat, order.reshape(1, -1).expand(batch, -1).contiguous(), reduce="amax")
+    return scores.masked_fill(~candidates, float("-inf"))
+
+
+def _ordered(values: Tensor) -> Tensor:
+    """int64 with the order of float32 `values` (-0.0 as 0.0), within ±2**31."""
+    bits = (values + 0.0).view(torch.int32).to(torch.int64)
+    return torch.where(bits >= 0, bits, -(bits + (1 << 31)))
+
+
+def _top_positions(keys: Tensor, k: int) -> Tensor:
+    """int64 [..., k]: positions of the k largest keys in order, equal keys by position. |keys| < 2**42."""
+    length = keys.shape[-1]
+    unique = (keys << 21) + (length - 1 - torch.arange(length, device=keys.device))
+    return unique.topk(k, dim=-1, sorted=True).indices
