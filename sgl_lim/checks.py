@@ -1,0 +1,107 @@
+"""What sparse decode cannot serve, told before weights load where possible. Every reason names a flag and a way out."""
+
+from typing import Any
+
+from sgl_lim.config import LimConfig, RefusedConfig
+
+BACKEND = "lessismore"
+DENSE_BACKENDS = ("fa3", "flashinfer", "triton", "torch_native")
+
+
+def decodes_sparsely(server_args: Any) -> bool:
+    """Whether the server's decode backend is ours, in either form of the flag."""
+    decode = server_args.decode_attention_backend or server_args.attention_backend
+    return decode == BACKEND
+
+
+def check_before_weights(config: LimConfig, model_runner: Any) -> None:
+    """Refuse what configuration, server arguments and the model's config already tell.
+
+    Args:
+        config: the plugin's configuration.
+        model_runner: SGLang's model runner, before `load_model`.
+
+    Raises:
+        RefusedConfig: with all reasons at once.
+    """
+    model, server_args = model_runner.model_config, model_runner.server_args
+    reasons = (
+        config.problems() + model_problems(config, model) + server_problems(config, server_args, model_runner.device)
+    )
+    if reasons:
+        raise RefusedConfig(reasons)
+
+
+def model_problems(config: LimConfig, model: Any) -> list[str]:
+    """Reasons in the model's architecture, and selection layers beyond its depth."""
+    from sglang.srt.configs.model_config import AttentionArch
+
+    use_dense = "serve it with a dense --attention-backend"
+    found = []
+    if model.attention_arch == AttentionArch.MLA:
+        found.append(f"MLA models keep one latent per token and have no KV heads to gather; {use_dense}")
+    if model.is_encoder_decoder:
+        found.append(f"encoder-decoder models attend across two contexts; {use_dense}")
+    if getattr(model, "is_hybrid_swa", False) or (model.sliding_window_size or 0) > 0:
+        found.append(f"sliding-window or hybrid attention already drops tokens by layer; {use_dense}")
+    layers, depth = config.selection_layers, model.num_hidden_layers
+    if layers and all(isinstance(layer, int) for layer in layers) and max(layers) >= depth:
+        found.append(
+            f"--lim-selection-layers {','.join(map(str, layers))} goes beyond the model's {depth} layers; "
+            f"choose among 0 to {depth - 1}"
+        )
+    return found
+
+
+def server_problems(config: LimConfig, server_args: Any, device: str) -> list[str]:
+    """Reasons in SGLang's server arguments."""
+    found = []
+    if server_args.pp_size > 1:
+        found.append(
+            f"--pp-size {server_args.pp_size}: a stage without the selection layers has no set; use --tp-size instead"
+        )
+    if server_args.enable_dp_attention:
+        found.append("--enable-dp-attention: selection across its groups is not verified; leave the flag out")
+    if getattr(server_args, "dcp_size", 1) > 1:
+        found.append("--dcp-size above 1 splits a request's KV over ranks; leave it at 1")
+    for flag in ("enable_two_batch_overlap", "enable_pdmux"):
+        if getattr(server_args, flag, False):
+            found.append(f"--{flag.replace('_', '-')} runs several backends at once; leave the flag out")
+    if str(server_args.kv_cache_dtype).startswith(("fp4", "nvfp4")):
+        found.append(f"--kv-cache-dtype {server_args.kv_cache_dtype}: packed fp4 KV; use auto or fp8_e4m3")
+    if server_args.speculative_algorithm and not server_args.speculative_draft_attention_backend:
+        found.append(
+            f"--speculative-algorithm {server_args.speculative_algorithm} would draft with this backend; "
+            "name a dense one with --speculative-draft-attention-backend"
+        )
+    if config.dense_backend is not None and config.dense_backend not in DENSE_BACKENDS:
+        found.append(f"--lim-dense-backend must be one of {', '.join(DENSE_BACKENDS)}, got {config.dense_backend!r}")
+    if device == "cpu":
+        if getattr(server_args, "enable_torch_compile", False):
+            found.append("--enable-torch-compile captures decode on CPU, where sets vary in place; leave the flag out")
+    elif device == "cuda":
+        if not server_args.disable_cuda_graph:
+            found.append(
+                "CUDA graphs need the Triton kernels, which this release does not have yet; pass --disable-cuda-graph"
+            )
+    else:
+        found.append(f"--device {device} is not supported; use cuda or cpu")
+    return found
+
+
+def check_pool(pool: Any) -> None:
+    """Refuse KV pools that are not plain token-major (NHD) keys and values. Raises `RefusedConfig`."""
+    from sglang.srt.mem_cache import memory_pool
+
+    packed = tuple(
+        getattr(memory_pool, name)
+        for name in ("MHATokenToKVPoolFP4", "MHATokenToKVPoolMXFP8")
+        if hasattr(memory_pool, name)
+    )
+    if not isinstance(pool, memory_pool.MHATokenToKVPool):
+        raise RefusedConfig([f"KV pool {type(pool).__name__}: only models with plain MHA, GQA or MQA caches work"])
+    if isinstance(pool, packed):
+        raise RefusedConfig([f"KV pool {type(pool).__name__} packs blocks; use --kv-cache-dtype auto or fp8_e4m3"])
+    layout = getattr(pool, "kv_cache_layout", "nhd")
+    if layout != "nhd":
+        raise RefusedConfig([f"KV layout {layout!r}: only 'nhd' works; unset SGLANG_USE_HND_KVCACHE and layout flags"])

@@ -1,0 +1,168 @@
+"""Configuration of sparse decode: one frozen record, from flags, YAML or one environment variable.
+
+The launcher's flags win over the environment variable, which wins over the model's preset. The launcher writes the
+result back into the environment variable, which SGLang's spawned workers inherit.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lim_kernels.select_tokens import AGGREGATES
+
+from sgl_lim.methods import METHODS
+
+ENV = "SGL_LIM_CONFIG"
+
+
+class RefusedConfig(ValueError):
+    """A configuration that cannot work; the message lists every reason with its flag and the way out."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        listed = "\n".join(f"  - {reason}" for reason in reasons)
+        super().__init__(f"--attention-backend lessismore cannot serve this configuration:\n{listed}")
+        self.reasons = reasons
+
+
+@dataclass(frozen=True)
+class LimConfig:
+    """What the user asked for. Fields are the flags `--lim-…`; None means "by preset" or "by device"."""
+
+    method: str = "lessismore"
+    budget: int = 2048
+    recency: float = 0.25
+    sinks: int = 4
+    selection_layers: tuple[int, ...] | None = None
+    aggregate: str = "union"
+    dense_backend: str | None = None
+
+    def problems(self) -> list[str]:
+        """Reasons why these values cannot work with any model; empty if they can."""
+        found = []
+        if self.method not in METHODS:
+            found.append(f"--lim-method must be one of {', '.join(sorted(METHODS))}, got {self.method!r}")
+        sinks_ok = _is_int(self.sinks) and self.sinks >= 0
+        if not sinks_ok:
+            found.append(f"--lim-sinks must be an integer >= 0, got {self.sinks!r}")
+        if not _is_int(self.budget) or self.budget < 1:
+            found.append(f"--lim-budget must be a positive integer, got {self.budget!r}; the paper uses 1024 to 6144")
+        elif sinks_ok and self.budget <= self.sinks:
+            found.append(
+                f"--lim-budget {self.budget} leaves no token beside --lim-sinks {self.sinks}; "
+                "raise the budget or lower the sinks"
+            )
+        if not isinstance(self.recency, (int, float)) or isinstance(self.recency, bool) or not 0 <= self.recency <= 1:
+            found.append(f"--lim-recency must be between 0 and 1, got {self.recency!r}")
+        if self.aggregate not in AGGREGATES:
+            found.append(f"--lim-aggregate must be one of {', '.join(AGGREGATES)}, got {self.aggregate!r}")
+        layers = self.selection_layers
+        if layers is not None:
+            if not layers or not all(_is_int(layer) and layer >= 0 for layer in layers):
+                found.append(f"--lim-selection-layers must be layer indices such as 2,12, got {layers!r}")
+            elif any(b <= a for a, b in itertools.pairwise(layers)):
+                found.append(f"--lim-selection-layers must increase, got {','.join(map(str, layers))}")
+        return found
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the `--lim-…` flags to SGLang's parser; an absent flag leaves the environment's value."""
+    defaults = LimConfig()
+    group = parser.add_argument_group("LessIsMore sparse decode (sgl-lim)", "Used with --attention-backend lessismore.")
+
+    def add(name: str, **options: Any) -> None:
+        group.add_argument(f"--lim-{name}", default=argparse.SUPPRESS, **options)
+
+    add("method", type=str, choices=sorted(METHODS), help=f"Selection method (default {defaults.method}).")
+    add(
+        "budget",
+        type=int,
+        metavar="K",
+        help=f"Tokens a sparse layer attends to, per request (default {defaults.budget}).",
+    )
+    add(
+        "recency",
+        type=float,
+        metavar="R",
+        help=f"Share of the budget kept for recent tokens (default {defaults.recency}).",
+    )
+    add("sinks", type=int, metavar="S", help=f"Leading tokens that are always kept (default {defaults.sinks}).")
+    add(
+        "selection-layers",
+        type=parse_layers,
+        metavar="I,J",
+        help="Layers that attend fully and choose the set; layers before them stay dense (default: the model's preset).",
+    )
+    add("aggregate", type=str, choices=AGGREGATES, help=f"How heads agree on one set (default {defaults.aggregate}).")
+    add(
+        "dense-backend",
+        type=str,
+        help="SGLang backend for prefill and dense layers (default: SGLang's choice for the device).",
+    )
+
+
+def take_flags(args: argparse.Namespace) -> None:
+    """Merge parsed flags over `SGL_LIM_CONFIG` and write the result back for the workers to inherit."""
+    given = {
+        field.name: getattr(args, f"lim_{field.name}")
+        for field in dataclasses.fields(LimConfig)
+        if hasattr(args, f"lim_{field.name}")
+    }
+    if given:
+        os.environ[ENV] = json.dumps({**read_environment(), **given})
+
+
+def load() -> LimConfig:
+    """Configuration of this process. Raises `RefusedConfig` for an environment variable that cannot be read."""
+    values = read_environment()
+    names = {field.name for field in dataclasses.fields(LimConfig)}
+    unknown = sorted(set(values) - names)
+    if unknown:
+        raise RefusedConfig([f"{ENV} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(names))}"])
+    layers = values.get("selection_layers")
+    if isinstance(layers, str):
+        layers = _layers_or_refuse(layers)
+    if isinstance(layers, list):
+        layers = tuple(layers)
+    if layers is not None:
+        values["selection_layers"] = layers
+    return LimConfig(**values)
+
+
+def read_environment() -> dict[str, Any]:
+    """The JSON object in `SGL_LIM_CONFIG`, given inline or as the path of a file; {} if unset."""
+    text = os.environ.get(ENV, "").strip()
+    if not text:
+        return {}
+    try:
+        if not text.startswith("{"):
+            text = Path(text).read_text()
+        values = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise RefusedConfig([f"{ENV} must hold a JSON object or the path of a file with one: {error}"]) from error
+    if not isinstance(values, dict):
+        raise RefusedConfig([f"{ENV} must hold a JSON object, got {type(values).__name__}"])
+    return values
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """`"2,12"` as (2, 12). Raises argparse's error type, so that the parser names the flag."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected layer indices separated by commas, got {text!r}") from None
+
+
+def _layers_or_refuse(text: str) -> tuple[int, ...]:
+    try:
+        return parse_layers(text)
+    except argparse.ArgumentTypeError as error:
+        raise RefusedConfig([f"{ENV}: selection_layers: {error}"]) from None
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,68 @@
+"""What a selection method is: a frozen dataclass that says what each layer does and turns scores into a set."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar
+
+from torch import Tensor
+
+
+class Role(Enum):
+    """What a layer does in a decode step."""
+
+    DENSE = "dense"
+    """Attends to the whole context."""
+    SELECT = "select"
+    """Attends to the whole context and chooses the set of the layers after it."""
+    SPARSE = "sparse"
+    """Attends to the set alone."""
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """One selection method with its parameters.
+
+    Attributes:
+        budget: tokens in a set, at most.
+        recency: share of the budget for recent tokens.
+        sinks: leading tokens always kept.
+        aggregate: how heads agree, where the method ranks tokens.
+        selection_layers: increasing layer indices; layers before the first are dense.
+    """
+
+    name: ClassVar[str]
+    rank_reduction: ClassVar[dict[str, str]] = {"union": "max", "max": "max", "sum": "sum"}
+
+    budget: int
+    recency: float
+    sinks: int
+    aggregate: str
+    selection_layers: tuple[int, ...]
+
+    @abstractmethod
+    def role(self, layer: int) -> Role:
+        """What `layer` does in a decode step of a request longer than the budget."""
+
+    def initial_set(self, seq_lens: Tensor, length: int) -> tuple[Tensor, Tensor] | None:
+        """The set at the start of a step, before any layer ran, or None if a selection layer has to choose it.
+
+        Args:
+            seq_lens: int64 [B]; length: width of the snapshot, at least max(seq_lens).
+
+        Returns:
+            positions int32 [B, budget] and counts int32 [B], as `lim_kernels.choose_tokens`.
+        """
+        return None
+
+    def score(self, logits: Tensor, seq_lens: Tensor, *, first_head: int, num_heads: int) -> Tensor:
+        """Scores float32 [B, L] from logits float32 [B, H, L], before ranks of a tensor-parallel group are combined."""
+        raise NotImplementedError(f"method {self.name} has no selection layers")
+
+    def choose(self, scores: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """The set from combined scores, as `lim_kernels.choose_tokens`."""
+        raise NotImplementedError(f"method {self.name} has no selection layers")
+
+    def layer_roles(self, num_layers: int) -> tuple[Role, ...]:
+        """Role of each layer of a model."""
+        return tuple(self.role(layer) for layer in range(num_layers))

@@ -1,0 +1,121 @@
+"""What is on and what it did: the start-up line, the `/server_info` block, Prometheus counters."""
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sgl_lim.backend import SparseDecode
+
+logger = logging.getLogger(__name__)
+
+INFO_KEY = "lessismore"
+PUBLISH_EVERY_S = 5.0
+
+HELP = {
+    "decode_steps": "Decode steps run by the lessismore backend",
+    "tokens_attended": "KV tokens read in decode, over all layers",
+    "tokens_dense": "KV tokens a dense decode would have read, over all layers",
+    "selections": "Token sets chosen, over rows and selection layers",
+    "requests": "Requests that decoded",
+    "requests_dense": "Requests that never exceeded the token budget",
+}
+
+
+class _Published:
+    """Prometheus counters of this process; created on first use, after SGLang chose the multiprocess directory."""
+
+    def __init__(self, model_name: str) -> None:
+        from prometheus_client import Counter, Gauge
+
+        self._label = model_name
+        self._counters = {
+            name: Counter(f"sgl_lim_{name}", text, ["model_name"])
+            for name, text in HELP.items()
+            if name != "requests_dense"
+        }
+        # A request leaves this count when it outgrows the budget, so it is no Prometheus counter.
+        self._dense = Gauge(
+            "sgl_lim_requests_dense", HELP["requests_dense"], ["model_name"], multiprocess_mode="mostrecent"
+        )
+        self._last = dict.fromkeys(self._counters, 0)
+
+    def publish(self, totals: dict[str, int]) -> None:
+        """Show `totals`, as `Counters.read` returns them."""
+        for name, counter in self._counters.items():
+            counter.labels(self._label).inc(totals[name] - self._last[name])
+            self._last[name] = totals[name]
+        self._dense.labels(self._label).set(totals["requests_dense"])
+
+
+class _State:
+    """The backend of this scheduler process, and when its counters were last published."""
+
+    lim: "SparseDecode | None" = None
+    model_name = ""
+    enabled = False
+    published: _Published | None = None
+    dirty = False
+    last = 0.0
+
+
+def announce(lim: "SparseDecode", runner: Any) -> None:
+    """Log the one line that says what is on, and make `lim` the backend that `describe` and the metrics show."""
+    from sglang.srt.distributed.parallel_state import get_attn_tp_group
+
+    _State.lim = lim
+    _State.model_name = runner.server_args.served_model_name or runner.server_args.model_path
+    _State.enabled = runner.server_args.enable_metrics and get_attn_tp_group().rank_in_group == 0
+    logger.info("sgl-lim is on: %s", summary(lim))
+
+
+def settings(lim: "SparseDecode") -> dict[str, Any]:
+    """Configuration as resolved, builtins only."""
+    method = lim.method
+    return {
+        "method": method.name,
+        "budget": method.budget,
+        "recency": method.recency,
+        "sinks": method.sinks,
+        "aggregate": method.aggregate,
+        "selection_layers": list(method.selection_layers),
+        "selection_layers_from": lim.layers_from,
+        "layer_roles": [role.value for role in lim.roles],
+        "dense_backend": lim.dense_backend,
+    }
+
+
+def summary(lim: "SparseDecode") -> str:
+    """One line: method, budget, layer plan, dense backend."""
+    named = settings(lim)
+    count = {role: named["layer_roles"].count(role) for role in ("dense", "select", "sparse")}
+    return (
+        f"method {named['method']}, budget {named['budget']} (recency {named['recency']}, sinks {named['sinks']}, "
+        f"aggregate {named['aggregate']}), selection layers {','.join(map(str, named['selection_layers']))} "
+        f"({named['selection_layers_from']}), layers dense/select/sparse "
+        f"{count['dense']}/{count['select']}/{count['sparse']}, dense backend {named['dense_backend']}"
+    )
+
+
+def describe() -> dict[str, Any] | None:
+    """Block for `/server_info`: settings and counters, or None where this process has no lessismore backend."""
+    if _State.lim is None:
+        return None
+    return {**settings(_State.lim), "counters": _State.lim.counters.read()}
+
+
+def after_step(lim: "SparseDecode") -> None:
+    """Called once a decode step: publish at most every few seconds, where reading is free of a device wait."""
+    _State.dirty = True
+    if _State.enabled and lim.rows.device == "cpu" and time.monotonic() - _State.last > PUBLISH_EVERY_S:
+        on_idle()
+
+
+def on_idle() -> None:
+    """Publish what changed. The scheduler calls this when no batch runs, so waiting for the device costs nothing."""
+    if not (_State.dirty and _State.enabled) or _State.lim is None:
+        return
+    _State.dirty, _State.last = False, time.monotonic()
+    if _State.published is None:
+        _State.published = _Published(_State.model_name)
+    _State.published.publish(_State.lim.counters.read())

@@ -1,0 +1,37 @@
+"""Plugin entry point: registers the backend, its flags and the hooks in every SGLang process."""
+
+from typing import Any
+
+
+def plug() -> None:
+    """Entry point of the group `sglang.srt.plugins`.
+
+    SGLang logs an exception here and goes on; the backend's factory checks that everything arrived.
+    """
+    import lim_patches
+    from lim_patches import cli_flags, refuse_before_weights, server_info, triton_on_cpu
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.server_args import add_attention_backend_choices
+
+    from sgl_lim import checks, config, metrics
+
+    add_attention_backend_choices([checks.BACKEND])
+    register_attention_backend(checks.BACKEND)(_make)
+    lim_patches.use(cli_flags, add_flags=config.add_flags, take_flags=config.take_flags)
+    lim_patches.use(refuse_before_weights, check=_check_before_weights)
+    lim_patches.use(server_info, key=metrics.INFO_KEY, describe=metrics.describe, on_idle=metrics.on_idle)
+    lim_patches.use(triton_on_cpu)
+
+
+def _make(runner: Any) -> Any:
+    from sgl_lim.backend import make
+
+    return make(runner)
+
+
+def _check_before_weights(model_runner: Any) -> None:
+    from sgl_lim import checks
+    from sgl_lim.config import load
+
+    if checks.decodes_sparsely(model_runner.server_args) and not model_runner.is_draft_worker:
+        checks.check_before_weights(load(), model_runner)

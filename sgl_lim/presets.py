@@ -1,0 +1,55 @@
+"""Selection layers by model, and the stated default for a model without a preset."""
+
+import logging
+from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Selection layers measured for one checkpoint family."""
+
+    name: str
+    num_layers: int
+    selection_layers: tuple[int, ...]
+    source: str
+
+
+PRESETS = (
+    Preset("qwen3-8b", 36, (2, 12), "LessIsMore, arXiv 2508.07101"),
+    Preset("qwen3-4b", 36, (2, 20), "LessIsMore, arXiv 2508.07101"),
+    Preset("deepseek-r1-distill-llama-8b", 32, (2, 13), "LessIsMore, arXiv 2508.07101"),
+)
+
+
+def find_preset(model_path: str, num_layers: int) -> Preset | None:
+    """The preset whose name occurs in the model's path (any case, `_` as `-`) and whose depth is the model's."""
+    path = model_path.lower().replace("_", "-")
+    for preset in PRESETS:
+        if preset.name in path and preset.num_layers == num_layers:
+            return preset
+    return None
+
+
+def default_layers(num_layers: int) -> tuple[int, ...]:
+    """Selection layers without a preset: 2 and a third of the depth, where Qwen3-8B's correction layer lies."""
+    first = min(2, num_layers - 1)
+    correction = num_layers // 3
+    return (first, correction) if correction > first else (first,)
+
+
+def selection_layers_for(model_path: str, num_layers: int) -> tuple[tuple[int, ...], str]:
+    """Selection layers and where they come from; warns once where no preset fits."""
+    preset = find_preset(model_path, num_layers)
+    if preset is not None:
+        return preset.selection_layers, f"preset {preset.name}"
+    layers = default_layers(num_layers)
+    logger.warning(
+        "sgl-lim has no preset for %s (%d layers): selection layers %s by default. They decide the accuracy: compare "
+        "some choices of --lim-selection-layers on your own prompts with --lim-method full as the control.",
+        model_path,
+        num_layers,
+        ",".join(map(str, layers)),
+    )
+    return layers, "default"
