@@ -95,7 +95,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "selection-layers",
         type=parse_layers,
         metavar="I,J",
-        help="Layers that attend fully and choose the set; layers before them stay dense (default: the model's preset).",
+        help="Layers that attend fully and choose the set; earlier ones stay dense (default: the model's preset).",
     )
     add("aggregate", type=str, choices=AGGREGATES, help=f"How heads agree on one set (default {defaults.aggregate}).")
     add(

@@ -25,11 +25,9 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         return MHATokenToKVPool
 
-    def get_kv_pool_cls(self, kind: str) -> type:
-        """KV pool by kind (0.5.23); only "mha" runs on this platform."""
-        if kind != "mha":
-            raise NotImplementedError(f"the plain CPU platform has no KV pool of kind {kind!r}, only 'mha'")
-        return self.get_mha_kv_pool_cls()
+    def get_kv_pool_cls(self, *, kind: str) -> None:
+        """KV pool by kind (0.5.23): None is SGLang's own, which runs on any torch device."""
+        return
 
     def get_paged_allocator_cls(self) -> type:
         """Allocator for `page_size > 1`: SGLang's, with torch in place of Triton where the release has only Triton."""

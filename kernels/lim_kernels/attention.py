@@ -1,27 +1,50 @@
-"""One-token attention over gathered keys and values, the arithmetic that every reference shares."""
+"""One-token attention over gathered keys and values, the arithmetic that the torch implementations share."""
 
 import torch
 from torch import Tensor
 
 
-def gather_slots(cache: Tensor, slots: Tensor) -> Tensor:
-    """Rows of a KV cache by slot.
+def valid_slots(slots: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Which entries of `slots` count, and a copy in which the others repeat the row's first slot.
+
+    A padded slot must name memory that holds numbers: a weight of zero does not hide NaN.
 
     Args:
-        cache: [num_slots, H_kv, D].
+        slots: integer [B, K] or [B, H_kv, K]; counts: integer [B] or [B, H_kv], each >= 1.
+
+    Returns:
+        bool and int64 tensors in the shape of `slots`.
+    """
+    counts = counts.unsqueeze(-1)
+    if counts.dim() < slots.dim():
+        counts = counts.unsqueeze(1)
+    valid = torch.arange(slots.shape[-1], device=slots.device) < counts
+    return valid.expand(slots.shape), torch.where(valid, slots, slots[..., :1]).long()
+
+
+def gather_slots(cache: Tensor, slots: Tensor) -> Tensor:
+    """Rows of a KV cache by slot, contiguous, KV head by KV head.
+
+    Args:
+        cache: [num_slots, H_kv, D], contiguous.
         slots: int64 [B, K], or [B, H_kv, K] for one set per KV head.
 
     Returns:
-        [B, H_kv, K, D] (a view where `slots` is [B, K]).
+        [B, H_kv, K, D].
     """
+    kv_heads, dim = cache.shape[1:]
+    heads = torch.arange(kv_heads, device=cache.device).view(1, -1, 1)
+    per_head = slots.unsqueeze(1) if slots.dim() == 2 else slots
+    rows = (per_head * kv_heads + heads).reshape(-1)
     # fp8 has no index kernels in torch, its bytes do.
     stored = cache.view(torch.uint8) if cache.element_size() == 1 else cache
-    if slots.dim() == 2:
-        gathered = stored.index_select(0, slots.reshape(-1)).view(*slots.shape, *cache.shape[1:]).transpose(1, 2)
-    else:
-        heads = torch.arange(cache.shape[1], device=cache.device).view(1, -1, 1)
-        gathered = stored[slots, heads]
-    return gathered.view(cache.dtype) if cache.element_size() == 1 else gathered
+    gathered = stored.view(-1, dim).index_select(0, rows).view(cache.dtype)
+    return gathered.view(slots.shape[0], kv_heads, -1, dim)
+
+
+def group_queries(q: Tensor, kv_heads: int) -> Tensor:
+    """[B, H, D] as [B, H_kv, H / H_kv, D]."""
+    return q.unflatten(1, (kv_heads, -1))
 
 
 def attend(
@@ -39,19 +62,17 @@ def attend(
         out [B, H, D_v] in q's dtype; lse [B, H] and logits [B, H, K] in the arithmetic's dtype. `logits` are the
         scaled (and capped) ones, before masking.
     """
-    batch, heads, dim = q.shape
-    kv_heads = keys.shape[1]
-    group = heads // kv_heads
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     # [B, H_kv, G, K]
-    logits = (q.view(batch, kv_heads, group, dim).to(compute) * scale) @ keys.to(compute).transpose(2, 3)
+    logits = (group_queries(q, keys.shape[1]).to(compute) * scale) @ keys.to(compute).transpose(2, 3)
     if logit_cap > 0:
         logits = logit_cap * torch.tanh(logits / logit_cap)
-    mask = valid.view(batch, -1, 1, valid.shape[-1])
-    masked = logits.masked_fill(~mask, float("-inf"))
+    masked = logits.masked_fill(~_mask(valid), float("-inf"))
     lse = masked.logsumexp(dim=3)
-    weights = (masked - lse.unsqueeze(3)).exp()
-    # A slot that is not valid may hold NaN, and 0 · NaN is NaN.
-    values = values.to(compute).masked_fill(~mask.transpose(2, 3), 0.0)
-    out = weights @ values
-    return out.reshape(batch, heads, -1).to(q.dtype), lse.reshape(batch, heads), logits.reshape(batch, heads, -1)
+    out = (masked - lse.unsqueeze(3)).exp() @ values.to(compute)
+    return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2), logits.flatten(1, 2)
+
+
+def _mask(valid: Tensor) -> Tensor:
+    """bool [B, 1 or H_kv, 1, K]."""
+    return valid.view(valid.shape[0], -1, 1, valid.shape[-1])

@@ -1,24 +1,21 @@
-"""Choice of an implementation by name or by device, shared by every operator's `api.py`."""
-
-import torch
+"""Choice of an implementation by name, shared by every operator's `api.py`."""
 
 
-def resolve(op: str, implementation: str | None, available: tuple[str, ...], device: torch.device) -> str:
+def resolve(op: str, implementation: str | None, available: tuple[str, ...], default: str) -> str:
     """Name of the implementation to run.
 
     Args:
         op: operator name, for the message.
-        implementation: a name, or None to let the device decide.
-        available: the operator's implementations, the preferred one for each device type first.
-        device: device of the operands.
+        implementation: a name, or None for `default`.
+        available: the operator's implementations.
+        default: what the operands' device and shapes suggest.
 
     Raises:
         ValueError: the name is unknown for this operator.
     """
     if implementation is None:
-        return "triton" if device.type == "cuda" and "triton" in available else "reference"
-    if implementation not in available:
-        raise ValueError(f"{op}: implementation must be one of {', '.join(available)}, got {implementation!r}")
+        return default
+    require(implementation in available, op, f"implementation among {', '.join(available)}", repr(implementation))
     return implementation
 
 

@@ -1,20 +1,11 @@
 """Which hooks this process asked for, and whether SGLang applied them."""
 
-from collections.abc import Callable
 from importlib.metadata import version
-from typing import Protocol
+from types import ModuleType
 
 from packaging.version import Version
 
 _requested: list[str] = []
-
-
-class Seam(Protocol):
-    """What a seam module exports."""
-
-    TARGETS: tuple[str, ...]
-    applies: Callable[[Version], bool]
-    register: Callable[..., None]
 
 
 def sglang_version() -> Version:
@@ -22,7 +13,7 @@ def sglang_version() -> Version:
     return Version(version("sglang"))
 
 
-def use(seam: Seam, **callbacks: object) -> None:
+def use(seam: ModuleType, **callbacks: object) -> None:
     """Register a seam's hooks if this SGLang release needs them.
 
     Args:

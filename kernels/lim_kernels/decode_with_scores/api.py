@@ -54,5 +54,5 @@ def decode_with_scores(
     require(seq_lens.shape == slots.shape[:1], op, f"seq_lens [{batch}]", list(seq_lens.shape))
     devices = {str(t.device) for t in (q, k_cache, v_cache, slots, seq_lens)}
     require(len(devices) == 1, op, "all operands on one device", sorted(devices))
-    resolve(op, implementation, _IMPLEMENTATIONS, q.device)
+    resolve(op, implementation, _IMPLEMENTATIONS, "reference")
     return reference.decode_with_scores(q, k_cache, v_cache, slots, seq_lens, scale=scale, logit_cap=logit_cap)

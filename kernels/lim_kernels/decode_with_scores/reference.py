@@ -1,22 +1,13 @@
 """Specification of decode with scores in plain torch, on any device, without a host synchronisation."""
 
-import torch
 from torch import Tensor
 
-from lim_kernels.attention import attend, gather_slots
+from lim_kernels.attention import attend, gather_slots, valid_slots
 
 
 def decode_with_scores(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, seq_lens: Tensor, *, scale: float, logit_cap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `api.decode_with_scores`."""
-    valid = torch.arange(slots.shape[1], device=q.device) < seq_lens.unsqueeze(1)
-    safe = slots.masked_fill(~valid, 0).long()
-    return attend(
-        q,
-        gather_slots(k_cache, safe),
-        gather_slots(v_cache, safe),
-        valid,
-        scale=scale,
-        logit_cap=logit_cap,
-    )
+    valid, safe = valid_slots(slots, seq_lens)
+    return attend(q, gather_slots(k_cache, safe), gather_slots(v_cache, safe), valid, scale=scale, logit_cap=logit_cap)

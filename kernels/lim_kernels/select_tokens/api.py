@@ -42,7 +42,7 @@ def score_tokens(
     """
     _check(logits, seq_lens, budget, recent, sinks, aggregate)
     num_heads = logits.shape[1] + first_head if num_heads is None else num_heads
-    resolve("score_tokens", implementation, _IMPLEMENTATIONS, logits.device)
+    resolve("score_tokens", implementation, _IMPLEMENTATIONS, "reference")
     return reference.score_tokens(
         logits,
         seq_lens,
@@ -69,7 +69,7 @@ def choose_tokens(
         positions int32 [B, budget], ascending, -1 after `counts[b]`; counts int32 [B] = min(seq_lens, budget).
         A row no longer than the budget returns all its positions.
     """
-    resolve("choose_tokens", implementation, _IMPLEMENTATIONS, scores.device)
+    resolve("choose_tokens", implementation, _IMPLEMENTATIONS, "reference")
     return reference.choose_tokens(scores, seq_lens, budget=budget, recent=recent, sinks=sinks)
 
 

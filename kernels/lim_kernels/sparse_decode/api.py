@@ -68,5 +68,5 @@ def sparse_decode(
     require(not slots.is_floating_point() and not counts.is_floating_point(), op, "integer slots", slots.dtype)
     devices = {str(t.device) for t in (q, k_cache, v_cache, slots, counts)}
     require(len(devices) == 1, op, "all operands on one device", sorted(devices))
-    resolve(op, implementation, _IMPLEMENTATIONS, q.device)
+    resolve(op, implementation, _IMPLEMENTATIONS, "reference")
     return reference.sparse_decode(q, k_cache, v_cache, slots, counts, scale=scale, logit_cap=logit_cap)
