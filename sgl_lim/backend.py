@@ -55,8 +55,9 @@ def make(runner: Any) -> Any:
         RefusedConfig: with every reason why this configuration cannot work.
         RuntimeError: SGLang did not apply one of our hooks.
     """
-    import lim_patches
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    import lim_patches
 
     lim_patches.verify()
     config = load()
@@ -130,7 +131,7 @@ def head_share(num_heads: int) -> HeadShare:
 def sparse_subclass(dense: type) -> type:
     """A subclass of the dense backend's class with sparse decode. Instances need the attribute `lim`."""
 
-    class LessIsMoreBackend(dense):  # type: ignore[misc, valid-type]
+    class LessIsMoreBackend(dense):
         """See the module docstring."""
 
         lim: SparseDecode

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from lim_kernels.select_tokens import AGGREGATES
-
 from sgl_lim.methods import METHODS
 
 ENV = "SGL_LIM_CONFIG"

@@ -12,6 +12,8 @@ from torch import Tensor
 class TorchPagedAllocator(PagedTokenToKVPoolAllocator):
     """Same contract as the parent: int64 slots, page-aligned per request, None when pages run out."""
 
+    free_pages: Tensor
+
     def alloc_extend(
         self,
         prefix_lens: Tensor,

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from lim_kernels import decode_with_scores, sparse_decode
 from torch import Tensor
 
+from lim_kernels import decode_with_scores, sparse_decode
 from sgl_lim.methods import Method, Role
 
 Reduce = Callable[[Tensor, str], Tensor]

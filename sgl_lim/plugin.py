@@ -8,11 +8,11 @@ def plug() -> None:
 
     SGLang logs an exception here and goes on; the backend's factory checks that everything arrived.
     """
-    import lim_patches
-    from lim_patches import cli_flags, refuse_before_weights, server_info, triton_on_cpu
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.server_args import add_attention_backend_choices
 
+    import lim_patches
+    from lim_patches import cli_flags, refuse_before_weights, server_info, triton_on_cpu
     from sgl_lim import checks, config, metrics
 
     add_attention_backend_choices([checks.BACKEND])

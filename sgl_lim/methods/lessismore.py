@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from lim_kernels import choose_tokens, score_tokens
 from torch import Tensor
 
+from lim_kernels import choose_tokens, score_tokens
 from sgl_lim.methods.base import Method, Role
 
 

@@ -1,0 +1,126 @@
+"""Is the specification of token selection the paper's rule?"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lim_kernels import choose_tokens, score_tokens, select_tokens
+from oracle import aggregate_scores, union_set
+
+LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=4)
+
+
+@st.composite
+def selections(draw):
+    """Random shapes with few distinct logits (many ties) or none."""
+    lengths = draw(LENGTHS)
+    heads = draw(st.integers(1, 5))
+    budget = draw(st.integers(1, 40))
+    sinks = draw(st.integers(0, budget))
+    recent = draw(st.integers(0, budget - sinks))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    width = max(lengths) + draw(st.integers(0, 3))
+    logits = torch.randn(len(lengths), heads, width, generator=generator)
+    if draw(st.booleans()):
+        logits = logits.round()
+    # Whatever lies beyond a row's length must not matter.
+    for row, length in enumerate(lengths):
+        logits[row, :, length:] = float("nan")
+    return logits, torch.tensor(lengths, dtype=torch.int32), {"budget": budget, "recent": recent, "sinks": sinks}
+
+
+@settings(max_examples=400, deadline=None)
+@given(selections())
+def test_union_is_the_rank_major_union(case):
+    logits, seq_lens, sizes = case
+    positions, counts = select_tokens(logits, seq_lens, **sizes)
+    assert positions.dtype == torch.int32 and positions.shape == (len(seq_lens), sizes["budget"])
+    for row, length in enumerate(seq_lens.tolist()):
+        count = counts[row].item()
+        assert count == min(length, sizes["budget"])
+        assert positions[row, :count].tolist() == union_set(logits[row], length, **sizes)
+        assert (positions[row, count:] == -1).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(selections(), st.sampled_from(["max", "sum"]))
+def test_softmax_aggregates_keep_the_heaviest_candidates(case, how):
+    logits, seq_lens, sizes = case
+    positions, counts = select_tokens(logits, seq_lens, aggregate=how, **sizes)
+    budget, recent, sinks = sizes["budget"], sizes["recent"], sizes["sinks"]
+    for row, length in enumerate(seq_lens.tolist()):
+        kept = positions[row, : counts[row]].tolist()
+        assert kept == sorted(set(kept)) and len(kept) == min(length, budget)
+        if length <= budget:
+            assert kept == list(range(length))
+            continue
+        forced = {*range(sinks), *range(length - recent, length)}
+        assert forced <= set(kept)
+        # Free slots are compared by score: a token left out is no heavier than one kept, up to rounding.
+        scores = aggregate_scores(logits[row], length, how)
+        free = [scores[t] for t in kept if t not in forced]
+        left = [scores[t] for t in range(sinks, length - recent) if t not in kept]
+        assert not free or not left or min(free) >= max(left) - 1e-6 * max(scores)
+
+
+def test_all_heads_alike_gives_one_head_s_top_tokens():
+    logits = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(0)).expand(1, 8, 64).contiguous()
+    positions, _ = select_tokens(logits, torch.tensor([64]), budget=16, recent=4, sinks=2)
+    middle = logits[0, 0, 2:60].topk(10).indices + 2
+    assert positions[0].tolist() == sorted([0, 1, *middle.tolist(), 60, 61, 62, 63])
+
+
+def test_equal_logits_go_to_the_lower_position_on_every_path():
+    logits = torch.zeros(1, 4, 50)
+    for aggregate in ("union", "max", "sum"):
+        positions, _ = select_tokens(logits, torch.tensor([50]), budget=10, recent=3, sinks=1, aggregate=aggregate)
+        assert positions[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 47, 48, 49]
+
+
+@pytest.mark.parametrize("aggregate", ["union", "max", "sum"])
+def test_heads_split_over_ranks_choose_the_same_set(aggregate):
+    logits = torch.randn(3, 8, 200, generator=torch.Generator().manual_seed(1))
+    seq_lens = torch.tensor([200, 150, 20])
+    sizes = {"budget": 32, "recent": 8, "sinks": 4}
+    shares = [
+        score_tokens(
+            logits[:, first : first + 2], seq_lens, aggregate=aggregate, first_head=first, num_heads=8, **sizes
+        )
+        for first in (0, 2, 4, 6)
+    ]
+    stacked = torch.stack(shares)
+    combined = stacked.sum(0) if aggregate == "sum" else stacked.amax(0)
+    expected, _ = select_tokens(logits, seq_lens, aggregate=aggregate, **sizes)
+    assert torch.equal(choose_tokens(combined, seq_lens, **sizes)[0], expected)
+
+
+def test_negative_zero_ties_with_zero():
+    logits = torch.tensor([[[0.0, -0.0, 0.0, -0.0, 1.0, 2.0]]])
+    positions, _ = select_tokens(logits, torch.tensor([6]), budget=4, recent=1, sinks=0)
+    assert positions[0].tolist() == [0, 1, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(2, 3)}, r"logits float32 \[B, H, L\]"),
+        ({"logits": torch.zeros(2, 3, 4, dtype=torch.float64)}, "float32"),
+        ({"seq_lens": torch.ones(3, dtype=torch.int32)}, r"seq_lens integer \[2\]"),
+        ({"budget": 4}, r"budget >= recent \+ sinks"),
+        ({"sinks": -1}, "none negative"),
+        ({"aggregate": "mean"}, "aggregate in"),
+        ({"implementation": "cuda"}, "implementation among reference"),
+    ],
+    ids=["rank", "dtype", "rows", "budget", "negative", "aggregate", "implementation"],
+)
+def test_bad_operands_are_named(change, message):
+    call = {
+        "logits": torch.zeros(2, 3, 9),
+        "seq_lens": torch.tensor([9, 5], dtype=torch.int32),
+        "budget": 6,
+        "recent": 3,
+        "sinks": 2,
+    } | change
+    with pytest.raises(ValueError, match=message):
+        select_tokens(call.pop("logits"), call.pop("seq_lens"), **call)

@@ -1,0 +1,100 @@
+"""Where configuration comes from, which source wins, and what is refused."""
+
+import argparse
+import json
+
+import pytest
+
+from sgl_lim import config
+from sgl_lim.config import LimConfig, RefusedConfig
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    monkeypatch.setenv(config.ENV, "")
+
+
+def parse(*flags: str) -> LimConfig:
+    parser = argparse.ArgumentParser()
+    config.add_flags(parser)
+    config.take_flags(parser.parse_args(flags))
+    return config.load()
+
+
+def test_defaults_are_the_paper_s():
+    assert parse() == LimConfig("lessismore", 2048, 0.25, 4, None, "union", None)
+
+
+def test_every_flag_arrives():
+    got = parse(
+        *("--lim-method", "window", "--lim-budget", "512", "--lim-recency", "0.5", "--lim-sinks", "8"),
+        *("--lim-selection-layers", "3,9", "--lim-aggregate", "max", "--lim-dense-backend", "triton"),
+    )
+    assert got == LimConfig("window", 512, 0.5, 8, (3, 9), "max", "triton")
+    assert got.problems() == []
+
+
+def test_flags_win_over_the_environment_and_the_rest_of_it_stays(monkeypatch):
+    monkeypatch.setenv(config.ENV, json.dumps({"budget": 128, "sinks": 2, "selection_layers": [1, 5]}))
+    assert parse("--lim-budget", "256") == LimConfig(budget=256, sinks=2, selection_layers=(1, 5))
+
+
+def test_environment_may_name_a_file(monkeypatch, tmp_path):
+    path = tmp_path / "lim.json"
+    path.write_text('{"budget": 96, "selection_layers": "2,4"}')
+    monkeypatch.setenv(config.ENV, str(path))
+    assert config.load() == LimConfig(budget=96, selection_layers=(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{bad", "SGL_LIM_CONFIG must hold a JSON object"),
+        ("/no/such/file.json", "SGL_LIM_CONFIG must hold a JSON object"),
+        ('{"budgets": 1}', "unknown keys budgets; known are aggregate, budget"),
+        ('{"selection_layers": "2;4"}', "expected layer indices separated by commas"),
+    ],
+    ids=["json", "file", "key", "layers"],
+)
+def test_unreadable_environment_is_refused(monkeypatch, text, message):
+    monkeypatch.setenv(config.ENV, text)
+    with pytest.raises(RefusedConfig, match=message):
+        config.load()
+
+
+@pytest.mark.parametrize("flag", [("--lim-budget", "12.5"), ("--lim-selection-layers", "a,b"), ("--lim-method", "x")])
+def test_parser_names_the_flag(flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*flag)
+    assert stop.value.code == 2 and flag[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({"budget": 0}, "--lim-budget"),
+        ({"budget": -8}, "--lim-budget"),
+        ({"budget": 64.0}, "--lim-budget"),
+        ({"budget": True}, "--lim-budget"),
+        ({"budget": 4, "sinks": 4}, "--lim-budget"),
+        ({"sinks": -1}, "--lim-sinks"),
+        ({"recency": 1.5}, "--lim-recency"),
+        ({"recency": "half"}, "--lim-recency"),
+        ({"aggregate": "mean"}, "--lim-aggregate"),
+        ({"method": "magic"}, "--lim-method"),
+        ({"selection_layers": ()}, "--lim-selection-layers"),
+        ({"selection_layers": (2, 2)}, "--lim-selection-layers"),
+        ({"selection_layers": (-1, 2)}, "--lim-selection-layers"),
+        ({"selection_layers": (1.5,)}, "--lim-selection-layers"),
+    ],
+    ids=str,
+)
+def test_impossible_values_are_named(values, flag):
+    problems = LimConfig(**values).problems()
+    assert len(problems) == 1 and problems[0].startswith(flag)
+
+
+def test_all_reasons_are_told_at_once():
+    config_ = LimConfig(budget=-1, recency=2, selection_layers=(3, 1))
+    message = str(RefusedConfig(config_.problems()))
+    assert all(flag in message for flag in ("--lim-budget", "--lim-recency", "--lim-selection-layers"))

@@ -1,0 +1,75 @@
+"""Counters against a hand count, over tenants of the same row and padded rows."""
+
+import torch
+
+from sgl_lim.counters import Counters
+from sgl_lim.methods import METHODS
+
+
+def record(counters, rows, generations, lens, real=None):
+    rows = torch.tensor(rows)
+    counters.record(
+        rows,
+        torch.tensor(generations),
+        torch.tensor(lens),
+        real=torch.tensor(real) if real else torch.ones(len(lens), dtype=torch.bool),
+    )
+
+
+def build(name="lessismore"):
+    method = METHODS[name](10, 0.25, 2, "union", (1, 3))
+    return Counters(method, num_layers=5, num_rows=8, device=torch.device("cpu"))
+
+
+def test_hand_count():
+    # Five layers: 0 dense, 1 and 3 select, 2 and 4 sparse.
+    counters = build()
+    record(counters, [1, 2], [1, 1], [30, 6])
+    record(counters, [1, 2], [1, 1], [31, 7])
+    assert counters.read() == {
+        "decode_steps": 2,
+        "tokens_attended": (3 * 30 + 2 * 10) + 5 * 6 + (3 * 31 + 2 * 10) + 5 * 7,
+        "tokens_dense": 5 * (30 + 6 + 31 + 7),
+        "selections": 4,
+        "requests": 2,
+        "requests_dense": 1,
+    }
+
+
+def test_request_that_outgrows_the_budget_leaves_the_dense_ones():
+    counters = build()
+    record(counters, [3], [1], [10])
+    assert counters.read()["requests_dense"] == 1
+    record(counters, [3], [1], [11])
+    assert counters.read()["requests"] == 1 and counters.read()["requests_dense"] == 0
+
+
+def test_next_tenant_of_a_row_is_a_new_request():
+    counters = build()
+    record(counters, [3], [1], [20])
+    record(counters, [3], [2], [5])
+    assert counters.read()["requests"] == 2 and counters.read()["requests_dense"] == 1
+
+
+def test_same_generation_after_a_flush_is_new_once_its_prefill_was_seen():
+    counters = build()
+    record(counters, [3], [1], [20])
+    counters.forget(torch.tensor([3]))
+    record(counters, [3], [1], [20])
+    assert counters.read()["requests"] == 2
+
+
+def test_padded_rows_count_for_nothing():
+    counters = build()
+    record(counters, [2, 0, 0], [1, 0, 0], [20, 1, 1], real=[True, False, False])
+    totals = counters.read()
+    assert totals["requests"] == 1 and totals["tokens_dense"] == 5 * 20
+    record(counters, [0], [0], [1], real=[False])
+    assert counters.read()["decode_steps"] == 1
+
+
+def test_full_method_attends_to_everything():
+    counters = build("full")
+    record(counters, [1], [1], [30])
+    totals = counters.read()
+    assert totals["tokens_attended"] == totals["tokens_dense"] and totals["requests_dense"] == 1
