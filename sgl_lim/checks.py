@@ -77,6 +77,8 @@ def server_problems(config: LimConfig, server_args: Any, device: str) -> list[st
     if config.dense_backend is not None and config.dense_backend not in DENSE_BACKENDS:
         found.append(f"--lim-dense-backend must be one of {', '.join(DENSE_BACKENDS)}, got {config.dense_backend!r}")
     if device == "cpu":
+        if config.dense_backend not in (None, "torch_native"):
+            found.append(f"--lim-dense-backend {config.dense_backend} needs a GPU; on a CPU leave it out")
         if getattr(server_args, "enable_torch_compile", False):
             found.append("--enable-torch-compile captures decode on CPU, where sets vary in place; leave the flag out")
     elif device == "cuda":
@@ -84,6 +86,8 @@ def server_problems(config: LimConfig, server_args: Any, device: str) -> list[st
             found.append(
                 "CUDA graphs need the Triton kernels, which this release does not have yet; pass --disable-cuda-graph"
             )
+        if str(server_args.kv_cache_dtype).startswith("fp8"):
+            found.append(f"--kv-cache-dtype {server_args.kv_cache_dtype} needs the Triton kernels on a GPU; use auto")
     else:
         found.append(f"--device {device} is not supported; use cuda or cpu")
     return found

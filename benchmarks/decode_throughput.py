@@ -1,0 +1,111 @@
+"""Decode tokens/s of running servers at a fixed batch and context, prefill excluded, first server the baseline.
+
+Prompts of random tokens are sent once, so that the radix cache holds them, and then again together: the timed part
+is one short prefill and `--new-tokens` decode steps of the whole batch. Before any time is taken, each server solves
+chain problems greedily and its answers are compared with the baseline's.
+
+    python benchmarks/decode_throughput.py torch_native=http://127.0.0.1:30000 lessismore=http://127.0.0.1:30001
+"""
+
+import argparse
+import csv
+import json
+import random
+import statistics
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from machine import machine_line
+
+from sgl_lim.tasks.chains import generate_chains, parse_answer
+
+
+def post(url: str, **body: Any) -> Any:
+    """POST `/generate`."""
+    request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=1800) as answer:
+        return json.load(answer)
+
+
+def greedy(tokens: int, **more: Any) -> dict[str, Any]:
+    """Sampling parameters for `tokens` new tokens."""
+    return {"max_new_tokens": tokens, "temperature": 0, **more}
+
+
+def solve_chains(url: str, count: int, facts: int, steps: int) -> list[str | None]:
+    """Final answers of `count` chain problems."""
+    problems = list(generate_chains(count, num_facts=facts, num_steps=steps, seed=7))
+    answers = post(url, text=[p.prompt for p in problems], sampling_params=greedy(8 * steps + 8))
+    return [parse_answer(a["text"]) for a in answers]
+
+
+def tokens_per_second(url: str, prompts: list[list[int]], new_tokens: int) -> float:
+    """Output tokens a second of one batch whose prompts are cached."""
+    started = time.perf_counter()
+    answers = post(url, input_ids=prompts, sampling_params=greedy(new_tokens, ignore_eos=True))
+    elapsed = time.perf_counter() - started
+    produced = sum(a["meta_info"]["completion_tokens"] for a in answers)
+    cached = sum(a["meta_info"]["cached_tokens"] for a in answers)
+    if produced != len(prompts) * new_tokens or cached < 0.9 * sum(map(len, prompts)):
+        raise RuntimeError(f"{url}: {produced} tokens and {cached} cached ones; raise --max-total-tokens of the server")
+    return produced / elapsed
+
+
+def main() -> None:
+    """Measure every server and print rows; `--output` appends them to a CSV file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("servers", nargs="+", metavar="NAME=URL", help="the first is the baseline")
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--context", type=int, default=3600, help="prompt tokens a request")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--vocabulary", type=int, default=512, help="token ids are drawn below this")
+    parser.add_argument("--chains", type=int, default=4, help="chain problems to check before timing (0: no check)")
+    parser.add_argument("--facts", type=int, default=330)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    servers = dict(server.split("=", 1) for server in args.servers)
+
+    draw = random.Random(0)
+    prompts = [[draw.randrange(12, args.vocabulary) for _ in range(args.context)] for _ in range(args.requests)]
+    baseline_answers: list[str | None] = []
+    rows: list[dict[str, Any]] = []
+    for name, url in servers.items():
+        answers = solve_chains(url, args.chains, args.facts, args.steps) if args.chains else []
+        baseline_answers = baseline_answers or answers
+        agreeing = sum(a == b for a, b in zip(answers, baseline_answers, strict=True))
+        for prompt in prompts:
+            post(url, input_ids=[prompt], sampling_params=greedy(1))
+        tokens_per_second(url, prompts, 4)
+        speeds = sorted(tokens_per_second(url, prompts, args.new_tokens) for _ in range(args.repeats))
+        median = statistics.median(speeds)
+        rows.append(
+            {
+                "server": name,
+                "requests": args.requests,
+                "context": args.context,
+                "new_tokens": args.new_tokens,
+                "tokens_per_s": round(median, 2),
+                "lowest": round(speeds[0], 2),
+                "highest": round(speeds[-1], 2),
+                "ratio": round(median / rows[0]["tokens_per_s"], 2) if rows else 1.0,
+                "same_answers": f"{agreeing}/{args.chains}",
+                "machine": machine_line(),
+            }
+        )
+        print(json.dumps(rows[-1]), file=sys.stderr)
+    if args.output:
+        new = not args.output.exists()
+        with args.output.open("a", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Everything CI checks, on a machine without a GPU: style, types, unit and kernel tests, served tests on real servers.
+#   usage: launch/test.sh [pytest arguments]      e.g. launch/test.sh tests/kernels -k union
+set -euo pipefail
+source "$(dirname "$0")/env.sh"
+cd "$LIM_ROOT"
+
+started=$SECONDS
+ensure_venv "$LIM_ROOT/.venv" "$LIM_SGLANG" dev,test
+python=$LIM_ROOT/.venv/bin/python
+say "set-up took $((SECONDS - started)) s"
+if (($#)); then exec "$python" -m pytest "$@"; fi
+
+say "style and types"
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+"$python" -m mypy
+
+ensure_venv "$LIM_ROOT/.venv-$LIM_SGLANG_NEXT" "$LIM_SGLANG_NEXT" test
+export SGL_LIM_NEXT_PYTHON=$LIM_ROOT/.venv-$LIM_SGLANG_NEXT/bin/python
+say "tests"
+"$python" -m pytest --durations=15
+"$SGL_LIM_NEXT_PYTHON" -m pytest tests/unit tests/kernels
+say "all of it took $((SECONDS - started)) s"

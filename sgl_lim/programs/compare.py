@@ -1,0 +1,54 @@
+"""Summaries side by side: `python -m sgl_lim.programs.compare NAME=SUMMARY.json NAME=SUMMARY.json …`."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def columns(summary: Mapping[str, Any]) -> dict[str, str]:
+    """What a reader compares, by heading. Values a run did not have are "-"."""
+    interval = summary["accuracy_interval"]
+    accuracy = "-" if interval is None else f"{summary['accuracy']:.1%} [{interval[0]:.1%}, {interval[1]:.1%}]"
+    return {
+        "accuracy [95%]": accuracy,
+        "whole chains": _form(summary["whole_chain_accuracy"], ".1%"),
+        "words right": _form(summary["word_accuracy"], ".2%"),
+        "mean length": _form(summary["generation_tokens"]["mean"], ".1f"),
+        "tokens/s": _form(summary["output_tokens_per_second"], ".1f"),
+        "attended": _form(summary["attended_fraction"], ".1%"),
+        "prefix-cache hits": _form(summary["prefix_cache_hit_share"], ".1%"),
+    }
+
+
+def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table of one row a summary, aligned."""
+    rows = {name: columns(summary) for name, summary in summaries.items()}
+    headings = ["", *next(iter(rows.values()))]
+    cells = [headings, *([name, *row.values()] for name, row in rows.items())]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table of the summaries named on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m sgl_lim.programs.compare", description=__doc__)
+    parser.add_argument("summaries", nargs="+", metavar="NAME=FILE", help="a summary that --summary wrote")
+    args = parser.parse_args(argv)
+    summaries = {}
+    for item in args.summaries:
+        name, _, path = item.rpartition("=")
+        try:
+            summaries[name or Path(path).stem] = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            parser.error(f"argument NAME=FILE: {path} is no summary: {error}")
+    print(comparison(summaries))
+
+
+def _form(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The side-by-side table of summaries."""
+
+import json
+
+import pytest
+
+from sgl_lim.programs.compare import comparison, main
+
+SUMMARY = {
+    "accuracy": 0.75,
+    "accuracy_interval": [0.5, 0.9],
+    "whole_chain_accuracy": 0.5,
+    "word_accuracy": 0.98765,
+    "generation_tokens": {"mean": 195.25},
+    "output_tokens_per_second": 41.26,
+    "attended_fraction": 0.4444,
+    "prefix_cache_hit_share": 0.5,
+}
+
+
+def test_rows_are_aligned_and_in_order():
+    lines = comparison({"dense": SUMMARY, "lim": SUMMARY | {"attended_fraction": None}}).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["dense", "lim"]
+    assert " ".join(lines[1].split()) == "dense 75.0% [50.0%, 90.0%] 50.0% 98.77% 195.2 41.3 44.4% 50.0%"
+    column = lines[0].index("attended")
+    assert lines[1][column:].startswith("44.4%") and lines[2][column:].startswith("-")
+
+
+def test_command_line_reads_files(tmp_path, capsys):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(SUMMARY | {"accuracy_interval": None}))
+    main([f"first={path}", str(path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("first") and lines[2].startswith("run ")
+
+
+def test_unreadable_summary_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([f"x={tmp_path / 'none.json'}"])
+    assert stop.value.code == 2 and "none.json is no summary" in capsys.readouterr().err

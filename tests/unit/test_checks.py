@@ -1,0 +1,111 @@
+"""Reasons to refuse, told all at once; servers that are refused for real are in tests/served."""
+
+from types import SimpleNamespace
+
+import pytest
+from sglang.srt.configs.model_config import AttentionArch
+
+from sgl_lim.checks import check_before_weights, check_pool, decodes_sparsely
+from sgl_lim.config import LimConfig, RefusedConfig
+
+MODEL = {
+    "attention_arch": AttentionArch.MHA,
+    "is_encoder_decoder": False,
+    "is_hybrid_swa": False,
+    "sliding_window_size": None,
+    "num_hidden_layers": 12,
+}
+SERVER = {
+    "pp_size": 1,
+    "enable_dp_attention": False,
+    "dcp_size": 1,
+    "enable_two_batch_overlap": False,
+    "enable_pdmux": False,
+    "kv_cache_dtype": "auto",
+    "speculative_algorithm": None,
+    "speculative_draft_attention_backend": None,
+    "enable_torch_compile": False,
+    "disable_cuda_graph": True,
+}
+
+
+def reasons(config=None, device="cpu", **changes) -> list[str]:
+    runner = SimpleNamespace(
+        model_config=SimpleNamespace(**{k: changes.get(k, v) for k, v in MODEL.items()}),
+        server_args=SimpleNamespace(**{k: changes.get(k, v) for k, v in SERVER.items()}),
+        device=device,
+    )
+    try:
+        check_before_weights(config or LimConfig(), runner)
+    except RefusedConfig as refused:
+        return refused.reasons
+    return []
+
+
+def test_plain_configuration_is_served():
+    assert reasons() == [] and reasons(device="cuda") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"attention_arch": AttentionArch.MLA}, ("MLA", "--attention-backend")),
+        ({"is_encoder_decoder": True}, ("encoder-decoder", "--attention-backend")),
+        ({"is_hybrid_swa": True}, ("sliding-window", "--attention-backend")),
+        ({"sliding_window_size": 4096}, ("sliding-window", "--attention-backend")),
+        ({"pp_size": 2}, ("--pp-size 2", "--tp-size")),
+        ({"enable_dp_attention": True}, ("--enable-dp-attention", "leave the flag out")),
+        ({"dcp_size": 2}, ("--dcp-size", "leave it at 1")),
+        ({"enable_two_batch_overlap": True}, ("--enable-two-batch-overlap", "leave the flag out")),
+        ({"enable_pdmux": True}, ("--enable-pdmux", "leave the flag out")),
+        ({"kv_cache_dtype": "fp4_e2m1"}, ("--kv-cache-dtype fp4_e2m1", "fp8_e4m3")),
+        ({"speculative_algorithm": "EAGLE"}, ("EAGLE", "--speculative-draft-attention-backend")),
+        ({"enable_torch_compile": True}, ("--enable-torch-compile", "leave the flag out")),
+        ({"device": "cuda", "disable_cuda_graph": False}, ("CUDA graphs", "--disable-cuda-graph")),
+        ({"device": "cuda", "kv_cache_dtype": "fp8_e4m3"}, ("--kv-cache-dtype fp8_e4m3", "auto")),
+        ({"device": "npu"}, ("--device npu", "cuda or cpu")),
+        ({"config": LimConfig(selection_layers=(2, 12))}, ("--lim-selection-layers 2,12", "0 to 11")),
+        ({"config": LimConfig(dense_backend="fa9")}, ("--lim-dense-backend", "flashinfer")),
+        ({"config": LimConfig(dense_backend="fa3")}, ("--lim-dense-backend fa3", "leave it out")),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_each_reason_names_flag_and_way_out(changes, named):
+    found = reasons(**changes)
+    assert any(all(word in reason for word in named) for reason in found), found
+
+
+def test_a_speculative_draft_backend_of_its_own_is_served():
+    assert reasons(speculative_algorithm="EAGLE", speculative_draft_attention_backend="triton") == []
+
+
+def test_all_reasons_are_told_at_once():
+    found = reasons(LimConfig(budget=-1, selection_layers=(5, 3)), pp_size=2, enable_dp_attention=True)
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "ours"),
+    [
+        ("lessismore", None, True),
+        ("torch_native", "lessismore", True),
+        ("lessismore", "triton", False),
+        (None, None, False),
+    ],
+)
+def test_either_form_of_the_flag_is_seen(prefill, decode, ours):
+    args = SimpleNamespace(attention_backend=prefill, decode_attention_backend=decode)
+    assert decodes_sparsely(args) is ours
+
+
+def test_foreign_pools_and_layouts_are_refused():
+    import torch
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    with pytest.raises(RefusedConfig, match="KV pool object"):
+        check_pool(object())
+    pool = MHATokenToKVPool(16, 1, torch.float32, 2, 8, 1, "cpu", False)
+    check_pool(pool)
+    pool.kv_cache_layout = "hnd"
+    with pytest.raises(RefusedConfig, match=r"'hnd'.*SGLANG_USE_HND_KVCACHE"):
+        check_pool(pool)
