@@ -1,0 +1,246 @@
+"""`python -m sgl_lim.programs`: from a command line to an output file and a summary."""
+
+import json
+import shlex
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from sgl_lim.programs import endpoint, limits, options, server_stats
+from sgl_lim.programs.grading import Grader, GradingError, make_grader
+from sgl_lim.programs.options import Options
+from sgl_lim.programs.problems import Problem, ProblemError, ProblemSet, chain_problems, jsonl_problems
+from sgl_lim.programs.progress import Progress
+from sgl_lim.programs.records import Generation, RecordError, RecordFile
+from sgl_lim.programs.runner import EndpointLost, Invocation, run_items
+from sgl_lim.programs.summary import summarize, table
+
+OK, FAILED, USAGE = 0, 1, 2
+
+
+class _Exit(Exception):
+    """Ends the program with a message and an exit code."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything about a run that was settled before its first request."""
+
+    options: Options
+    problems: Sequence[Problem]
+    grader: Grader
+    before: server_stats.ServerState
+    settings: dict[str, Any]
+    resume_command: str
+
+
+def main(argv: list[str]) -> int:
+    """Run.
+
+    Returns:
+        The exit code: 0; 1 if the endpoint is down or nothing could be answered; 2 for arguments; 128 plus the
+        signal's number if stopped by SIGINT or SIGTERM, and then threads may still wait for the server.
+    """
+    chosen = options.parse(argv)
+    # Failed requests are reported with their problem; the interpreter also warns with each one's traceback.
+    warnings.filterwarnings("ignore", message="Error in stream_executor")
+    try:
+        return _run(_prepare(chosen, argv))
+    except _Exit as error:
+        _say(f"error: {error}")
+        return error.code
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 128 + signal.SIGINT
+
+
+def _prepare(chosen: Options, argv: list[str]) -> _Run:
+    """Find everything that can be wrong before a request is sent."""
+    try:
+        source = _source(chosen)
+        grader = make_grader(source.kind)
+        for problem in source.problems[: chosen.limit]:
+            grader.expected(problem)
+        before = server_stats.parse_server_info(endpoint.server_info(chosen.endpoint))
+        max_tokens = limits.max_tokens(chosen, source.problems, before.max_input_tokens)
+    except (ProblemError, limits.LimitError) as error:
+        raise _Exit(USAGE, str(error)) from error
+    except (GradingError, endpoint.EndpointError) as error:
+        raise _Exit(FAILED, str(error)) from error
+    settings = {
+        "model": before.model,
+        "attention": dict(before.attention),
+        "program": "solve" if chosen.samples is None else "self_consistency",
+        "samples": chosen.samples,
+        "problems": dict(source.spec),
+        "chat_template": _chat_template(chosen, before.model),
+        "max_tokens": max_tokens,
+        "temperature": chosen.temperature,
+        "top_p": chosen.top_p,
+        "top_k": chosen.top_k,
+    }
+    command = shlex.join(["python", "-m", "sgl_lim.programs", *argv])
+    return _Run(chosen, source.problems[: chosen.limit], grader, before, settings, command)
+
+
+def _source(chosen: Options) -> ProblemSet:
+    if chosen.chains is not None:
+        return chain_problems(chosen.chains, num_facts=chosen.facts, num_steps=chosen.steps, seed=chosen.seed)
+    assert chosen.problems is not None
+    return jsonl_problems(chosen.problems, template=chosen.prompt_template)
+
+
+def _chat_template(chosen: Options, model: str) -> str | None:
+    """Name of the chat template; the frontend's own fallback, plain `USER:` text, is no model's, so it is refused."""
+    if not chosen.chat:
+        return None
+    from sgl_lim.programs import reasoning
+
+    names = reasoning.chat_templates()
+    if chosen.chat_template is not None and chosen.chat_template not in names:
+        raise _Exit(USAGE, f"--chat-template: no template {chosen.chat_template!r}; there are {', '.join(names)}")
+    name = _connect(chosen.endpoint, chosen.chat_template).get_chat_template().name
+    if name == "default" and chosen.chat_template is None:
+        raise _Exit(
+            USAGE,
+            f"--chat: SGLang's frontend knows no chat template by the model path {model!r}; name one with "
+            f"--chat-template (chatml for Qwen3), of {', '.join(names)}",
+        )
+    return str(name)
+
+
+def _ask(run: _Run) -> Callable[[str], list[Generation]]:
+    """The program as a function of the prompt; imports SGLang."""
+    from sgl_lim.programs import reasoning
+
+    template, settings = run.settings["chat_template"], run.settings
+    return reasoning.make_ask(
+        _connect(run.options.endpoint, template),
+        num_samples=run.options.samples,
+        chat=template is not None,
+        max_new_tokens=settings["max_tokens"],
+        temperature=settings["temperature"],
+        top_p=settings["top_p"],
+        top_k=settings["top_k"],
+    )
+
+
+def _connect(url: str, chat_template: str | None) -> Any:
+    """The endpoint as the frontend's backend; imports SGLang."""
+    from sgl_lim.programs import reasoning
+
+    try:
+        return reasoning.connect(url, chat_template)
+    except (OSError, RuntimeError) as error:
+        raise _Exit(FAILED, f"{url}: the endpoint went away before the first request ({error})") from error
+
+
+def _run(run: _Run) -> int:
+    """Ask what the output does not hold yet, and sum up all of it."""
+    try:
+        records = RecordFile(run.options.output, run.settings)
+    except RecordError as error:
+        raise _Exit(USAGE, f"--output: {error}") from error
+    with records, _StopOnSignal() as stop:
+        if records.repaired:
+            _say(f"{run.options.output}: removed a torn last line")
+        todo = [problem for problem in run.problems if not records.finished(problem.id)]
+        done = [records.rows[problem.id] for problem in run.problems if records.finished(problem.id)]
+        _say(f"server: {run.before.describe()}")
+        _say(f"{run.options.output}: {len(done)} of {len(run.problems)} problems answered before, {len(todo)} to ask")
+        if not todo:
+            return _sum_up(run, records, Invocation(0, 0, 0.0, stopped=False))
+        ask = _ask(run)
+        progress = Progress(len(run.problems), done=len(done), correct=sum(row.correct for row in done))
+        try:
+            invocation = run_items(
+                todo,
+                ask=ask,
+                grader=run.grader,
+                records=records,
+                concurrency=run.options.concurrency,
+                stop=stop.event,
+                on_row=progress,
+                is_alive=lambda: endpoint.is_alive(run.options.endpoint),
+            )
+        except (EndpointLost, RecordError) as error:
+            raise _Exit(FAILED, f"{error}\n{_how_to_resume(run, records)}") from error
+        finally:
+            progress.close()
+    if invocation.stopped:
+        _say(f"interrupted: {_how_to_resume(run, records)}")
+        return 128 + stop.signal_number
+    return _sum_up(run, records, invocation)
+
+
+def _sum_up(run: _Run, records: RecordFile, invocation: Invocation) -> int:
+    after = run.before
+    try:
+        after = server_stats.parse_server_info(endpoint.server_info(run.options.endpoint))
+    except endpoint.EndpointError as error:
+        attended = server_stats.AttendedFraction(None, f"unknown: {error}")
+    else:
+        attended = server_stats.attended_fraction(run.before, after)
+    rows = [records.rows[problem.id] for problem in run.problems]
+    summary = summarize(
+        rows,
+        problems=len(run.problems),
+        settings=run.settings,
+        server=after,
+        invocation=invocation,
+        attended=attended,
+    )
+    print(table(summary), flush=True)
+    if run.options.summary is not None:
+        try:
+            run.options.summary.parent.mkdir(parents=True, exist_ok=True)
+            run.options.summary.write_text(json.dumps(summary, indent=2) + "\n")
+        except OSError as error:
+            raise _Exit(FAILED, f"--summary {run.options.summary}: {error.strerror or error}") from error
+    if summary["errors"]:
+        _say(f"{summary['errors']} problems failed and count nowhere above; to ask them again: {run.resume_command}")
+    return OK if summary["answered"] else FAILED
+
+
+def _how_to_resume(run: _Run, records: RecordFile) -> str:
+    answered = sum(records.finished(problem.id) for problem in run.problems)
+    return (
+        f"{answered} of {len(run.problems)} problems are answered in {run.options.output}; "
+        f"to ask the rest: {run.resume_command}"
+    )
+
+
+class _StopOnSignal:
+    """Turns the first SIGINT or SIGTERM into `event`; a second one acts as it did before."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.signal_number = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopOnSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.signal_number = number
+        self.event.set()
+        self.__exit__()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

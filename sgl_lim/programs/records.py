@@ -1,0 +1,197 @@
+"""The output file: one JSON object a line and problem, safe against kills, never mixing two runs' settings."""
+
+import fcntl
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+FORMAT = "sgl-lim-programs/1"
+_ROW_START = json.dumps({"format": FORMAT})[:-1].encode()  # every row begins with these bytes
+
+
+class RecordError(RuntimeError):
+    """The output file cannot be used for this run; the message says why, and the way out."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generation as the server returned it. Token counts are the server's own."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int  # of the prompt, found in the prefix cache
+    finish_reason: str  # "stop" or "length"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A generation and its grade; the chain fields are None for other problems."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    finish_reason: str
+    answer: str | None
+    correct: bool
+    whole_chain: bool | None = None
+    words_matching: int | None = None
+    words_total: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one problem. With an `error` there are no samples, and a later run asks it again."""
+
+    id: str
+    expected: str
+    settings: Mapping[str, Any]
+    seconds: float  # from the first request to the last answer
+    error: str | None = None
+    answer: str | None = None  # the majority's with several samples
+    correct: bool = False
+    samples: tuple[Sample, ...] = field(default=())
+
+    def to_json(self) -> str:
+        """One line without its newline, ASCII only: a model's text may hold what UTF-8 cannot."""
+        return json.dumps({"format": FORMAT, **asdict(self)})
+
+    @staticmethod
+    def from_json(line: bytes) -> "Row":
+        """Raises ValueError if the line is not a row of this format."""
+        try:
+            fields = json.loads(line)
+            if fields.pop("format") != FORMAT:
+                raise ValueError("another format")
+            fields["samples"] = tuple(Sample(**sample) for sample in fields["samples"])
+            return Row(**fields)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"not a row: {error}") from error
+
+
+class RecordFile:
+    """Rows in a file, open for appending and locked; a context manager.
+
+    Each row is one unbuffered write, so a killed process leaves whole rows and at most one torn last line, which the
+    next opening removes. Opening raises `RecordError` if
+
+    - another process has the file open,
+    - it holds something else than rows, or
+    - a row's settings differ from `settings`.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.repaired = False  # whether a torn last line was removed
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise RecordError(f"{path}: cannot be opened for writing ({error.strerror or error})") from error
+        try:
+            self._lock()
+            self.rows: dict[str, Row] = {row.id: row for row in self._read()}  # the last row of each id
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "RecordFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def finished(self, problem_id: str) -> bool:
+        """Whether the problem has a row without an error."""
+        row = self.rows.get(problem_id)
+        return row is not None and row.error is None
+
+    def append(self, row: Row) -> None:
+        """Write one row.
+
+        Raises:
+            RecordError: the disk did not take it; what is torn is removed at the next opening.
+        """
+        line = row.to_json().encode() + b"\n"
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise RecordError(f"{self.path}: cannot be written ({error.strerror or error})") from error
+        if written != len(line):
+            raise RecordError(f"{self.path}: only {written} of {len(line)} bytes could be written; is the disk full?")
+        self.rows[row.id] = row
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RecordError(
+                f"{self.path}: another run is writing it; wait for that run or name another --output"
+            ) from error
+        except OSError:
+            pass  # a file system without locks: the check is a courtesy
+
+    def _read(self) -> list[Row]:
+        self._file.seek(0)
+        content = self._file.read()
+        *lines, tail = content.split(b"\n")
+        torn = _is_torn(tail)
+        if tail and not torn:
+            lines.append(tail)
+        rows = [self._parse(line, number) for number, line in enumerate(lines, start=1)]
+        if torn:
+            self._file.truncate(len(content) - len(tail))
+        elif tail:
+            self._file.write(b"\n")
+        self.repaired = torn
+        return rows
+
+    def _parse(self, line: bytes, number: int) -> Row:
+        try:
+            row = Row.from_json(line)
+        except ValueError as error:
+            raise RecordError(
+                f"{self.path}:{number}: not a result of sgl_lim.programs ({error}); nothing was changed: "
+                "remove the line, or name another --output"
+            ) from error
+        differences = describe_differences(row.settings, self.settings)
+        if differences:
+            listed = "\n".join(f"  {difference}" for difference in differences)
+            raise RecordError(
+                f"{self.path}:{number}: holds results of a run with other settings, and results of different runs do "
+                f"not go into one file:\n{listed}\nname another --output, or repeat the settings of the file"
+            )
+        return row
+
+
+def _is_torn(tail: bytes) -> bool:
+    """Whether the bytes after the last newline are the beginning of a row of ours, and not a whole one."""
+    if not tail or not (tail.startswith(_ROW_START) or _ROW_START.startswith(tail)):
+        return False
+    try:
+        json.loads(tail)
+    except ValueError:
+        return True
+    return False
+
+
+def describe_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One line for each leaf of two nested settings that differs, as `name: file has X, this run has Y`."""
+    lines: list[str] = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            lines += describe_differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            lines.append(f"{prefix}{key}: file has {json.dumps(before)}, this run has {json.dumps(now)}")
+    return lines

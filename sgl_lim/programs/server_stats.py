@@ -1,0 +1,102 @@
+"""What the server is and what its sparse decode did, from `GET /server_info` before and after a run."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+_BLOCK = "lessismore"  # key of the plugin's block in each of `internal_states` (seams page, section 6)
+_NOT_SETTINGS = ("counters", "layer_roles", "selection_layers_from")  # the last two follow from, or explain, others
+_MONOTONE = ("decode_steps", "tokens_attended", "tokens_dense", "selections", "requests")
+
+
+@dataclass(frozen=True)
+class Counters:
+    """The plugin's totals since the server started, summed over the DP groups."""
+
+    decode_steps: int
+    tokens_attended: int  # KV tokens that decode read
+    tokens_dense: int  # KV tokens that dense decode would have read
+    selections: int
+    requests: int
+    requests_dense: int  # never exceeded the budget so far: the only total that can go down
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """One look at `/server_info`.
+
+    `attention` is what decides a decode step's numbers, for a run's settings and for people. `counters` is None where
+    decode is not LessIsMore. `startup` differs between two starts of a server (nearly always: it holds durations).
+    """
+
+    model: str
+    version: str
+    attention: Mapping[str, Any]
+    counters: Counters | None
+    startup: str
+    max_input_tokens: int | None  # longest prompt taken; a prompt and its generation share about this much
+
+    def describe(self) -> str:
+        """The configuration in one line."""
+        attention = ", ".join(f"{name} {_plain(value)}" for name, value in self.attention.items() if value is not None)
+        return f"{attention}; {self.model}, SGLang {self.version}"
+
+
+def parse_server_info(info: Mapping[str, Any]) -> ServerState:
+    """The state in an answer of `/server_info` of 0.5.17 or 0.5.23."""
+    blocks = [state[_BLOCK] for state in info["internal_states"] if _BLOCK in state]
+    attention: dict[str, Any]
+    if blocks:
+        attention = {"decode": "lessismore"}
+        attention |= {name: value for name, value in blocks[0].items() if name not in _NOT_SETTINGS}
+    else:
+        backend = info.get("decode_attention_backend") or info.get("attention_backend")
+        attention = {"decode": "dense", "backend": backend}
+    attention |= {name: info.get(name) for name in ("kv_cache_dtype", "quantization")}
+    return ServerState(
+        model=info["model_path"],
+        version=str(info.get("version", "unknown")),
+        attention=attention,
+        counters=_sum_counters(blocks) if blocks else None,
+        startup=json.dumps(info.get("startup_time"), sort_keys=True),
+        max_input_tokens=info.get("max_req_input_len"),
+    )
+
+
+@dataclass(frozen=True)
+class AttendedFraction:
+    """KV tokens attended of those that dense decode would attend. `value` is None where that is not known."""
+
+    value: float | None
+    note: str
+    delta: Counters | None = None
+
+
+def attended_fraction(before: ServerState, after: ServerState) -> AttendedFraction:
+    """The fraction between two looks at one server; requests of other clients count too."""
+    if before.startup != after.startup or before.attention != after.attention:
+        return AttendedFraction(None, "the server was restarted during the run")
+    if before.counters is None or after.counters is None:
+        return AttendedFraction(1.0, "dense")
+    delta = Counters(**{name: value - asdict(before.counters)[name] for name, value in asdict(after.counters).items()})
+    if any(getattr(delta, name) < 0 for name in _MONOTONE):
+        return AttendedFraction(None, "the server was restarted during the run (its counters went down)")
+    if delta.tokens_dense == 0:
+        return AttendedFraction(None, "the server counted no decode step during the run", delta)
+    return AttendedFraction(
+        delta.tokens_attended / delta.tokens_dense,
+        f"{delta.tokens_attended:,} of {delta.tokens_dense:,} KV tokens, {delta.selections:,} selections in "
+        f"{delta.decode_steps:,} decode steps",
+        delta,
+    )
+
+
+def _sum_counters(blocks: list[Mapping[str, Any]]) -> Counters:
+    return Counters(
+        **{item.name: sum(int(block["counters"][item.name]) for block in blocks) for item in fields(Counters)}
+    )
+
+
+def _plain(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,111 @@
+"""The command line: defaults, and errors that name the flag."""
+
+import re
+from pathlib import Path
+
+import pytest
+from stub_endpoint import StubEndpoint
+
+from sgl_lim.programs.limits import LimitError, max_tokens
+from sgl_lim.programs.options import Options, parse
+from sgl_lim.programs.problems import chain_problems, jsonl_problems
+
+CHAINS = ["--chains", "4", "--output", "o"]
+FILE = ["--problems", "p.jsonl", "--output", "o"]
+CONSISTENT = ["--program", "self-consistency"]
+
+
+def test_solve_is_greedy_and_self_consistency_samples() -> None:
+    solve, consistent = parse(CHAINS), parse([*CHAINS, *CONSISTENT])
+    assert (solve.samples, solve.temperature, solve.top_p) == (None, 0.0, 1.0)
+    assert (consistent.samples, consistent.temperature, consistent.top_p) == (8, 0.6, 0.95)
+    assert (solve.facts, solve.steps, solve.seed, solve.concurrency) == (330, 48, 0, 8)
+
+
+def test_flags_are_taken() -> None:
+    options = parse([*CHAINS, *CONSISTENT, "--samples", "3", "--temperature", "1", "--endpoint", "http://host:1/"])
+    assert (options.samples, options.temperature, options.endpoint) == (3, 1.0, "http://host:1")
+
+
+def test_a_named_template_means_chat() -> None:
+    assert parse([*FILE, "--chat-template", "chatml"]).chat
+    assert not parse(FILE).chat
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [
+        (["--output", "o"], "--chains --problems"),
+        (["--chains", "1"], "--output"),
+        ([*CHAINS, "--problems", "p"], "--problems"),
+        (["--chains", "0", "--output", "o"], "--chains"),
+        ([*CHAINS, "--facts", "401"], "--facts"),
+        ([*CHAINS, "--steps", "65"], "--steps"),
+        ([*CHAINS, "--facts", "10", "--steps", "11"], "--steps"),
+        ([*CHAINS, "--facts", "10"], "--steps"),
+        ([*CHAINS, "--limit", "3"], "--limit"),
+        ([*CHAINS, "--prompt-template", "{problem}"], "--prompt-template"),
+        ([*CHAINS, "--chat"], "--chat"),
+        ([*FILE, "--facts", "3"], "--facts"),
+        ([*FILE, "--seed", "3"], "--seed"),
+        ([*FILE, "--prompt-template", "solve"], "--prompt-template"),
+        ([*FILE, "--prompt-template", ""], "--prompt-template"),
+        ([*FILE, "--limit", "0"], "--limit"),
+        ([*FILE, "--samples", "4"], "--samples"),
+        ([*FILE, *CONSISTENT, "--samples", "1"], "--samples"),
+        ([*FILE, *CONSISTENT, "--temperature", "0"], "--temperature"),
+        ([*FILE, "--temperature", "warm"], "--temperature"),
+        ([*FILE, "--temperature", "nan"], "--temperature"),
+        ([*FILE, "--top-p", "1.5"], "--top-p"),
+        ([*FILE, "--max-tokens", "0"], "--max-tokens"),
+        ([*FILE, "--concurrency", "0"], "--concurrency"),
+        ([*FILE, "--endpoint", "127.0.0.1:30000"], "--endpoint"),
+        ([*FILE, "--program", "guess"], "--program"),
+        ([*FILE, "--summary", "./o"], "--summary"),
+    ],
+)
+def test_a_bad_argument_is_named(argv: list[str], flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(argv)
+    assert caught.value.code == 2
+    assert re.search(rf"error: .*{flag}", capsys.readouterr().err)
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"problem": "one two three", "answer": "1"}\n{"problem": "four", "answer": "1"}\n')
+    return path
+
+
+def limit(options: Options, context: int | None) -> int:
+    if options.chains is not None:
+        source = chain_problems(options.chains, num_facts=options.facts, num_steps=options.steps, seed=0)
+    else:
+        assert options.problems is not None
+        source = jsonl_problems(options.problems, template="{problem}")
+    return max_tokens(options, source.problems, context)
+
+
+def test_chains_get_what_they_need(stub: StubEndpoint) -> None:
+    argv = ["--endpoint", stub.url, "--chains", "2", "--facts", "9", "--steps", "5", "--output", "o"]
+    assert limit(parse(argv), 4096) == 48
+    assert limit(parse(argv), None) == 48
+    assert limit(parse([*argv, "--max-tokens", "7"]), 4096) == 7
+    with pytest.raises(LimitError, match=r"--steps/--facts.*59 tokens.*48.*context is 100"):
+        limit(parse(argv), 100)
+    with pytest.raises(LimitError, match=r"--max-tokens.*500"):
+        limit(parse([*argv, "--max-tokens", "500"]), 500)
+    stub.can_tokenize = False
+    assert limit(parse(argv), 100) == 48
+
+
+def test_mathematics_gets_what_the_context_leaves(stub: StubEndpoint, questions: Path) -> None:
+    argv = ["--endpoint", stub.url, "--problems", str(questions), "--output", "o"]
+    assert limit(parse(argv), 1000) == 997
+    assert limit(parse(argv), 50_000) == 32768
+    assert limit(parse(argv), None) == 32768
+    assert limit(parse([*argv, "--chat-template", "chatml"]), 1000) == 997 - 64
+    stub.can_tokenize = False
+    assert limit(parse(argv), 1000) == 1000 - len("one two three")
+    assert limit(parse([*argv, "--max-tokens", "40000"]), 1000) == 40000

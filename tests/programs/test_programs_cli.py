@@ -1,0 +1,302 @@
+"""The whole command line and the frontend programs, against a stub endpoint."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stub_endpoint import COUNTERS, Reply, StubEndpoint
+
+from sgl_lim.programs.cli import main
+from sgl_lim.programs.problems import chain_problems
+from sgl_lim.programs.records import Row
+
+SIZES = ["--facts", "6", "--steps", "2"]
+PROBLEMS = chain_problems(4, num_facts=6, num_steps=2, seed=0).problems
+SOLUTIONS = {problem.prompt: str(problem.solution) for problem in PROBLEMS}
+
+
+def solved(prompt: str) -> Reply:
+    return " " + SOLUTIONS[prompt]
+
+
+def rows(path: Path) -> list[Row]:
+    return [Row.from_json(line) for line in path.read_bytes().splitlines()]
+
+
+class Cli:
+    """Runs the command over the stub; `--output` and `--summary` are in the test's folder."""
+
+    def __init__(self, stub: StubEndpoint, folder: Path) -> None:
+        self.stub, self.output, self.summary_path = stub, folder / "out.jsonl", folder / "summary.json"
+        stub.answer = solved
+
+    def argv(self, *more: str, source: tuple[str, ...] = ("--chains", "4", *SIZES)) -> list[str]:
+        paths = ["--output", str(self.output), "--summary", str(self.summary_path)]
+        return ["--endpoint", self.stub.url, *source, *paths, *more]
+
+    def __call__(self, *more: str, **changes: Any) -> int:
+        return main(self.argv(*more, **changes))
+
+    def start(self, *more: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "sgl_lim.programs", *self.argv(*more)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return dict(json.loads(self.summary_path.read_text()))
+
+
+@pytest.fixture
+def cli(stub: StubEndpoint, tmp_path: Path) -> Cli:
+    return Cli(stub, tmp_path)
+
+
+def test_solve(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.stub.counters = dict.fromkeys(COUNTERS, 0)
+    assert cli() == 0
+    assert sorted(cli.stub.prompts) == sorted(SOLUTIONS)
+    parameters = cli.stub.generate_requests[0]["sampling_params"]
+    assert (parameters["temperature"], parameters["max_new_tokens"], parameters["top_p"]) == (0.0, 24, 1.0)
+    assert all(row.correct and row.samples[0].whole_chain for row in rows(cli.output))
+    summary = cli.summary
+    assert summary["accuracy"] == summary["whole_chain_accuracy"] == summary["word_accuracy"] == 1.0
+    assert summary["attended_fraction"] == 0.25
+    assert summary["settings"]["attention"]["budget"] == 256
+    assert summary["invocation"]["output_tokens"] == summary["generation_tokens"]["total"] > 0
+    captured = capsys.readouterr()
+    assert "attended fraction  0.250" in captured.out and "budget 256" in captured.out
+    assert "4/4 problems, 4/4 correct" in captured.err
+
+
+def test_self_consistency_caches_the_prompt_once_and_votes(cli: Cli) -> None:
+    calls: dict[str, int] = {}
+    lock = threading.Lock()
+
+    def two_of_three(prompt: str) -> Reply:
+        with lock:
+            calls[prompt] = calls.get(prompt, 0) + 1
+            return "answer 100" if calls[prompt] == 1 else solved(prompt)
+
+    cli.stub.answer = two_of_three
+    assert cli("--program", "self-consistency", "--samples", "3") == 0
+    for prompt in SOLUTIONS:
+        own = [r["sampling_params"] for r in cli.stub.generate_requests if r["text"] == prompt]
+        assert [p["max_new_tokens"] for p in own] == [0, 24, 24, 24], "the prefix is to be cached before the branches"
+        assert all(p["temperature"] == 0.6 for p in own[1:])
+    summary = cli.summary
+    assert summary["accuracy"] == 1.0 and summary["mean_sample_accuracy"] == pytest.approx(2 / 3)
+    assert summary["samples"] == 12 and summary["attended_note"] == "dense" and summary["attended_fraction"] == 1.0
+
+
+def test_what_is_answered_is_not_asked_again(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(source=("--chains", "2", *SIZES)) == 0
+    cli.stub.generate_requests.clear()
+    assert cli() == 0
+    assert sorted(cli.stub.prompts) == sorted(problem.prompt for problem in PROBLEMS[2:])
+    assert cli.summary["answered"] == 4 and cli.summary["invocation"]["items"] == 2
+    cli.stub.generate_requests.clear()
+    assert cli() == 0
+    assert not cli.stub.prompts
+    assert cli.summary["answered"] == 4 and cli.summary["output_tokens_per_second"] is None
+    assert "4 of 4 problems answered before, 0 to ask" in capsys.readouterr().err
+
+
+def test_failed_items_are_reported_and_retried(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = PROBLEMS[1]
+    cli.stub.answer = lambda prompt: (400, "too long a prompt") if prompt == bad.prompt else solved(prompt)
+    assert cli() == 0
+    assert cli.summary["errors"] == 1 and cli.summary["accuracy"] == 1.0
+    err = capsys.readouterr().err
+    assert f"problem {bad.id}: GenerationError: too long a prompt\n" in err and "--chains 4" in err
+    cli.stub.answer = solved
+    cli.stub.generate_requests.clear()
+    assert cli() == 0
+    assert cli.stub.prompts == [bad.prompt]
+    assert cli.summary["errors"] == 0 and cli.summary["answered"] == 4
+    assert len(rows(cli.output)) == 5
+
+
+@pytest.mark.parametrize("samples", [[], ["--program", "self-consistency", "--samples", "2"]])
+def test_a_server_that_answers_nothing_is_a_failure(cli: Cli, samples: list[str]) -> None:
+    cli.stub.answer = lambda prompt: (500, "broken")
+    assert cli(*samples) == 1
+    assert cli.summary["errors"] == 4 and cli.summary["accuracy"] is None
+
+
+def test_a_failing_prefix_commit_is_an_error_and_no_hang(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = cli.stub.generate
+    monkeypatch.setattr(
+        cli.stub,
+        "generate",
+        lambda request: (
+            generate(request)
+            if request["sampling_params"]["max_new_tokens"]
+            else (500, {"error": {"message": "pool full"}})
+        ),
+    )
+    before = threading.active_count()
+    assert cli("--program", "self-consistency", "--samples", "2") == 1
+    assert all(row.error == "GenerationError: pool full" for row in rows(cli.output))
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert threading.active_count() <= before, "the branches' threads were left behind"
+
+
+def test_an_aborted_request_is_no_answer(cli: Cli) -> None:
+    cli.stub.finish_reason = {"type": "abort", "message": "retracted"}
+    assert cli() == 1
+    assert all(row.error is not None and "retracted" in row.error for row in rows(cli.output))
+
+
+def test_other_settings_are_refused(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli() == 0
+    content = cli.output.read_bytes()
+    cli.stub.counters = dict.fromkeys(COUNTERS, 0)
+    assert cli("--max-tokens", "30") == 2
+    err = capsys.readouterr().err
+    assert "--output" in err and "max_tokens: file has 24, this run has 30" in err
+    assert 'attention.decode: file has "dense", this run has "lessismore"' in err
+    assert cli.output.read_bytes() == content
+
+
+def test_a_server_that_leaves_during_the_run(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    def leave(prompt: str) -> Reply:
+        if len(cli.stub.prompts) > 2:
+            cli.stub.go_away()
+            raise ConnectionAbortedError
+        return solved(prompt)
+
+    cli.stub.answer = leave
+    assert cli("--concurrency", "1") == 1
+    assert [row.error for row in rows(cli.output)] == [None, None]
+    err = capsys.readouterr().err
+    assert "2 of 4 problems are answered" in err and "to ask the rest: python -m sgl_lim.programs" in err
+
+
+def test_no_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "o"
+    assert main(["--endpoint", "http://127.0.0.1:9", "--chains", "1", *SIZES, "--output", str(output)]) == 1
+    assert "is the server up?" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_restarted_server_has_no_fraction(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    def restart(prompt: str) -> Reply:
+        cli.stub.startup_time = 2.0
+        return solved(prompt)
+
+    cli.stub.answer = restart
+    assert cli() == 0
+    assert cli.summary["attended_fraction"] is None
+    assert "restarted during the run" in capsys.readouterr().out
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> tuple[str, str]:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"problem": "1+1?", "answer": 2}\n{"problem": "2+2?", "answer": "4"}\n')
+    return "--problems", str(path)
+
+
+def test_mathematics_in_a_chat_template(cli: Cli, questions: tuple[str, str]) -> None:
+    pytest.importorskip("math_verify", reason="needs sgl-lim[math]")
+    cli.stub.answer = lambda prompt: "<think>hm</think> It is \\boxed{\\frac{8}{2}}."
+    assert cli("--chat-template", "chatml", source=questions) == 0
+    assert sorted(cli.stub.prompts)[0].startswith("<|im_start|>user\n1+1?\n\nPlease reason step by step")
+    assert all(prompt.endswith("\\boxed{}.<|im_end|>\n<|im_start|>assistant\n") for prompt in cli.stub.prompts)
+    assert "<|im_end|>" in cli.stub.generate_requests[0]["sampling_params"]["stop"]
+    assert cli.summary["accuracy"] == 0.5 and cli.summary["word_accuracy"] is None
+    assert cli.summary["settings"]["chat_template"] == "chatml"
+
+
+def test_limit_and_raw_prompt_template(cli: Cli, questions: tuple[str, str]) -> None:
+    pytest.importorskip("math_verify", reason="needs sgl-lim[math]")
+    cli.stub.answer = lambda prompt: "\\boxed{2}"
+    assert cli("--limit", "1", "--prompt-template", "Q: {problem} A:", source=questions) == 0
+    assert cli.stub.prompts == ["Q: 1+1? A:"]
+    assert cli("--prompt-template", "Q: {problem} A:", source=questions) == 0
+    assert cli.stub.prompts == ["Q: 1+1? A:", "Q: 2+2? A:"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"), [(["--chat"], "--chat-template (chatml"), (["--chat-template", "nope"], "'nope'; there are")]
+)
+def test_an_unknown_chat_template_is_refused(
+    cli: Cli, questions: tuple[str, str], flags: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("math_verify", reason="needs sgl-lim[math]")
+    assert cli(*flags, source=questions) == 2
+    assert part in capsys.readouterr().err
+    assert not cli.stub.generate_requests
+
+
+def test_a_chat_template_is_found_by_the_models_path(cli: Cli, questions: tuple[str, str]) -> None:
+    pytest.importorskip("math_verify", reason="needs sgl-lim[math]")
+    cli.stub.model_path = "models/Qwen2.5-7B-Instruct"
+    cli.stub.answer = lambda prompt: "\\boxed{4}"
+    assert cli("--chat", source=questions) == 0
+    assert cli.stub.prompts[0].startswith("<|im_start|>system\n")
+
+
+def test_without_math_verify_no_request_is_sent(
+    cli: Cli, questions: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert cli(source=questions) == 1
+    assert "sgl-lim[math]" in capsys.readouterr().err
+    assert not cli.stub.generate_requests and not cli.output.exists()
+
+
+def test_a_bad_problem_file_is_a_usage_error(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"problem": "1+1?"}\n')
+    assert cli(source=("--problems", str(tmp_path / "bad.jsonl"))) == 2
+    assert "bad.jsonl:1: missing key 'answer'" in capsys.readouterr().err
+
+
+def wait_for_rows(path: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"{path} had no {count} rows in time")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_an_interrupted_run_is_resumed(cli: Cli, number: signal.Signals, code: int) -> None:
+    release = threading.Event()
+
+    def answer(prompt: str) -> Reply:
+        if len(cli.stub.prompts) > 2:
+            release.wait(timeout=120)
+        return solved(prompt)
+
+    cli.stub.answer = answer
+    process = cli.start("--concurrency", "1")
+    try:
+        wait_for_rows(cli.output, 2)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        release.set()
+    assert process.returncode == code
+    assert [row.error for row in rows(cli.output)] == [None, None]
+    if number != signal.SIGKILL:
+        assert "interrupted: 2 of 4 problems are answered" in err
+        assert "Traceback" not in err
+        command = err.split("to ask the rest: ")[1].splitlines()[0]
+        assert command.startswith("python -m sgl_lim.programs") and str(cli.output) in command
+    cli.output.write_bytes(cli.output.read_bytes()[:-30])
+    cli.stub.answer = solved
+    cli.stub.generate_requests.clear()
+    assert cli("--concurrency", "1") == 0
+    assert len(cli.stub.prompts) == 3, "one row was torn"
+    assert cli.summary["answered"] == 4 and cli.summary["accuracy"] == 1.0
