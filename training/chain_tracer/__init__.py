@@ -1,0 +1,1 @@
+"""Training, evaluation and export of the chain-tracing model (`models/chain-tracer`). Never imports sglang."""

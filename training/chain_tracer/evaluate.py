@@ -1,0 +1,121 @@
+"""Measure the chain tracer: accuracy against budget, the search for selection layers, accuracy against size.
+
+    PYTHONPATH=.:kernels:training python -m chain_tracer.evaluate budget models/chain-tracer --selection 2,8 \\
+        --csv benchmarks/results/chain_tracer_budget.csv
+    … evaluate search models/chain-tracer --chains 64 --csv search.csv
+    … evaluate sizes models/chain-tracer --chains 64 --csv sizes.csv
+"""
+
+import argparse
+import csv
+import hashlib
+import subprocess
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from sgl_lim.tasks.chains import generate_chains
+
+from .decode import Policy, Prefilled, prefill, score
+from .model import ChainTracer, load_checkpoint
+
+BUDGETS = (64, 128, 256, 512)
+ASKED = ("method", "aggregate", "budget", "selection_layers", "dense_below", "facts", "steps", "chains", "seed")
+FIELDS = (*ASKED, "whole_chains", "tokens", "weights_sha256", "device", "torch", "commit")
+
+
+def budget_policies(selection: tuple[int, ...]) -> Iterator[Policy]:
+    """Full attention; at each budget LessIsMore with each aggregate, the window alone, the window with full layers."""
+    yield Policy("full")
+    for aggregate in ("union", "max", "sum"):
+        yield from (Policy("lessismore", b, selection, aggregate) for b in BUDGETS)
+    yield from (Policy("window", b) for b in BUDGETS)
+    yield from (Policy("window", b, selection) for b in BUDGETS)
+
+
+def search_policies(firsts: Iterable[int], seconds: Iterable[int], budgets: Iterable[int]) -> Iterator[Policy]:
+    """Every pair of selection layers at every budget, after full attention."""
+    yield Policy("full")
+    for first in firsts:
+        for second in seconds:
+            if second > first + 1:
+                yield from (Policy("lessismore", b, (first, second)) for b in budgets)
+    yield from (Policy("window", b) for b in budgets)
+
+
+class Bench:
+    """A model on a device, measured on freshly drawn problems; every row says on what."""
+
+    def __init__(self, folder: Path, device: str, *, chains: int, seed: int, batch: int, commit: str) -> None:
+        self.model = ChainTracer().to(device, torch.bfloat16).requires_grad_(False)
+        load_checkpoint(self.model, folder)
+        self.chains, self.seed, self.batch = chains, seed, batch
+        weights = b"".join(f.read_bytes() for f in sorted(folder.glob("*.safetensors")))
+        name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+        self.machine = (hashlib.sha256(weights).hexdigest()[:12], name, torch.__version__, commit)
+
+    def prefilled(self, facts: int, steps: int) -> list[Prefilled]:
+        problems = list(generate_chains(self.chains, num_facts=facts, num_steps=steps, seed=self.seed))
+        return [prefill(self.model, problems[i : i + self.batch]) for i in range(0, len(problems), self.batch)]
+
+    def row(self, batches: list[Prefilled], policy: Policy, facts: int, steps: int) -> dict[str, object]:
+        right = torch.cat([score(self.model, b, policy) for b in batches])
+        whole, tokens = right.all(dim=1).float().mean().item(), right.float().mean().item()
+        sparse = policy.method != "full"
+        selection = "-".join(map(str, policy.selection))
+        aggregate = policy.aggregate if policy.method == "lessismore" else ""
+        budget, dense = (policy.budget, policy.dense_below) if sparse else ("", "")
+        asked = (policy.method, aggregate, budget, selection, dense, facts, steps, self.chains, self.seed)
+        return dict(zip(FIELDS, (*asked, f"{whole:.4f}", f"{tokens:.5f}", *self.machine), strict=True))
+
+
+def git_commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "none"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("budget", "search", "sizes"))
+    parser.add_argument("folder", type=Path, help="published model or training checkpoint; rounded to bfloat16")
+    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--selection", type=lambda s: tuple(map(int, s.split(","))), default=(2, 8))
+    parser.add_argument("--first", type=lambda s: tuple(map(int, s.split(","))), default=(2, 3, 4))
+    parser.add_argument("--second", type=lambda s: tuple(map(int, s.split(","))), default=(5, 6, 7, 8, 9, 10, 11))
+    parser.add_argument("--budgets", type=lambda s: tuple(map(int, s.split(","))), default=(64, 128, 256))
+    parser.add_argument("--chains", type=int, default=256)
+    parser.add_argument("--facts", type=int, default=330)
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--commit", default=git_commit(), help="for a host without the repository's history")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    drawn = {"chains": args.chains, "seed": args.seed, "batch": args.batch}
+    bench = Bench(args.folder, args.device, **drawn, commit=args.commit)
+    sizes = [(args.facts, args.steps)]
+    policies = [Policy("full")]
+    if args.what == "sizes":
+        sizes = [(f, s) for f in (64, 128, 200, 330, 400) for s in (4, 16, 32, 48, 64)]
+    elif args.what == "search":
+        policies = list(search_policies(args.first, args.second, args.budgets))
+    else:
+        policies = list(budget_policies(args.selection))
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    with args.csv.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        for facts, steps in sizes:
+            batches = bench.prefilled(facts, steps)
+            for policy in policies:
+                begin = time.monotonic()
+                row = bench.row(batches, policy, facts, steps)
+                writer.writerow(row)
+                file.flush()
+                print(*list(row.values())[:11], f"{time.monotonic() - begin:.2f}s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
