@@ -179,7 +179,10 @@ def prepare(lim: SparseDecode, forward_batch: Any) -> None:
     lim.step = None
     rows = forward_batch.req_pool_indices
     if not forward_batch.forward_mode.is_decode():
-        if forward_batch.forward_mode.is_extend() and not forward_batch.forward_mode.is_mixed():
+        if forward_batch.forward_mode.is_mixed():
+            # A row that extends by one token may be decoding, and then goes on.
+            lim.counters.forget(rows.long(), forward_batch.extend_seq_lens > 1)
+        elif forward_batch.forward_mode.is_extend():
             lim.counters.forget(rows.long())
         return
     if forward_batch.batch_size == 0:

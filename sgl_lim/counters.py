@@ -25,9 +25,16 @@ class Counters:
         self._generations = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
         self._sparse_rows = torch.zeros(num_rows, dtype=torch.bool, device=device)
 
-    def forget(self, rows: Tensor) -> None:
-        """A prefill runs on these rows of the request pool (int64 [B]), so whoever decodes there next is new."""
-        self._generations[rows] = -1
+    def forget(self, rows: Tensor, where: Tensor | None = None) -> None:
+        """A prefill runs on these rows of the request pool, so whoever decodes there next is new.
+
+        Generations alone do not tell: SGLang counts them from zero again when its cache is flushed.
+
+        Args:
+            rows: int64 [B].
+            where: bool [B], which of the rows are prefilled; None is all.
+        """
+        self._generations[rows] = -1 if where is None else self._generations[rows].masked_fill(where, -1)
 
     def record(self, rows: Tensor, generations: Tensor, seq_lens: Tensor, real: Tensor) -> None:
         """Count one decode step.

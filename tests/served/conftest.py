@@ -1,0 +1,60 @@
+"""Servers for the served tests. They are shared: a session never has more than two alive."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.fleet import NEXT_PYTHON, Fleet, LimCase
+from support.server import Server, ServerPool, ServerSpec
+
+CHAIN_TRACER = Path(__file__).parents[2] / "models" / "chain-tracer"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The float64 oracle's matrices are tiny, and the servers want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPool]:
+    """The running servers."""
+    servers = ServerPool(tmp_path_factory.mktemp("servers"))
+    yield servers
+    servers.close()
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory, pool: ServerPool) -> Fleet:
+    """Specs, models and dense answers."""
+    return Fleet(tmp_path_factory.mktemp("fleet"), pool)
+
+
+@pytest.fixture(scope="session")
+def case(request: pytest.FixtureRequest) -> LimCase:
+    """The lessismore server that a test is parametrised with. The session scope makes pytest group tests by it."""
+    chosen: LimCase = request.param
+    if chosen.release == "next" and not os.environ.get(NEXT_PYTHON):
+        pytest.skip(f"{NEXT_PYTHON} does not name the Python of an environment with the next SGLang release")
+    return chosen
+
+
+@pytest.fixture
+def server(case: LimCase, fleet: Fleet, pool: ServerPool) -> Server:
+    """The server of `case`; several tests in a row get the same one."""
+    return pool.get(fleet.lim_spec(case), beside=fleet.dense_spec_to_come(case))
+
+
+@pytest.fixture(scope="module")
+def chain_server(fleet: Fleet, pool: ServerPool) -> Server:
+    """The committed chain tracer, or a random model with its vocabulary where the checkpoint is missing."""
+    args = ("--attention-backend", "lessismore", "--lim-budget", "128", "--dtype", "float32", "--enable-metrics")
+    args += ("--max-total-tokens", "16384", "--max-running-requests", "32")
+    model = CHAIN_TRACER if (CHAIN_TRACER / "config.json").exists() else fleet.model("gqa")
+    return pool.get(ServerSpec("chain", model, args))

@@ -1,0 +1,158 @@
+"""The servers that the served tests share, and the prompts they send."""
+
+import os
+import random
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from support.agreement import errors
+from support.float64_qwen3 import Float64Qwen3
+from support.probe_records import Probe
+from support.server import Answer, ServerPool, ServerSpec
+from support.set_oracle import SetRule
+from support.tiny_model import write_tiny_model
+
+LAYERS = 6
+SELECTION_LAYERS = (1, 3)
+ROLES = ("dense", "select", "sparse", "select", "sparse", "sparse")
+HEADS = {"gqa": (8, 2), "mqa": (5, 1), "mha": (4, 4)}
+NEW_TOKENS = 24
+COMMON_ARGS = ("--max-total-tokens", "8192", "--max-running-requests", "32")
+NEXT_PYTHON = "SGL_LIM_NEXT_PYTHON"
+
+
+@dataclass(frozen=True)
+class LimCase:
+    """One lessismore server: model shape, page size, dtype and the method with its parameters."""
+
+    kind: str
+    page_size: int
+    rule: SetRule
+    dtype: str = "float32"
+    release: str = "current"  # or "next": the other supported SGLang, in an environment of its own
+
+    @property
+    def name(self) -> str:
+        """Id of the server in test names and log files."""
+        return f"{self.kind}-page{self.page_size}-{self.dtype}-{self.method}-{self.release}"
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def method(self) -> str:
+        """The method, with its aggregate where it has one."""
+        return self.rule.method if self.rule.method == "window" else self.rule.aggregate
+
+    def flags(self) -> tuple[str, ...]:
+        """The plugin's flags."""
+        rule = self.rule
+        layers = ",".join(map(str, SELECTION_LAYERS))
+        flags = ["--lim-method", rule.method, "--lim-budget", rule.budget, "--lim-selection-layers", layers]
+        flags += ["--lim-recency", rule.recency, "--lim-sinks", rule.sinks, "--lim-aggregate", rule.aggregate]
+        return tuple(map(str, flags))
+
+
+MAIN = LimCase("gqa", 1, SetRule("lessismore", 256, 0.25, 4, "union"))
+FLOAT32_CASES = (
+    MAIN,
+    LimCase("gqa", 16, SetRule("lessismore", 256, 0.3, 5, "max")),
+    LimCase("mqa", 1, SetRule("lessismore", 193, 0.25, 4, "sum")),
+    LimCase("mqa", 16, SetRule("lessismore", 193, 0.5, 0, "union")),
+    LimCase("mha", 1, SetRule("window", 256, 0.25, 4, "union")),
+    LimCase("mha", 16, SetRule("lessismore", 256, 0.0, 4, "union")),
+)
+NEXT_CASES = tuple(replace(case, release="next") for case in FLOAT32_CASES[:2])
+LOW_PRECISION_CASES = tuple(replace(MAIN, dtype=dtype) for dtype in ("bfloat16", "float16"))
+
+
+def random_prompt(length: int, seed: int) -> list[int]:
+    """Token ids without the specials, different for every seed from the first token on."""
+    rng = random.Random(f"{seed}/{length}")
+    return [rng.randrange(12, 512) for _ in range(length)]
+
+
+def prompts_within(budget: int) -> list[list[int]]:
+    """Prompts whose context never exceeds the budget, one of them ending exactly at it."""
+    lengths = (1, 2, 17, 60, 130, budget - NEW_TOKENS - 7, budget - NEW_TOKENS)
+    return [random_prompt(length, seed) for seed, length in enumerate(lengths)]
+
+
+def prompts_beyond(budget: int) -> list[list[int]]:
+    """Prompts of mixed lengths: within the budget, crossing it while decoding, and far beyond it.
+
+    Decoding `NEW_TOKENS` tokens, no two of them pass through the same length.
+    """
+    lengths = (33, budget - NEW_TOKENS // 2, budget + 2 * NEW_TOKENS, 410, 777)
+    return [random_prompt(length, 100 + seed) for seed, length in enumerate(lengths)]
+
+
+class Fleet:
+    """Makes the shared servers' specs and remembers what the dense ones answered."""
+
+    def __init__(self, folder: Path, pool: ServerPool) -> None:
+        self._folder, self._pool = folder, pool
+        self._models: dict[str, Path] = {}
+        self._probe: Probe | None = None
+        self._dense: dict[ServerSpec, DenseRun] = {}
+
+    def model(self, kind: str) -> Path:
+        """A tiny checkpoint with this head layout."""
+        if kind not in self._models:
+            heads, kv_heads = HEADS[kind]
+            path = self._folder / f"model-{kind}"
+            self._models[kind] = write_tiny_model(path, layers=LAYERS, heads=heads, kv_heads=kv_heads)
+        return self._models[kind]
+
+    @property
+    def probe(self) -> Probe:
+        """The recorder that every lessismore server of the fleet loads."""
+        if self._probe is None:
+            self._probe = Probe(self._folder / "probe")
+        return self._probe
+
+    def dense_spec(self, case: LimCase) -> ServerSpec:
+        """SGLang's own dense backend on the same release, model and dtype."""
+        args = ("--attention-backend", "torch_native", "--dtype", case.dtype, *COMMON_ARGS)
+        name = f"dense-{case.kind}-{case.dtype}-{case.release}"
+        return ServerSpec(name, self.model(case.kind), args, python=interpreter(case.release))
+
+    def lim_spec(self, case: LimCase) -> ServerSpec:
+        """A lessismore server with metrics and the probe."""
+        args = ("--attention-backend", "lessismore", *case.flags(), "--dtype", case.dtype)
+        args += ("--page-size", str(case.page_size), "--enable-metrics", *COMMON_ARGS)
+        return ServerSpec(case.name, self.model(case.kind), args, env=self.probe.env, python=interpreter(case.release))
+
+    def dense_spec_to_come(self, case: LimCase) -> ServerSpec | None:
+        """The dense server whose answers the case's tests will want, if it has not run yet."""
+        spec = self.dense_spec(case)
+        return None if spec in self._dense else spec
+
+    def dense_run(self, case: LimCase) -> "DenseRun":
+        """The dense backend's answers to the case's prompts; cases that differ in page size or method share them."""
+        spec = self.dense_spec(case)
+        if spec not in self._dense:
+            server = self._pool.get(spec, beside=self.lim_spec(case))
+            within, beyond = prompts_within(case.rule.budget), prompts_beyond(case.rule.budget)
+            model = Float64Qwen3(self.model(case.kind), getattr(torch, case.dtype))
+            answers = server.generate(within, NEW_TOKENS)
+            noise = errors(model, within, answers)
+            self._dense[spec] = DenseRun(answers, noise, errors(model, beyond, server.generate(beyond, NEW_TOKENS)))
+        return self._dense[spec]
+
+
+@dataclass(frozen=True)
+class DenseRun:
+    """What the dense backend answers and how far it is from float64."""
+
+    within: list[Answer]  # to `prompts_within`
+    noise_within: tuple[float, float]  # largest error and largest magnitude of a log-probability
+    noise_beyond: tuple[float, float]  # the same for `prompts_beyond`
+
+
+def interpreter(release: str) -> str:
+    """The Python that has this SGLang release."""
+    return sys.executable if release == "current" else os.environ[NEXT_PYTHON]

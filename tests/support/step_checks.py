@@ -1,0 +1,98 @@
+"""Recorded decode steps against the oracles: sets, attention, and the answers that come of them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from support.agreement import errors
+from support.fleet import HEADS, LAYERS, ROLES, Fleet, LimCase
+from support.float64_qwen3 import Float64Qwen3
+from support.server import Answer
+from support.set_oracle import SetRule
+
+Step = list[dict[str, Any]]  # one record a layer, as the probe writes it
+
+
+def check_steps(case: LimCase, steps: list[Step]) -> None:
+    """Every row of every layer: the set is the oracle's, the output is attention over it."""
+    for step in steps:
+        assert [record["role"] for record in step] == expected_roles(case.rule)
+        for row in range(len(step[0]["seq_lens"])):
+            check_row(case.rule, HEADS[case.kind], step, row)
+
+
+def check_answers(
+    case: LimCase, fleet: Fleet, prompts: list[list[int]], answers: list[Answer], steps: list[Step]
+) -> None:
+    """The answers are those of a float64 model that decodes over the served sets, and dense decode's are far away."""
+    sets = {}
+    for step in steps:
+        for row, length in enumerate(step[0]["seq_lens"].tolist()):
+            for record in step:
+                sparse = record["role"] == "sparse"
+                sets[record["layer"], length] = served_set(record, row, length) if sparse else None
+    model = Float64Qwen3(fleet.model(case.kind), torch.float32)
+    error, _ = errors(model, prompts, answers, lambda layer, length: sets[layer, length])
+    dense_error, magnitude = fleet.dense_run(case).noise_beyond
+    assert error <= 2 * dense_error + torch.finfo(torch.float32).eps * magnitude
+    far, _ = errors(model, prompts[-1:], answers[-1:])
+    assert far > 1000 * error, "dense decode would pass as well, so the test says nothing"
+
+
+def expected_roles(rule: SetRule) -> list[str]:
+    """Layers' roles; the window control has no selection layers."""
+    return list(ROLES) if rule.method != "window" else ["dense", *["sparse"] * (LAYERS - 1)]
+
+
+def check_row(rule: SetRule, heads: tuple[int, int], step: Step, row: int) -> None:
+    """All layers of one request in one step."""
+    kept: list[int] | None = rule.window(int(step[0]["seq_lens"][row])) if rule.method == "window" else None
+    for record in step:
+        length = int(record["seq_lens"][row])
+        place = f"layer {record['layer']} ({record['role']}), context {length}"
+        # One query, [H, D], and the context as the snapshot names it, [L, H_kv, D].
+        q, k, v = record["q"][row], record["keys"][row, :length], record["values"][row, :length]
+        assert (q.shape[0], k.shape[1]) == heads
+        if record["role"] == "select":
+            kept = served_set(record, row, length)
+            exact, slack = exact_logits(q, k, record["scale"])
+            assert rule.explains(kept, exact, length, slack), f"{place}: not the oracle's set"
+        elif record["role"] == "sparse":
+            assert served_set(record, row, length) == kept, f"{place}: the set in force is not the one chosen"
+            k, v = k[kept], v[kept]
+        check_attention(q, k, v, record["scale"], record["out"][row], place)
+
+
+def served_set(record: dict[str, Any], row: int, length: int) -> list[int]:
+    """The positions behind the slots of the set in force; asserts that they ascend without repetition."""
+    position = {slot: t for t, slot in enumerate(record["slots"][row, :length].tolist())}
+    assert len(position) == length and 0 not in position, "two positions share a slot, or one has the reserved slot"
+    count = int(record["set_counts"][row])
+    positions = [position[slot] for slot in record["set_slots"][row, :count].tolist()]
+    assert positions == sorted(set(positions))
+    return positions
+
+
+def exact_logits(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Logits float64 [H, L], and how far a float32 dot product in any order of summation may be from them."""
+    keys = k.double().repeat_interleave(q.shape[0] // k.shape[1], dim=1)
+    exact = torch.einsum("hd,lhd->hl", q.double(), keys) * scale
+    terms = torch.einsum("hd,lhd->hl", q.double().abs(), keys.abs()) * scale
+    return exact, (q.shape[1] + 2) * torch.finfo(torch.float32).eps * terms
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, place: str) -> None:
+    """The error against float64 is within twice that of plain float32 attention, plus a rounding band."""
+    exact, plain = (attention(*(x.to(dtype) for x in (q, k, v)), scale) for dtype in (torch.float64, torch.float32))
+    band = 4 * torch.finfo(torch.float32).eps * v.abs().max()
+    error, bound = (out - exact).abs().max(), 2 * (plain - exact).abs().max() + band
+    assert error <= bound, f"{place}: attention is off by {error:.3g}, bound {bound:.3g}"
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Softmax attention of one query, in its operands' dtype."""
+    group = q.shape[0] // k.shape[1]
+    keys, values = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
+    weights = (keys @ q.unsqueeze(2) * scale).softmax(dim=1)
+    return (weights.transpose(1, 2) @ values).squeeze(1)
