@@ -47,6 +47,7 @@ start_server() {
     shift 3
     setsid "$python" -m sglang.launch_server --host 127.0.0.1 --port "$port" "$@" >"$log" 2>&1 </dev/null &
     group=$!
+    disown  # ended by stop_all, without a word from the shell
     LIM_GROUPS+=("$group")
     until "$python" - "$port" 2>/dev/null <<'PY'
 import sys, urllib.request

@@ -180,7 +180,7 @@ class ChainTracer(nn.Module):
 
 
 def save_checkpoint(model: ChainTracer, folder: Path, parts: int = 3) -> None:
-    """Write float32 weights as `parts` safetensors files: a lent GPU host returns small files only."""
+    """Write float32 weights as `parts` safetensors files, small enough to bring back from any GPU host."""
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(model.hf_state_dict())
     for i in range(parts):
