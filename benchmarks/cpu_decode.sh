@@ -9,7 +9,9 @@ ensure_venv "$LIM_ROOT/.venv" "$LIM_SGLANG"
 python=$LIM_ROOT/.venv/bin/python
 model=${1:-models/chain-tracer} budget=${2:-256}
 logs=$(mktemp -d)
-common=(--model-path "$model" --device cpu --max-total-tokens 40000 --max-running-requests 16 --sleep-on-idle)
+# Tokens are streamed in chunks of 16, so that two cores are not busy with HTTP; the same for both servers.
+common=(--model-path "$model" --device cpu --max-total-tokens 40000 --max-running-requests 16 --sleep-on-idle
+    --stream-interval 16)
 
 names=()
 for backend in torch_native lessismore; do

@@ -48,31 +48,33 @@ def group_queries(q: Tensor, kv_heads: int) -> Tensor:
 
 
 def attend(
-    q: Tensor, keys: Tensor, values: Tensor, valid: Tensor, *, scale: float, logit_cap: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, counts: Tensor, *, scale: float, logit_cap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax attention of one query token a row, in float32 (float64 for float64 operands).
+    """Softmax attention of one query token a row over KV slots, in float32 (float64 for float64 operands).
 
     Args:
         q: [B, H, D].
-        keys, values: [B, H_kv, K, D], [B, H_kv, K, D_v].
-        valid: bool [B, K] or [B, H_kv, K]; at least one entry true in every row.
+        k_cache, v_cache: [num_slots, H_kv, D], [num_slots, H_kv, D_v].
+        slots, counts: as in `valid_slots`.
         scale, logit_cap: as in `sparse_decode`.
 
     Returns:
         out [B, H, D_v] in q's dtype; lse [B, H] and logits [B, H, K] in the arithmetic's dtype. `logits` are the
-        scaled (and capped) ones, before masking.
+        scaled (and capped) ones, -inf beyond `counts`.
     """
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    valid, safe = valid_slots(slots, counts)
+    # Keys are let go before values are gathered: on a CPU fresh memory costs as much as the arithmetic.
     # [B, H_kv, G, K]
-    logits = (group_queries(q, keys.shape[1]).to(compute) * scale) @ keys.to(compute).transpose(2, 3)
+    logits = _products(group_queries(q, k_cache.shape[1]).to(compute) * scale, k_cache, safe)
     if logit_cap > 0:
-        logits = logit_cap * torch.tanh(logits / logit_cap)
-    masked = logits.masked_fill(~_mask(valid), float("-inf"))
-    lse = masked.logsumexp(dim=3)
-    out = (masked - lse.unsqueeze(3)).exp() @ values.to(compute)
+        logits = logits.div_(logit_cap).tanh_().mul_(logit_cap)
+    logits.masked_fill_(~valid.view(valid.shape[0], -1, 1, valid.shape[-1]), float("-inf"))
+    lse = logits.logsumexp(dim=3)
+    out = (logits - lse.unsqueeze(3)).exp_() @ gather_slots(v_cache, safe).to(compute)
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2), logits.flatten(1, 2)
 
 
-def _mask(valid: Tensor) -> Tensor:
-    """bool [B, 1 or H_kv, 1, K]."""
-    return valid.view(valid.shape[0], -1, 1, valid.shape[-1])
+def _products(queries: Tensor, k_cache: Tensor, slots: Tensor) -> Tensor:
+    """[B, H_kv, G, D] by the keys of [B, K] slots: [B, H_kv, G, K]."""
+    return queries @ gather_slots(k_cache, slots).to(queries.dtype).transpose(2, 3)
