@@ -69,9 +69,9 @@ def launch_env(extra: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a launcher that came to an end by itself ended."""
+    """How a launcher that should come to an end by itself did so."""
 
-    code: int
+    code: int | None  # None: it did not, and was ended
     out: str
     err: str
 
@@ -87,11 +87,16 @@ def run_launcher(args: Sequence[str], *, cwd: Path, env: Sequence[tuple[str, str
         env=launch_env(env),
         start_new_session=True,
     )
+    code = None
     try:
         out, err = process.communicate(timeout=START_TIMEOUT_S)
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        end_group(process)
+        out, err = process.communicate()
     finally:
         end_group(process)
-    return Outcome(process.returncode, out, err)
+    return Outcome(code, out, err)
 
 
 def free_port() -> int:
