@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The small reasoning model on this machine's CPU, dense and then with LessIsMore decode: the same problems, side by side.
-#   usage: launch/demo.sh [BUDGET]        PROBLEMS=6 SAMPLES=2 STEPS=24 may be set
+#   usage: launch/demo.sh [BUDGET]        PROBLEMS=6 SAMPLES=2 STEPS=48 may be set
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
 cd "$LIM_ROOT"
@@ -9,7 +9,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 budget=${1:-256}
-problems=${PROBLEMS:-6} samples=${SAMPLES:-2} steps=${STEPS:-24}
+problems=${PROBLEMS:-6} samples=${SAMPLES:-2} steps=${STEPS:-48}
 ensure_venv "$LIM_ROOT/.venv" "$LIM_SGLANG"
 python=$LIM_ROOT/.venv/bin/python
 started=$SECONDS
