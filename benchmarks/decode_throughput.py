@@ -117,6 +117,7 @@ def main() -> None:
         )
         print(json.dumps(rows[-1]), file=sys.stderr)
     if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         new = not args.output.exists()
         with args.output.open("a", newline="") as file:
             writer = csv.DictWriter(file, rows[0])

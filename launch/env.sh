@@ -13,17 +13,20 @@ die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 # ensure_venv DIR SGLANG_VERSION [EXTRAS]: a virtual environment with that SGLang and this checkout, made once.
 ensure_venv() {
     local dir=$1 version=$2 extras=${3:-} want python
-    want="sglang $version extras $extras $(cksum <"$LIM_ROOT/pyproject.toml")"
-    [[ -f $dir/.lim-ready && $(<"$dir/.lim-ready") == "$want" ]] && return
+    want="sglang $version $(cksum <"$LIM_ROOT/pyproject.toml")"
+    # An environment with extras serves who needs none.
+    [[ -f $dir/.lim-ready && $(<"$dir/.lim-ready") == "$want ["*"${extras}]" ]] && return
     python=${PYTHON:-python3}
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         die "Python 3.10 or later is needed, and $python is not; install it or set PYTHON"
     say "setting up $(basename "$dir") with SGLang $version (several GB, a few minutes)"
-    [[ -x $dir/bin/python ]] || "$python" -m venv "$dir" ||
+    command -v setsid >/dev/null || die "setsid (util-linux) not found; these recipes are for Linux"
+    # A first try that failed half way leaves a python without pip.
+    "$dir/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$dir" ||
         die "python venv module missing; on Debian and Ubuntu: apt-get install python3-venv"
     "$dir/bin/python" -m pip install --quiet --disable-pip-version-check \
         "sglang==$version" -e "$LIM_ROOT${extras:+[$extras]}"
-    printf '%s' "$want" >"$dir/.lim-ready"
+    printf '%s [%s]' "$want" "$extras" >"$dir/.lim-ready"
 }
 
 LIM_GROUPS=()
@@ -31,8 +34,8 @@ LIM_GROUPS=()
 # stop_all: ends every process group that start_server began. Set as the trap of EXIT by whoever starts servers.
 stop_all() {
     local group
-    for group in "${LIM_GROUPS[@]}"; do kill -TERM -- "-$group" 2>/dev/null || true; done
-    for group in "${LIM_GROUPS[@]}"; do
+    for group in ${LIM_GROUPS[@]+"${LIM_GROUPS[@]}"}; do kill -TERM -- "-$group" 2>/dev/null || true; done
+    for group in ${LIM_GROUPS[@]+"${LIM_GROUPS[@]}"}; do
         for _ in {1..50}; do kill -0 -- "-$group" 2>/dev/null || break; sleep 0.1; done
         kill -KILL -- "-$group" 2>/dev/null || true
     done
@@ -49,12 +52,14 @@ start_server() {
     group=$!
     disown  # ended by stop_all, without a word from the shell
     LIM_GROUPS+=("$group")
+    local deadline=$((SECONDS + 300))
     until "$python" - "$port" 2>/dev/null <<'PY'
 import sys, urllib.request
 urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/health", timeout=5)
 PY
     do
         kill -0 "$group" 2>/dev/null || { tail -n 40 "$log" >&2; die "the server ended while starting; its log is $log"; }
+        ((SECONDS < deadline)) || die "the server does not answer after 300 s; its log is $log"
         sleep 0.5
     done
 }

@@ -77,6 +77,8 @@ def default_dense_backend(device: str) -> str:
     """Dense backend where `--lim-dense-backend` names none: fa3 on sm_90, flashinfer on other CUDA, else torch."""
     if device != "cuda":
         return "torch_native"
+    if torch.version.hip is not None:
+        return "triton"
     return "fa3" if torch.cuda.get_device_capability()[0] == 9 else "flashinfer"
 
 
@@ -139,6 +141,9 @@ def sparse_subclass(dense: type) -> type:
         def init_forward_metadata(self, forward_batch: Any) -> None:
             super().init_forward_metadata(forward_batch)
             prepare(self.lim, forward_batch)
+
+        def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+            raise checks.RefusedConfig(["CUDA graphs need the Triton kernels; pass --disable-cuda-graph"])
 
         def forward_decode(
             self,

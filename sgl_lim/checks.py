@@ -14,6 +14,19 @@ def decodes_sparsely(server_args: Any) -> bool:
     return decode == BACKEND
 
 
+def names_us(server_args: Any) -> bool:
+    """Whether any attention backend flag names ours."""
+    names = (server_args.attention_backend, server_args.prefill_attention_backend, server_args.decode_attention_backend)
+    return BACKEND in names
+
+
+def decode_graphs() -> bool:
+    """Whether SGLang resolved to capture decode in CUDA graphs; known in the scheduler process."""
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
+
+    return not check_cuda_graph_backend(Phase.DECODE, Backend.DISABLED)
+
+
 def check_before_weights(config: LimConfig, model_runner: Any) -> None:
     """Refuse what configuration, server arguments and the model's config already tell.
 
@@ -45,7 +58,7 @@ def model_problems(config: LimConfig, model: Any) -> list[str]:
     if getattr(model, "is_hybrid_swa", False) or (model.sliding_window_size or 0) > 0:
         found.append(f"sliding-window or hybrid attention already drops tokens by layer; {use_dense}")
     layers, depth = config.selection_layers, model.num_hidden_layers
-    if layers and all(isinstance(layer, int) for layer in layers) and max(layers) >= depth:
+    if isinstance(layers, tuple) and all(isinstance(i, int) for i in layers) and max(layers, default=0) >= depth:
         found.append(
             f"--lim-selection-layers {','.join(map(str, layers))} goes beyond the model's {depth} layers; "
             f"choose among 0 to {depth - 1}"
@@ -56,12 +69,20 @@ def model_problems(config: LimConfig, model: Any) -> list[str]:
 def server_problems(config: LimConfig, server_args: Any, device: str) -> list[str]:
     """Reasons in SGLang's server arguments."""
     found = []
+    if not decodes_sparsely(server_args):
+        found.append(
+            f"--prefill-attention-backend {BACKEND}: only decode is sparse; name it with --attention-backend or "
+            "--decode-attention-backend"
+        )
     if server_args.pp_size > 1:
         found.append(
             f"--pp-size {server_args.pp_size}: a stage without the selection layers has no set; use --tp-size instead"
         )
-    if server_args.enable_dp_attention:
-        found.append("--enable-dp-attention: selection across its groups is not verified; leave the flag out")
+    if server_args.enable_dp_attention or getattr(server_args, "attn_dp_size", 1) > 1:
+        found.append(
+            "--enable-dp-attention (or --attn-dp-size above 1): selection across its groups is not verified; "
+            "leave the flag out"
+        )
     if getattr(server_args, "dcp_size", 1) > 1:
         found.append("--dcp-size above 1 splits a request's KV over ranks; leave it at 1")
     for flag in ("enable_two_batch_overlap", "enable_pdmux"):
@@ -69,7 +90,7 @@ def server_problems(config: LimConfig, server_args: Any, device: str) -> list[st
             found.append(f"--{flag.replace('_', '-')} runs several backends at once; leave the flag out")
     if str(server_args.kv_cache_dtype).startswith(("fp4", "nvfp4")):
         found.append(f"--kv-cache-dtype {server_args.kv_cache_dtype}: packed fp4 KV; use auto or fp8_e4m3")
-    if server_args.speculative_algorithm and not server_args.speculative_draft_attention_backend:
+    if server_args.speculative_algorithm and server_args.speculative_draft_attention_backend in (None, BACKEND):
         found.append(
             f"--speculative-algorithm {server_args.speculative_algorithm} would draft with this backend; "
             "name a dense one with --speculative-draft-attention-backend"
@@ -82,19 +103,21 @@ def server_problems(config: LimConfig, server_args: Any, device: str) -> list[st
         if getattr(server_args, "enable_torch_compile", False):
             found.append("--enable-torch-compile captures decode on CPU, where sets vary in place; leave the flag out")
     elif device == "cuda":
-        if not server_args.disable_cuda_graph:
+        if decode_graphs():
             found.append(
-                "CUDA graphs need the Triton kernels, which this release does not have yet; pass --disable-cuda-graph"
+                "CUDA graphs need the Triton kernels, which this release does not have yet; pass "
+                "--disable-cuda-graph (0.5.23: --cuda-graph-backend-decode disabled)"
             )
-        if str(server_args.kv_cache_dtype).startswith("fp8"):
-            found.append(f"--kv-cache-dtype {server_args.kv_cache_dtype} needs the Triton kernels on a GPU; use auto")
     else:
         found.append(f"--device {device} is not supported; use cuda or cpu")
     return found
 
 
 def check_pool(pool: Any) -> None:
-    """Refuse KV pools that are not plain token-major (NHD) keys and values. Raises `RefusedConfig`."""
+    """Refuse KV pools that are not plain token-major (NHD) keys and values. Raises `RefusedConfig`.
+
+    Pools exist only once weights are loaded; what a flag or the model's config tells was refused before.
+    """
     from sglang.srt.mem_cache import memory_pool
 
     packed = tuple(
@@ -106,6 +129,8 @@ def check_pool(pool: Any) -> None:
         raise RefusedConfig([f"KV pool {type(pool).__name__}: only models with plain MHA, GQA or MQA caches work"])
     if isinstance(pool, packed):
         raise RefusedConfig([f"KV pool {type(pool).__name__} packs blocks; use --kv-cache-dtype auto or fp8_e4m3"])
+    if pool.device != "cpu" and pool.dtype.itemsize == 1:
+        raise RefusedConfig([f"--kv-cache-dtype {pool.dtype} needs the Triton kernels on a GPU; use bfloat16"])
     layout = getattr(pool, "kv_cache_layout", "nhd")
     if layout != "nhd":
         raise RefusedConfig([f"KV layout {layout!r}: only 'nhd' works; unset SGLANG_USE_HND_KVCACHE and layout flags"])

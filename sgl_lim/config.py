@@ -43,7 +43,7 @@ class LimConfig:
     def problems(self) -> list[str]:
         """Reasons why these values cannot work with any model; empty if they can."""
         found = []
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             found.append(f"--lim-method must be one of {', '.join(sorted(METHODS))}, got {self.method!r}")
         sinks_ok = _is_int(self.sinks) and self.sinks >= 0
         if not sinks_ok:
@@ -61,7 +61,11 @@ class LimConfig:
             found.append(f"--lim-aggregate must be one of {', '.join(AGGREGATES)}, got {self.aggregate!r}")
         layers = self.selection_layers
         if layers is not None:
-            if not layers or not all(_is_int(layer) and layer >= 0 for layer in layers):
+            if (
+                not isinstance(layers, tuple)
+                or not layers
+                or not all(_is_int(layer) and layer >= 0 for layer in layers)
+            ):
                 found.append(f"--lim-selection-layers must be layer indices such as 2,12, got {layers!r}")
             elif any(b <= a for a, b in itertools.pairwise(layers)):
                 found.append(f"--lim-selection-layers must increase, got {','.join(map(str, layers))}")
@@ -100,7 +104,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "dense-backend",
         type=str,
-        help="SGLang backend for prefill and dense layers (default: SGLang's choice for the device).",
+        help="SGLang backend for prefill and dense layers (default: fa3, flashinfer or torch_native by the device).",
     )
 
 

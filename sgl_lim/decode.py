@@ -22,11 +22,13 @@ class DecodeStep:
 
     slots: Tensor  # int32 [B, L] on the pool's device: KV slot of each position
     seq_lens: Tensor  # int64 [B] on the pool's device, the current token included
-    set_slots: Tensor | None = None  # int32 [B, K]: the set in force, filled by a selection layer
+    set_slots: Tensor | None = None  # int32 [B, min(K, L)]: the set in force, filled by a selection layer
     set_counts: Tensor | None = None  # int32 [B]
 
     def keep(self, positions: Tensor, counts: Tensor) -> None:
         """Put a set in force for the layers that follow: positions int32 [B, K] (-1 padded), counts int32 [B]."""
+        # No row has more tokens than the snapshot is wide, and a budget may be much wider.
+        positions = positions[:, : self.slots.shape[1]]
         self.set_slots = self.slots.gather(1, positions.clamp(min=0).long())
         self.set_counts = counts
 

@@ -36,7 +36,7 @@ class _Published:
         }
         # A request leaves this count when it outgrows the budget, so it is no Prometheus counter.
         self._dense = Gauge(
-            "sgl_lim_requests_dense", HELP["requests_dense"], ["model_name"], multiprocess_mode="mostrecent"
+            "sgl_lim_requests_dense", HELP["requests_dense"], ["model_name"], multiprocess_mode="livesum"
         )
         self._last = dict.fromkeys(self._counters, 0)
 
@@ -63,10 +63,12 @@ def announce(lim: "SparseDecode", runner: Any) -> None:
     """Log the one line that says what is on, and make `lim` the backend that `describe` and the metrics show."""
     from sglang.srt.distributed.parallel_state import get_attn_tp_group
 
+    first_rank = get_attn_tp_group().rank_in_group == 0
     _State.lim = lim
     _State.model_name = runner.server_args.served_model_name or runner.server_args.model_path
-    _State.enabled = runner.server_args.enable_metrics and get_attn_tp_group().rank_in_group == 0
-    logger.info("sgl-lim is on: %s", summary(lim))
+    _State.enabled = runner.server_args.enable_metrics and first_rank
+    if first_rank:
+        logger.info("sgl-lim is on: %s", summary(lim))
 
 
 def settings(lim: "SparseDecode") -> dict[str, Any]:

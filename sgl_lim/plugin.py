@@ -15,12 +15,13 @@ def plug() -> None:
     from lim_patches import cli_flags, refuse_before_weights, server_info, triton_on_cpu
     from sgl_lim import checks, config, metrics
 
-    add_attention_backend_choices([checks.BACKEND])
-    register_attention_backend(checks.BACKEND)(_make)
     lim_patches.use(cli_flags, add_flags=config.add_flags, take_flags=config.take_flags)
     lim_patches.use(refuse_before_weights, check=_check_before_weights)
     lim_patches.use(server_info, key=metrics.INFO_KEY, describe=metrics.describe, on_idle=metrics.on_idle)
     lim_patches.use(triton_on_cpu)
+    # Last: were a hook to raise above, the backend's name would be unknown rather than half served.
+    add_attention_backend_choices([checks.BACKEND])
+    register_attention_backend(checks.BACKEND)(_make)
 
 
 def _make(runner: Any) -> Any:
@@ -33,5 +34,5 @@ def _check_before_weights(model_runner: Any) -> None:
     from sgl_lim import checks
     from sgl_lim.config import load
 
-    if checks.decodes_sparsely(model_runner.server_args) and not model_runner.is_draft_worker:
+    if checks.names_us(model_runner.server_args) and not model_runner.is_draft_worker:
         checks.check_before_weights(load(), model_runner)

@@ -25,11 +25,15 @@ PRESETS = (
 
 
 def find_preset(model_path: str, num_layers: int) -> Preset | None:
-    """The preset whose name occurs in the model's path (any case, `_` as `-`) and whose depth is the model's."""
-    path = model_path.lower().replace("_", "-")
-    for preset in PRESETS:
-        if preset.name in path and preset.num_layers == num_layers:
-            return preset
+    """The preset whose name occurs in the model's path (any case, `_` as `-`) and whose depth is the model's.
+
+    The last part of the path that names a preset decides: folders above a checkpoint may name other models, and the
+    hub's snapshot folders below it name none.
+    """
+    for part in reversed(model_path.lower().replace("_", "-").split("/")):
+        for preset in PRESETS:
+            if preset.name in part and preset.num_layers == num_layers:
+                return preset
     return None
 
 

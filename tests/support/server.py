@@ -19,7 +19,7 @@ import requests
 
 START_TIMEOUT_S = 240
 ANSWER_TIMEOUT_S = 240
-QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+QUIET = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 # Tiny models: threads that wait for one another cost more than they give, and a test may share two cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 

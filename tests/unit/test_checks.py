@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 from sglang.srt.configs.model_config import AttentionArch
 
+from sgl_lim import checks
 from sgl_lim.checks import check_before_weights, check_pool, decodes_sparsely
 from sgl_lim.config import LimConfig, RefusedConfig
 
@@ -16,6 +17,10 @@ MODEL = {
     "num_hidden_layers": 12,
 }
 SERVER = {
+    "attention_backend": "lessismore",
+    "prefill_attention_backend": None,
+    "decode_attention_backend": None,
+    "attn_dp_size": 1,
     "pp_size": 1,
     "enable_dp_attention": False,
     "dcp_size": 1,
@@ -25,7 +30,6 @@ SERVER = {
     "speculative_algorithm": None,
     "speculative_draft_attention_backend": None,
     "enable_torch_compile": False,
-    "disable_cuda_graph": True,
 }
 
 
@@ -40,6 +44,18 @@ def reasons(config=None, device="cpu", **changes) -> list[str]:
     except RefusedConfig as refused:
         return refused.reasons
     return []
+
+
+@pytest.fixture(autouse=True)
+def _decode_runs_eagerly(monkeypatch):
+    monkeypatch.setattr(checks, "decode_graphs", lambda: False)
+
+
+def test_decode_graphs_are_refused(monkeypatch):
+    monkeypatch.setattr(checks, "decode_graphs", lambda: True)
+    assert reasons() == []
+    (reason,) = reasons(device="cuda")
+    assert "--disable-cuda-graph" in reason and "--cuda-graph-backend-decode disabled" in reason
 
 
 def test_plain_configuration_is_served():
@@ -61,8 +77,15 @@ def test_plain_configuration_is_served():
         ({"kv_cache_dtype": "fp4_e2m1"}, ("--kv-cache-dtype fp4_e2m1", "fp8_e4m3")),
         ({"speculative_algorithm": "EAGLE"}, ("EAGLE", "--speculative-draft-attention-backend")),
         ({"enable_torch_compile": True}, ("--enable-torch-compile", "leave the flag out")),
-        ({"device": "cuda", "disable_cuda_graph": False}, ("CUDA graphs", "--disable-cuda-graph")),
-        ({"device": "cuda", "kv_cache_dtype": "fp8_e4m3"}, ("--kv-cache-dtype fp8_e4m3", "auto")),
+        ({"attn_dp_size": 2}, ("--attn-dp-size", "leave the flag out")),
+        (
+            {"attention_backend": "triton", "prefill_attention_backend": "lessismore"},
+            ("--prefill-attention-backend lessismore", "--decode-attention-backend"),
+        ),
+        (
+            {"speculative_algorithm": "EAGLE", "speculative_draft_attention_backend": "lessismore"},
+            ("EAGLE", "--speculative-draft-attention-backend"),
+        ),
         ({"device": "npu"}, ("--device npu", "cuda or cpu")),
         ({"config": LimConfig(selection_layers=(2, 12))}, ("--lim-selection-layers 2,12", "0 to 11")),
         ({"config": LimConfig(dense_backend="fa9")}, ("--lim-dense-backend", "flashinfer")),

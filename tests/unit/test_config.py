@@ -82,6 +82,8 @@ def test_parser_names_the_flag(flag, capsys):
         ({"recency": "half"}, "--lim-recency"),
         ({"aggregate": "mean"}, "--lim-aggregate"),
         ({"method": "magic"}, "--lim-method"),
+        ({"method": []}, "--lim-method"),
+        ({"selection_layers": 2}, "--lim-selection-layers"),
         ({"selection_layers": ()}, "--lim-selection-layers"),
         ({"selection_layers": (2, 2)}, "--lim-selection-layers"),
         ({"selection_layers": (-1, 2)}, "--lim-selection-layers"),

@@ -69,6 +69,8 @@ def test_window_set_is_sinks_and_recent_tokens():
         ("Qwen/Qwen3-8B", 36, (2, 12)),
         ("/models/qwen3_4b/", 36, (2, 20)),
         ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", 32, (2, 13)),
+        ("/runs/qwen3-8b-baselines/Qwen3-4B", 36, (2, 20)),
+        ("/hub/models--Qwen--Qwen3-8B/snapshots/b968826d", 36, (2, 12)),
     ],
 )
 def test_presets_by_name(path, depth, layers):
