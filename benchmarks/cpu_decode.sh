@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Decode on a CPU: lessismore beside torch_native and its own dense control, the same settings, one after the other.
+# Decode on a CPU: lessismore beside torch_native, the same settings, one after the other.
 #   usage: benchmarks/cpu_decode.sh [MODEL [BUDGET [CSV]]]
 set -euo pipefail
 source "$(dirname "$0")/../launch/env.sh"
@@ -23,6 +23,5 @@ serve() {
     names+=("$name=http://127.0.0.1:$port")
 }
 serve torch_native --attention-backend torch_native
-serve full --attention-backend lessismore --lim-method full
 serve lessismore --attention-backend lessismore --lim-budget "$budget"
 "$python" benchmarks/decode_throughput.py "${names[@]}" --output "$output"
