@@ -86,7 +86,7 @@ LAUNCHES = {
     ),
     "dp-attention": Refusal(
         ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"),
-        (r"--enable-dp-attention: .*; leave the flag out",),
+        (r"--enable-dp-attention \(or --attn-dp-size above 1\): .*; leave the flag out",),
         env=(("SGLANG_CPU_OMP_THREADS_BIND", "0|1"), *NO_NCCL),
     ),
     "speculative-without-draft-backend": Refusal(
