@@ -12,7 +12,19 @@ from support.server import Outcome, ServerPool, run_launcher
 
 pytestmark = pytest.mark.served
 
-COMMON = ("--attention-backend", "lessismore", "--device", "cpu", "--dtype", "float32", "--load-format", "dummy")
+COMMON = (
+    "--attention-backend",
+    "lessismore",
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+    "--load-format",
+    "dummy",
+    # Should a refusal fail, the server must not take the machine's memory for its pool.
+    "--max-total-tokens",
+    "2048",
+)
 SHAPE = {
     "vocab_size": 512,
     "hidden_size": 128,
