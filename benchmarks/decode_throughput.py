@@ -23,14 +23,13 @@ from typing import Any
 
 from machine import machine_line
 
+from sgl_lim.programs.endpoint import request_json
 from sgl_lim.tasks.chains import generate_chains, parse_answer
 
 
 def post(url: str, **body: Any) -> Any:
     """POST `/generate`."""
-    request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=1800) as answer:
-        return json.load(answer)
+    return request_json(f"{url}/generate", body, timeout=1800)
 
 
 def greedy(tokens: int, **more: Any) -> dict[str, Any]:

@@ -20,7 +20,6 @@ ensure_venv() {
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         die "Python 3.10 or later is needed, and $python is not; install it or set PYTHON"
     say "setting up $(basename "$dir") with SGLang $version (several GB, a few minutes)"
-    command -v setsid >/dev/null || die "setsid (util-linux) not found; these recipes are for Linux"
     # A first try that failed half way leaves a python without pip.
     "$dir/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$dir" ||
         die "python venv module missing; on Debian and Ubuntu: apt-get install python3-venv"
@@ -48,6 +47,7 @@ free_port() { "$1" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 
 start_server() {
     local python=$1 port=$2 log=$3 group
     shift 3
+    command -v setsid >/dev/null || die "setsid (util-linux) not found; these recipes are for Linux"
     setsid "$python" -m sglang.launch_server --host 127.0.0.1 --port "$port" "$@" >"$log" 2>&1 </dev/null &
     group=$!
     disown  # ended by stop_all, without a word from the shell

@@ -6,7 +6,6 @@ copies its rows of `req_to_token` when SGLang prepares the step's metadata and r
 afterwards; no state crosses from one step to the next.
 """
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +18,6 @@ from sgl_lim.counters import Counters
 from sgl_lim.decode import DecodeStep, HeadShare, attend, begin_step
 from sgl_lim.methods import METHODS, Method, Role
 from sgl_lim.presets import selection_layers_for
-
-logger = logging.getLogger(__name__)
-
-UNUSED_LAYER_OPTIONS = ("sinks", "score_mod", "q_rope", "k_rope")
 
 
 @dataclass

@@ -1,4 +1,6 @@
-"""Choice of an implementation by name, shared by every operator's `api.py`."""
+"""What every operator's `api.py` shares: choice of an implementation by name, and checks of operands."""
+
+from torch import Tensor
 
 
 def resolve(op: str, implementation: str | None, available: tuple[str, ...], default: str) -> str:
@@ -23,3 +25,32 @@ def require(condition: bool, op: str, expected: str, actual: object) -> None:
     """Raise ValueError("op: expected …, got …") unless `condition` holds."""
     if not condition:
         raise ValueError(f"{op}: expected {expected}, got {actual}")
+
+
+def check_decode_operands(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, *indices: Tensor) -> None:
+    """Check what decode operators have in common: q, the KV caches, and one device for them and `indices`.
+
+    Args:
+        op: operator name, for the message.
+        q: [B, H, D]; k_cache, v_cache: [num_slots, H_kv, D], [num_slots, H_kv, D_v].
+        indices: the operator's integer operands; their shapes are its own to check.
+
+    Raises:
+        ValueError: naming the operand, what was expected and what came.
+    """
+    require(q.dim() == 3 and q.is_floating_point(), op, "q floating [B, H, D]", f"{q.dtype} {list(q.shape)}")
+    heads, dim = q.shape[1:]
+    require(
+        k_cache.dim() == 3 and k_cache.shape[2] == dim and heads % k_cache.shape[1] == 0,
+        op,
+        f"k_cache [num_slots, H_kv, {dim}] with H_kv dividing {heads}",
+        list(k_cache.shape),
+    )
+    require(
+        v_cache.dim() == 3 and v_cache.shape[:2] == k_cache.shape[:2],
+        op,
+        f"v_cache [{k_cache.shape[0]}, {k_cache.shape[1]}, D_v]",
+        list(v_cache.shape),
+    )
+    devices = {str(t.device) for t in (q, k_cache, v_cache, *indices)}
+    require(len(devices) == 1, op, "all operands on one device", sorted(devices))

@@ -52,9 +52,8 @@ def server(case: LimCase, fleet: Fleet, pool: ServerPool) -> Server:
 
 
 @pytest.fixture(scope="module")
-def chain_server(fleet: Fleet, pool: ServerPool) -> Server:
-    """The committed chain tracer, or a random model with its vocabulary where the checkpoint is missing."""
+def chain_server(pool: ServerPool) -> Server:
+    """The committed chain tracer."""
     args = ("--attention-backend", "lessismore", "--lim-budget", "128", "--dtype", "float32", "--enable-metrics")
     args += ("--max-total-tokens", "16384", "--max-running-requests", "32")
-    model = CHAIN_TRACER if (CHAIN_TRACER / "config.json").exists() else fleet.model("gqa")
-    return pool.get(ServerSpec("chain", model, args))
+    return pool.get(ServerSpec("chain", CHAIN_TRACER, args))

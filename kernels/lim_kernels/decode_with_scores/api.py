@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lim_kernels.decode_with_scores import reference
-from lim_kernels.dispatch import require, resolve
+from lim_kernels.dispatch import check_decode_operands, require, resolve
 
 _IMPLEMENTATIONS = ("reference",)
 
@@ -36,23 +36,9 @@ def decode_with_scores(
         ValueError: wrong shape, dtype or device, or an unknown implementation.
     """
     op = "decode_with_scores"
-    require(q.dim() == 3 and q.is_floating_point(), op, "q floating [B, H, D]", f"{q.dtype} {list(q.shape)}")
-    batch, heads, dim = q.shape
-    require(
-        k_cache.dim() == 3 and k_cache.shape[2] == dim and heads % k_cache.shape[1] == 0,
-        op,
-        f"k_cache [num_slots, H_kv, {dim}] with H_kv dividing {heads}",
-        list(k_cache.shape),
-    )
-    require(
-        v_cache.dim() == 3 and v_cache.shape[:2] == k_cache.shape[:2],
-        op,
-        f"v_cache [{k_cache.shape[0]}, {k_cache.shape[1]}, D_v]",
-        list(v_cache.shape),
-    )
+    check_decode_operands(op, q, k_cache, v_cache, slots, seq_lens)
+    batch = q.shape[0]
     require(slots.dim() == 2 and slots.shape[0] == batch, op, f"slots [{batch}, L]", list(slots.shape))
     require(seq_lens.shape == slots.shape[:1], op, f"seq_lens [{batch}]", list(seq_lens.shape))
-    devices = {str(t.device) for t in (q, k_cache, v_cache, slots, seq_lens)}
-    require(len(devices) == 1, op, "all operands on one device", sorted(devices))
     resolve(op, implementation, _IMPLEMENTATIONS, "reference")
     return reference.decode_with_scores(q, k_cache, v_cache, slots, seq_lens, scale=scale, logit_cap=logit_cap)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lim_kernels.dispatch import require, resolve
+from lim_kernels.dispatch import check_decode_operands, require, resolve
 from lim_kernels.sparse_decode import reference
 
 _IMPLEMENTATIONS = ("reference",)
@@ -38,21 +38,8 @@ def sparse_decode(
         ValueError: wrong shape, dtype or device, or an unknown implementation.
     """
     op = "sparse_decode"
-    require(q.dim() == 3 and q.is_floating_point(), op, "q floating [B, H, D]", f"{q.dtype} {list(q.shape)}")
-    batch, heads, dim = q.shape
-    require(
-        k_cache.dim() == 3 and k_cache.shape[2] == dim and heads % k_cache.shape[1] == 0,
-        op,
-        f"k_cache [num_slots, H_kv, {dim}] with H_kv dividing {heads}",
-        list(k_cache.shape),
-    )
-    kv_heads = k_cache.shape[1]
-    require(
-        v_cache.dim() == 3 and v_cache.shape[:2] == k_cache.shape[:2],
-        op,
-        f"v_cache [{k_cache.shape[0]}, {kv_heads}, D_v]",
-        list(v_cache.shape),
-    )
+    check_decode_operands(op, q, k_cache, v_cache, slots, counts)
+    batch, kv_heads = q.shape[0], k_cache.shape[1]
     require(
         slots.dim() in (2, 3) and slots.shape[0] == batch and (slots.dim() == 2 or slots.shape[1] == kv_heads),
         op,
@@ -66,7 +53,5 @@ def sparse_decode(
         list(counts.shape),
     )
     require(not slots.is_floating_point() and not counts.is_floating_point(), op, "integer slots", slots.dtype)
-    devices = {str(t.device) for t in (q, k_cache, v_cache, slots, counts)}
-    require(len(devices) == 1, op, "all operands on one device", sorted(devices))
     resolve(op, implementation, _IMPLEMENTATIONS, "reference")
     return reference.sparse_decode(q, k_cache, v_cache, slots, counts, scale=scale, logit_cap=logit_cap)
