@@ -48,7 +48,16 @@ def group_queries(q: Tensor, kv_heads: int) -> Tensor:
 
 
 def attend(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, counts: Tensor, *, scale: float, logit_cap: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    counts: Tensor,
+    *,
+    scale: float,
+    logit_cap: float,
+    k_scale: float,
+    v_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax attention of one query token a row over KV slots, in float32 (float64 for float64 operands).
 
@@ -56,7 +65,7 @@ def attend(
         q: [B, H, D].
         k_cache, v_cache: [num_slots, H_kv, D], [num_slots, H_kv, D_v].
         slots, counts: as in `valid_slots`.
-        scale, logit_cap: as in `sparse_decode`.
+        scale, logit_cap, k_scale, v_scale: as in `sparse_decode`.
 
     Returns:
         out [B, H, D_v] in q's dtype; lse [B, H] and logits [B, H, K] in the arithmetic's dtype. `logits` are the
@@ -66,12 +75,14 @@ def attend(
     valid, safe = valid_slots(slots, counts)
     # Keys are let go before values are gathered: on a CPU fresh memory costs as much as the arithmetic.
     # [B, H_kv, G, K]
-    logits = _products(group_queries(q, k_cache.shape[1]).to(compute) * scale, k_cache, safe)
+    logits = _products(group_queries(q, k_cache.shape[1]).to(compute) * (scale * k_scale), k_cache, safe)
     if logit_cap > 0:
         logits = logits.div_(logit_cap).tanh_().mul_(logit_cap)
     logits.masked_fill_(~valid.view(valid.shape[0], -1, 1, valid.shape[-1]), float("-inf"))
     lse = logits.logsumexp(dim=3)
     out = (logits - lse.unsqueeze(3)).exp_() @ gather_slots(v_cache, safe).to(compute)
+    if v_scale != 1.0:
+        out = out * v_scale
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2), logits.flatten(1, 2)
 
 

@@ -21,6 +21,11 @@ def resolve(op: str, implementation: str | None, available: tuple[str, ...], def
     return implementation
 
 
+def default_for(tensor: Tensor) -> str:
+    """The implementation that fits a tensor's device: Triton on CUDA, the reference elsewhere."""
+    return "triton" if tensor.device.type == "cuda" else "reference"
+
+
 def require(condition: bool, op: str, expected: str, actual: object) -> None:
     """Raise ValueError("op: expected …, got …") unless `condition` holds."""
     if not condition:

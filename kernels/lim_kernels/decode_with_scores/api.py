@@ -1,11 +1,13 @@
 """Public entry of decode with scores: validates operands and dispatches."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from lim_kernels.decode_with_scores import reference
-from lim_kernels.dispatch import check_decode_operands, require, resolve
+from lim_kernels.dispatch import check_decode_operands, default_for, require, resolve
 
-_IMPLEMENTATIONS = ("reference",)
+_IMPLEMENTATIONS = ("reference", "triton")
 
 
 def decode_with_scores(
@@ -17,6 +19,9 @@ def decode_with_scores(
     *,
     scale: float,
     logit_cap: float = 0.0,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    score_beyond: int = 0,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of one query token a row over its whole context, and the logits it is made of.
@@ -26,11 +31,12 @@ def decode_with_scores(
         k_cache, v_cache: [num_slots, H_kv, D] and [num_slots, H_kv, D_v].
         slots: int32 or int64 [B, L], KV slot of each position; entries at or beyond `seq_lens[b]` are never read.
         seq_lens: int32 or int64 [B], each 1 … L, the current token included.
-        scale, logit_cap: as in `sparse_decode`.
+        scale, logit_cap, k_scale, v_scale: as in `sparse_decode`.
+        score_beyond: rows of at most so many tokens need no logits, and may get none.
 
     Returns:
         out [B, H, D_v] in q's dtype; lse float32 [B, H], natural logarithm; logits float32 [B, H, L], scaled (and
-        capped), undefined at or beyond `seq_lens[b]`.
+        capped), undefined at or beyond `seq_lens[b]` and in rows of at most `score_beyond` tokens.
 
     Raises:
         ValueError: wrong shape, dtype or device, or an unknown implementation.
@@ -40,5 +46,19 @@ def decode_with_scores(
     batch = q.shape[0]
     require(slots.dim() == 2 and slots.shape[0] == batch, op, f"slots [{batch}, L]", list(slots.shape))
     require(seq_lens.shape == slots.shape[:1], op, f"seq_lens [{batch}]", list(seq_lens.shape))
-    resolve(op, implementation, _IMPLEMENTATIONS, "reference")
-    return reference.decode_with_scores(q, k_cache, v_cache, slots, seq_lens, scale=scale, logit_cap=logit_cap)
+    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(q)) == "reference":
+        decode: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.decode_with_scores
+    else:
+        from lim_kernels.decode_with_scores.triton import decode_with_scores as decode
+    return decode(
+        q,
+        k_cache,
+        v_cache,
+        slots,
+        seq_lens,
+        scale=scale,
+        logit_cap=logit_cap,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        score_beyond=score_beyond,
+    )

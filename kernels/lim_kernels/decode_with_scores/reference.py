@@ -6,7 +6,19 @@ from lim_kernels.attention import attend
 
 
 def decode_with_scores(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, seq_lens: Tensor, *, scale: float, logit_cap: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    logit_cap: float,
+    k_scale: float,
+    v_scale: float,
+    score_beyond: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `api.decode_with_scores`."""
-    return attend(q, k_cache, v_cache, slots, seq_lens, scale=scale, logit_cap=logit_cap)
+    """See `api.decode_with_scores`; here every row gets its logits."""
+    return attend(
+        q, k_cache, v_cache, slots, seq_lens, scale=scale, logit_cap=logit_cap, k_scale=k_scale, v_scale=v_scale
+    )

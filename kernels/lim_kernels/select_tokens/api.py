@@ -7,11 +7,13 @@
 import torch
 from torch import Tensor
 
-from lim_kernels.dispatch import require, resolve
+from lim_kernels.dispatch import default_for, require, resolve
 from lim_kernels.select_tokens import reference
 
 AGGREGATES = ("union", "max", "sum")
-_IMPLEMENTATIONS = ("reference",)
+MAX_UNION = 8192
+"""Largest middle budget that Triton's "union" takes."""
+_IMPLEMENTATIONS = ("reference", "triton")
 
 
 def score_tokens(
@@ -24,6 +26,7 @@ def score_tokens(
     aggregate: str = "union",
     first_head: int = 0,
     num_heads: int | None = None,
+    lse: Tensor | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """One score a token over all heads; a larger score is chosen first.
@@ -35,16 +38,33 @@ def score_tokens(
             `budget - recent - sinks` is the middle budget.
         aggregate: "union" (rank-major union of the heads' top lists), or "max" / "sum" of the heads' softmax weights.
         first_head, num_heads: index of `logits[:, 0]` among all heads and how many heads there are, where this rank
-            holds only some of them. Scores of ranks are combined by max for "union" and "max", by sum for "sum".
+            holds only some of them. Scores of ranks are combined by max for "union" and "max", by logsumexp for "sum".
+        lse: float32 [B, H], each head's logarithm of its softmax denominator over the row, where it is known;
+            "max" and "sum" compute it otherwise.
 
     Returns:
-        float32 [B, L]; -inf where no head ranked the token ("union") and beyond `seq_lens`.
+        float32 [B, L], defined for the candidates of rows longer than the budget: "max" gives the largest log-weight,
+        "sum" the logarithm of their sum, "union" the negated place in the union, -inf where no head lists the token.
     """
     _check(logits, seq_lens, budget, recent, sinks, aggregate)
+    op = "score_tokens"
     num_heads = logits.shape[1] + first_head if num_heads is None else num_heads
-    resolve("score_tokens", implementation, _IMPLEMENTATIONS, "reference")
-    return reference.score_tokens(
+    if lse is not None:
+        require(lse.shape == logits.shape[:2], op, f"lse {list(logits.shape[:2])}", list(lse.shape))
+    chosen = resolve(op, implementation, _IMPLEMENTATIONS, default_for(logits))
+    if chosen == "reference":
+        score = reference.score_tokens
+    else:
+        from lim_kernels.select_tokens.triton import score_tokens as score
+
+        middle = budget - recent - sinks
+        fits = aggregate != "union" or middle <= MAX_UNION
+        require(fits, op, f"a middle budget of at most {MAX_UNION} for union", middle)
+        if lse is None and aggregate != "union":
+            lse = _lse(logits, seq_lens)
+    return score(
         logits,
+        lse,
         seq_lens,
         budget=budget,
         recent=recent,
@@ -56,21 +76,38 @@ def score_tokens(
 
 
 def choose_tokens(
-    scores: Tensor, seq_lens: Tensor, *, budget: int, recent: int, sinks: int, implementation: str | None = None
+    scores: Tensor,
+    seq_lens: Tensor,
+    *,
+    budget: int,
+    recent: int,
+    sinks: int,
+    slots: Tensor | None = None,
+    implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sinks, the best-scored candidates and the recency window of each row; equal scores go to the lower position.
 
     Args:
-        scores: float32 [B, L], larger is better.
+        scores: float32 [B, L], larger is better; read for the candidates of rows longer than the budget.
         seq_lens: int32 or int64 [B].
         budget, recent, sinks: as in `score_tokens`.
+        slots: int32 [B, L], KV slot of each position, to have the set in slots rather than in positions.
 
     Returns:
-        positions int32 [B, budget], ascending, -1 after `counts[b]`; counts int32 [B] = min(seq_lens, budget).
-        A row no longer than the budget returns all its positions.
+        positions int32 [B, budget], ascending, -1 after `counts[b]`, or their slots in that order, 0 after
+        `counts[b]`; counts int32 [B] = min(seq_lens, budget). A row no longer than the budget returns all it has.
     """
-    resolve("choose_tokens", implementation, _IMPLEMENTATIONS, "reference")
-    return reference.choose_tokens(scores, seq_lens, budget=budget, recent=recent, sinks=sinks)
+    op = "choose_tokens"
+    require(scores.dim() == 2 and scores.dtype == torch.float32, op, "scores float32 [B, L]", _describe(scores))
+    require(scores.shape[1] < 1 << 22, op, "fewer than 4,194,304 positions", scores.shape[1])
+    if slots is not None:
+        fits = slots.dtype == torch.int32 and slots.shape == scores.shape
+        require(fits, op, f"slots int32 {list(scores.shape)}", _describe(slots))
+    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(scores)) == "reference":
+        choose = reference.choose_tokens
+    else:
+        from lim_kernels.select_tokens.triton_choose import choose_tokens as choose
+    return choose(scores, seq_lens, budget=budget, recent=recent, sinks=sinks, slots=slots)
 
 
 def select_tokens(
@@ -120,6 +157,11 @@ def _check(logits: Tensor, seq_lens: Tensor, budget: int, recent: int, sinks: in
         f"budget={budget}, recent={recent}, sinks={sinks}",
     )
     require(aggregate in AGGREGATES, op, f"aggregate in {AGGREGATES}", repr(aggregate))
+
+
+def _lse(logits: Tensor, seq_lens: Tensor) -> Tensor:
+    valid = torch.arange(logits.shape[2], device=logits.device) < seq_lens.unsqueeze(1)
+    return logits.masked_fill(~valid.unsqueeze(1), float("-inf")).logsumexp(dim=2)
 
 
 def _describe(tensor: Tensor) -> str:

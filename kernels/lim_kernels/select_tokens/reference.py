@@ -9,6 +9,8 @@ the lower one first, so that the set does not depend on the device or on how hea
 import torch
 from torch import Tensor
 
+from lim_kernels.select_tokens.places import rank_unit
+
 
 def candidate_mask(seq_lens: Tensor, length: int, *, recent: int, sinks: int) -> Tensor:
     """bool [B, L]: positions between the sinks and the recency window of each row."""
@@ -18,6 +20,7 @@ def candidate_mask(seq_lens: Tensor, length: int, *, recent: int, sinks: int) ->
 
 def score_tokens(
     logits: Tensor,
+    lse: Tensor | None,
     seq_lens: Tensor,
     *,
     budget: int,
@@ -35,12 +38,14 @@ def score_tokens(
         return _union_scores(logits, candidates, middle, first_head=first_head, num_heads=num_heads)
     valid = torch.arange(length, device=logits.device) < seq_lens.unsqueeze(1)
     # [B, H, L]
-    weights = logits.masked_fill(~valid.unsqueeze(1), float("-inf")).softmax(dim=2)
-    scores = weights.sum(dim=1) if aggregate == "sum" else weights.amax(dim=1)
-    return scores.masked_fill(~valid, float("-inf"))
+    logits = logits.masked_fill(~valid.unsqueeze(1), float("-inf"))
+    log_weights = logits - (logits.logsumexp(dim=2) if lse is None else lse).unsqueeze(2)
+    return log_weights.logsumexp(dim=1) if aggregate == "sum" else log_weights.amax(dim=1)
 
 
-def choose_tokens(scores: Tensor, seq_lens: Tensor, *, budget: int, recent: int, sinks: int) -> tuple[Tensor, Tensor]:
+def choose_tokens(
+    scores: Tensor, seq_lens: Tensor, *, budget: int, recent: int, sinks: int, slots: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """See `api.choose_tokens`."""
     batch, length = scores.shape
     candidates = candidate_mask(seq_lens, length, recent=recent, sinks=sinks)
@@ -55,11 +60,15 @@ def choose_tokens(scores: Tensor, seq_lens: Tensor, *, budget: int, recent: int,
     kept = torch.where(ranks < counts.unsqueeze(1), top, length).sort(dim=1).values
     positions = torch.full((batch, budget), -1, dtype=torch.int32, device=scores.device)
     positions[:, :width] = kept.masked_fill(kept == length, -1).to(torch.int32)
-    return positions, counts
+    if slots is None:
+        return positions, counts
+    chosen = torch.zeros_like(positions)
+    chosen[:, :width] = slots.gather(1, kept.clamp(max=length - 1)).masked_fill(kept == length, 0)
+    return chosen, counts
 
 
 def _union_scores(logits: Tensor, candidates: Tensor, middle: int, *, first_head: int, num_heads: int) -> Tensor:
-    """float32 [B, L]: -key(t) of the module docstring, -inf for a token in no head's list."""
+    """float32 [B, L]: -key(t) of the module docstring in `rank_unit`s, -inf for a token in no head's list."""
     batch, heads, length = logits.shape
     scores = logits.new_full((batch, length), float("-inf"))
     if middle == 0:
@@ -69,7 +78,7 @@ def _union_scores(logits: Tensor, candidates: Tensor, middle: int, *, first_head
     lists = _top_positions(keys, middle)
     ranks = torch.arange(middle, device=logits.device)
     owners = torch.arange(first_head, first_head + heads, device=logits.device)
-    order = -(ranks.unsqueeze(0) * num_heads + owners.unsqueeze(1)).to(torch.float32)
+    order = -(ranks.unsqueeze(0) * num_heads + owners.unsqueeze(1)).to(torch.float32) * rank_unit(middle, num_heads)
     flat = lists.reshape(batch, heads * middle)
     scores.scatter_reduce_(1, flat, order.reshape(1, -1).expand(batch, -1).contiguous(), reduce="amax")
     return scores.masked_fill(~candidates, float("-inf"))

@@ -1,11 +1,13 @@
 """Public entry of sparse decode: validates operands and dispatches."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from lim_kernels.dispatch import check_decode_operands, require, resolve
+from lim_kernels.dispatch import check_decode_operands, default_for, require, resolve
 from lim_kernels.sparse_decode import reference
 
-_IMPLEMENTATIONS = ("reference",)
+_IMPLEMENTATIONS = ("reference", "triton")
 
 
 def sparse_decode(
@@ -17,6 +19,8 @@ def sparse_decode(
     *,
     scale: float,
     logit_cap: float = 0.0,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query token a row over the KV slots in `slots`.
@@ -30,6 +34,7 @@ def sparse_decode(
         counts: int32 or int64 [B] or [B, H_kv], how many leading entries of `slots` are valid, each >= 1.
         scale: factor on q·k.
         logit_cap: c > 0 turns a scaled logit x into c·tanh(x / c); 0 leaves it.
+        k_scale, v_scale: what a stored key or value is multiplied by, for quantised caches.
 
     Returns:
         out [B, H, D_v] in q's dtype; lse float32 [B, H], natural logarithm of the softmax denominator.
@@ -53,5 +58,18 @@ def sparse_decode(
         list(counts.shape),
     )
     require(not slots.is_floating_point() and not counts.is_floating_point(), op, "integer slots", slots.dtype)
-    resolve(op, implementation, _IMPLEMENTATIONS, "reference")
-    return reference.sparse_decode(q, k_cache, v_cache, slots, counts, scale=scale, logit_cap=logit_cap)
+    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(q)) == "reference":
+        decode: Callable[..., tuple[Tensor, Tensor]] = reference.sparse_decode
+    else:
+        from lim_kernels.sparse_decode.triton import sparse_decode as decode
+    return decode(
+        q,
+        k_cache,
+        v_cache,
+        slots,
+        counts,
+        scale=scale,
+        logit_cap=logit_cap,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )

@@ -1,0 +1,64 @@
+"""Public entry of step accounting: validates operands and dispatches."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lim_kernels.count_step import reference
+from lim_kernels.dispatch import default_for, require, resolve
+
+TOTALS = ("decode_steps", "tokens_attended", "tokens_dense", "selections", "requests", "requests_sparse")
+_IMPLEMENTATIONS = ("reference", "triton")
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What accounting remembers; all on one device, all written by `count_step`."""
+
+    totals: Tensor  # int64 [6], by TOTALS
+    seen: Tensor  # int64 [R], generation of the tenant that decoded last on each row of the request pool; -1 is none
+    sparse: Tensor  # uint8 [R], whether that tenant outgrew the budget
+
+
+def count_step(
+    ledger: Ledger,
+    rows: Tensor,
+    generations: Tensor,
+    seq_lens: Tensor,
+    *,
+    budget: int,
+    num_layers: int,
+    sparse_layers: int,
+    selection_layers: int,
+    implementation: str | None = None,
+) -> None:
+    """Count one decode step.
+
+    Args:
+        rows: int32 or int64 [B], rows of the request pool; row 0 only pads a captured graph and is not counted.
+        generations: int64 [R], tenancy of each row.
+        seq_lens: int32 or int64 [B], the current token included.
+        budget: token budget; num_layers, sparse_layers, selection_layers: layers of the model by role.
+
+    Raises:
+        ValueError: wrong shape, or an unknown implementation.
+    """
+    op = "count_step"
+    require(rows.dim() == 1 and rows.shape == seq_lens.shape, op, "rows and seq_lens [B]", list(rows.shape))
+    require(generations.shape == ledger.seen.shape, op, f"generations {list(ledger.seen.shape)}", generations.shape)
+    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(rows)) == "reference":
+        count = reference.count_step
+    else:
+        from lim_kernels.count_step.triton import count_step as count
+    count(
+        ledger.totals,
+        ledger.seen,
+        ledger.sparse,
+        rows,
+        generations,
+        seq_lens,
+        budget=budget,
+        num_layers=num_layers,
+        sparse_layers=sparse_layers,
+        selection_layers=selection_layers,
+    )

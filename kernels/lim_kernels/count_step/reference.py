@@ -1,0 +1,40 @@
+"""Specification of step accounting in plain torch, without a host synchronisation."""
+
+import torch
+from torch import Tensor
+
+
+def count_step(
+    totals: Tensor,
+    seen: Tensor,
+    sparse_rows: Tensor,
+    rows: Tensor,
+    generations: Tensor,
+    seq_lens: Tensor,
+    *,
+    budget: int,
+    num_layers: int,
+    sparse_layers: int,
+    selection_layers: int,
+) -> None:
+    """See `api.count_step`."""
+    rows = rows.long()
+    real = rows != 0
+    lens = seq_lens.to(torch.int64) * real
+    sparse = (lens > budget) if sparse_layers else torch.zeros_like(real)
+    current = generations[rows]
+    new = (seen[rows] != current) & real
+    before = (sparse_rows[rows] != 0) & ~new
+    full_layers = num_layers - sparse_layers
+    totals += torch.stack(
+        [
+            real.any().to(torch.int64),
+            (full_layers * lens + sparse_layers * lens.clamp(max=budget)).sum(),
+            num_layers * lens.sum(),
+            selection_layers * sparse.sum(),
+            new.sum(),
+            (sparse & ~before).sum(),
+        ]
+    )
+    seen[rows] = torch.where(real, current, seen[rows])
+    sparse_rows[rows] = (before | sparse).to(sparse_rows.dtype)

@@ -1,0 +1,82 @@
+"""Step accounting in Triton: one program, because a step's rows are few and its launches dear."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lim_kernels.triton_support import plan_block
+
+
+@triton.jit(do_not_specialize=["batch", "budget", "num_layers", "sparse_layers", "selection_layers"])
+def count_step_kernel(
+    totals_ptr,
+    seen_ptr,
+    sparse_rows_ptr,
+    rows_ptr,
+    generations_ptr,
+    seq_lens_ptr,
+    batch,
+    budget,
+    num_layers,
+    sparse_layers,
+    selection_layers,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Count all rows."""
+    items = tl.arange(0, BLOCK_ROWS)
+    rows = tl.load(rows_ptr + items, mask=items < batch, other=0).to(tl.int64)
+    real = rows != 0
+    lens = tl.load(seq_lens_ptr + items, mask=items < batch, other=0).to(tl.int64)
+    lens = tl.where(real, lens, 0)
+    sparse = (lens > budget) & (sparse_layers > 0)
+    current = tl.load(generations_ptr + rows, mask=real, other=0)
+    new = (tl.load(seen_ptr + rows, mask=real, other=0) != current) & real
+    before = (tl.load(sparse_rows_ptr + rows, mask=real, other=0) != 0) & (new == 0)
+    kept = tl.minimum(lens, budget)
+    attended = (num_layers - sparse_layers) * lens + sparse_layers * kept
+
+    add(totals_ptr, 0, tl.max(real.to(tl.int64), axis=0))
+    add(totals_ptr, 1, tl.sum(attended, axis=0))
+    add(totals_ptr, 2, num_layers * tl.sum(lens, axis=0))
+    add(totals_ptr, 3, selection_layers * tl.sum(sparse.to(tl.int64), axis=0))
+    add(totals_ptr, 4, tl.sum(new.to(tl.int64), axis=0))
+    add(totals_ptr, 5, tl.sum((sparse & (before == 0)).to(tl.int64), axis=0))
+    tl.store(seen_ptr + rows, current, mask=real)
+    tl.store(sparse_rows_ptr + rows, (before | sparse).to(tl.uint8), mask=real)
+
+
+@triton.jit
+def add(totals_ptr, index: tl.constexpr, amount):
+    """Add to one total; no other program does."""
+    tl.store(totals_ptr + index, tl.load(totals_ptr + index) + amount)
+
+
+def count_step(
+    totals: Tensor,
+    seen: Tensor,
+    sparse_rows: Tensor,
+    rows: Tensor,
+    generations: Tensor,
+    seq_lens: Tensor,
+    *,
+    budget: int,
+    num_layers: int,
+    sparse_layers: int,
+    selection_layers: int,
+) -> None:
+    """See `api.count_step`."""
+    count_step_kernel[(1,)](
+        totals_ptr=totals,
+        seen_ptr=seen,
+        sparse_rows_ptr=sparse_rows,
+        rows_ptr=rows,
+        generations_ptr=generations,
+        seq_lens_ptr=seq_lens,
+        batch=len(rows),
+        budget=budget,
+        num_layers=num_layers,
+        sparse_layers=sparse_layers,
+        selection_layers=selection_layers,
+        BLOCK_ROWS=plan_block(len(rows)),
+        num_warps=4,
+    )

@@ -1,0 +1,99 @@
+"""Heads to one score a token in Triton: `max` and `sum` in one pass over the logits, `union` in its own file."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lim_kernels.select_tokens.triton_union import union_scores
+from lim_kernels.triton_support import padded_empty, readable_width
+
+_BLOCK = 1024
+
+
+@triton.jit
+def aggregate_kernel(
+    logits_ptr,
+    lse_ptr,
+    lens_ptr,
+    scores_ptr,
+    width,
+    budget,
+    stride_row,
+    stride_head,
+    stride_scores,
+    HEADS: tl.constexpr,
+    TILE: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Largest log-weight, or logarithm of the sum of weights, over the heads of a block of tokens."""
+    block = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    length = tl.load(lens_ptr + row).to(tl.int32)
+    if (length <= budget) | (block * BLOCK >= length):
+        return
+    positions = block * BLOCK + tl.arange(0, BLOCK)
+    inside = positions < width
+    logits_row = logits_ptr + row * stride_row
+    best = tl.full([BLOCK], -float("inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in range(0, HEADS, TILE):
+        heads = first + tl.arange(0, TILE)
+        lse = tl.load(lse_ptr + row * HEADS + heads, mask=heads < HEADS, other=float("inf"))
+        # [TILE, BLOCK]
+        logits = tl.load(
+            logits_row + heads[:, None] * stride_head + positions[None, :],
+            mask=(heads < HEADS)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        weights = logits - lse[:, None]
+        if SUM:
+            total += tl.sum(tl.exp(weights), axis=0)
+        else:
+            best = tl.maximum(best, tl.max(weights, axis=0))
+    scores = tl.log(total) if SUM else best
+    tl.store(scores_ptr + row * stride_scores + positions, scores, mask=inside)
+
+
+def score_tokens(
+    logits: Tensor,
+    lse: Tensor | None,
+    seq_lens: Tensor,
+    *,
+    budget: int,
+    recent: int,
+    sinks: int,
+    aggregate: str,
+    first_head: int,
+    num_heads: int,
+) -> Tensor:
+    """See `api.score_tokens`."""
+    batch, heads, length = logits.shape
+    if aggregate != "union":
+        scores = padded_empty(batch, length, device=logits.device)
+        aggregate_kernel[(triton.cdiv(length, _BLOCK), batch)](
+            logits_ptr=logits,
+            lse_ptr=lse,
+            lens_ptr=seq_lens,
+            scores_ptr=scores,
+            width=min(readable_width(logits), readable_width(scores)),
+            budget=budget,
+            stride_row=logits.stride(0),
+            stride_head=logits.stride(1),
+            stride_scores=scores.stride(0),
+            HEADS=heads,
+            TILE=min(8, triton.next_power_of_2(heads)),
+            SUM=aggregate == "sum",
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
+        return scores
+    return union_scores(
+        logits,
+        seq_lens,
+        budget=budget,
+        recent=recent,
+        sinks=sinks,
+        first_head=first_head,
+        num_heads=num_heads,
+    )

@@ -1,0 +1,385 @@
+"""The rank-major union in Triton: each head's best candidates are listed, ordered, and keep their best place.
+
+A list as deep as the middle budget is rarely needed: where heads differ, a quarter of it already holds enough tokens,
+and every place up to its depth is then exact. So lists are shallow first: a sample of the row tells about how large a
+listed logit must be, one pass over the context lists them, and a sort within a warp gives their ranks. Heads for which
+the guess missed are searched again, and rows whose lists agree so much that they hold fewer tokens than the middle get
+deep lists. Both are launched always and end at once where they are not needed, because nobody asks the host.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lim_kernels.select_tokens.places import rank_unit
+from lim_kernels.select_tokens.triton_tiles import number_kept, tile
+from lim_kernels.triton_support import padded_empty, readable_width
+
+_SHALLOW = 4  # a quarter of the middle budget is how deep lists are first
+_SAMPLES = (2048, 8192)  # for the first guess, and where it missed
+_READ = 4096
+_LONGEST = 8192  # a list that one program orders; `api.MAX_UNION` follows from it
+
+
+@triton.jit
+def to_key(values):
+    """int32 in the order of float32 values, -0.0 as 0.0; its own inverse on bits."""
+    bits = (values + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def to_value(key):
+    """The float32 whose `to_key` is `key`."""
+    key = key.to(tl.int32)
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_logits(logits_row, width, start, first, last, BLOCK: tl.constexpr):
+    """A block's positions and logits as a tile, NaN (which reaches no bound) outside the candidates."""
+    positions = start + tile(BLOCK)
+    logits = tl.load(logits_row + positions, mask=positions < width, other=0.0)
+    return positions, tl.where((positions >= first) & (positions < last), logits, float("nan"))
+
+
+@triton.jit
+def sample_key(keys, wanted, slack):
+    """A key that `wanted` of the sampled keys reach, within `slack` if any does."""
+    low = tl.min(tl.where(keys == -2147483648, 2147483647, keys), axis=0).to(tl.int64)
+    high = tl.max(keys, axis=0).to(tl.int64) + 1
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        reached = tl.sum((keys >= middle.to(tl.int32)).to(tl.int32), axis=0)
+        if reached >= wanted - slack:
+            low = middle
+        if reached <= wanted + slack:
+            high = tl.where(reached >= wanted - slack, middle + 1, middle)
+    return low
+
+
+@triton.jit
+def load_sample(logits_row, first, last, SAMPLE: tl.constexpr):
+    """Keys of at most SAMPLE candidates at equal distances, and that distance."""
+    step = tl.cdiv(last - first, SAMPLE)
+    positions = first + tl.arange(0, SAMPLE) * step
+    values = tl.load(logits_row + positions, mask=positions < last, other=0.0)
+    return tl.where(positions < last, to_key(values), -2147483648), step
+
+
+@triton.jit
+def guess_kernel(
+    logits_ptr,
+    lens_ptr,
+    guesses_ptr,
+    reached_ptr,
+    pending_ptr,
+    budget,
+    recent,
+    sinks,
+    depth,
+    stride_row,
+    stride_head,
+    HEADS: tl.constexpr,
+    TOP: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    AGAIN: tl.constexpr,
+):
+    """Guess from a sample of the row a key that between `depth` and TOP of a head's candidates reach.
+
+    AGAIN corrects a guess that missed by how many it let through, and marks the head as pending.
+    """
+    head = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    length = tl.load(lens_ptr + row).to(tl.int32)
+    if length <= budget:
+        return
+    place = row * HEADS + head
+    aim = (depth + TOP) // 2
+    if AGAIN:
+        there = tl.load(reached_ptr + place)
+        hit = (there >= depth) & (there <= TOP)
+        tl.store(pending_ptr + place, 1 - hit.to(tl.int32))
+        if hit:
+            return
+    logits_row = logits_ptr + row * stride_row + head * stride_head
+    sample, step = load_sample(logits_row, sinks, length - recent, SAMPLE)
+    if AGAIN:
+        missed = to_key(tl.load(guesses_ptr + place))
+        sampled = tl.sum((sample >= missed).to(tl.int32), axis=0)
+        wanted = (sampled * aim) // tl.maximum(there, 1)
+        wanted = tl.where(there < depth, tl.maximum(wanted, sampled + 1), tl.minimum(wanted, sampled - 1))
+        tl.store(reached_ptr + place, 0)
+        slack = 0
+    else:
+        wanted = aim // step
+        slack = wanted // 16
+    wanted = tl.minimum(tl.maximum(wanted, 1), SAMPLE)
+    tl.store(guesses_ptr + place, to_value(sample_key(sample, wanted, slack)))
+
+
+@triton.jit
+def gather_kernel(
+    logits_ptr,
+    lens_ptr,
+    guesses_ptr,
+    reached_ptr,
+    pending_ptr,
+    scratch_ptr,
+    width,
+    budget,
+    recent,
+    sinks,
+    stride_row,
+    stride_head,
+    HEADS: tl.constexpr,
+    TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AGAIN: tl.constexpr,
+):
+    """List a block's candidates that reach the guess, in any order, and count them. AGAIN: of pending heads only."""
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    length = tl.load(lens_ptr + row).to(tl.int32)
+    last = length - recent
+    start = block * BLOCK
+    if (length <= budget) | (start >= last):
+        return
+    place = row * HEADS + head
+    if AGAIN and tl.load(pending_ptr + place) == 0:
+        return
+    bound = tl.load(guesses_ptr + place)
+    logits_row = logits_ptr + row * stride_row + head * stride_head
+    positions, logits = load_logits(logits_row, width, start, sinks, last, BLOCK)
+    kept = logits >= bound
+    count, places = number_kept(kept)
+    if count > 0:
+        places += tl.atomic_add(reached_ptr + place, count, sem="relaxed")
+        tl.store(scratch_ptr + place * TOP + places, positions, mask=kept & (places < TOP))
+
+
+@triton.jit
+def gather_above(logits_row, width, scratch, key, ties, first, last, TOP: tl.constexpr, BLOCK: tl.constexpr):
+    """List the candidates above `key`, and the first `ties` of those equal to it; returns how many reach `key`.
+
+    At most TOP are listed; their number comes second.
+    """
+    bound = to_value(key)
+    written = 0
+    reached = 0
+    tied = 0
+    for start in range(0, last, BLOCK):
+        positions, logits = load_logits(logits_row, width, start, first, last, BLOCK)
+        kept = logits >= bound
+        count, places = number_kept(kept)
+        reached += count
+        if ties < TOP:
+            equal, order = number_kept(logits == bound)
+            kept = kept & ((logits > bound) | (tied + order < ties))
+            tied += equal
+            count, places = number_kept(kept)
+        places += written
+        tl.store(scratch + places, positions, mask=kept & (places < TOP))
+        written += count
+    return reached, written
+
+
+@triton.jit
+def search_kernel(
+    logits_ptr,
+    lens_ptr,
+    scratch_ptr,
+    reached_ptr,
+    listed_ptr,
+    width,
+    budget,
+    recent,
+    sinks,
+    depth,
+    stride_row,
+    stride_head,
+    HEADS: tl.constexpr,
+    TOP: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEEP: tl.constexpr,
+):
+    """List the `depth` best or more of one head and row, at most TOP, where no list is there that will do."""
+    head = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    length = tl.load(lens_ptr + row).to(tl.int32)
+    if length <= budget:
+        return
+    place = row * HEADS + head
+    if DEEP:
+        if tl.load(listed_ptr + row) >= budget - recent - sinks:
+            return
+    else:
+        there = tl.load(reached_ptr + place)
+        if (there >= depth) & (there <= TOP):
+            return
+    first = sinks
+    last = length - recent
+    logits_row = logits_ptr + row * stride_row + head * stride_head
+    scratch = scratch_ptr + place * TOP
+    sample, step = load_sample(logits_row, first, last, SAMPLE)
+    aim = (depth + TOP) // 2
+    guess = sample_key(sample, tl.maximum(aim // step, 1), 0)
+
+    # At least `depth` keys are >= low, fewer are >= high.
+    low = tl.full([], -2147483648, dtype=tl.int64)
+    high = tl.full([], 2147483648, dtype=tl.int64)
+    written = 0
+    tries = 0
+    while written == 0:
+        reached, _written = gather_above(logits_row, width, scratch, guess, TOP, first, last, TOP, BLOCK)
+        if reached < depth:
+            high = guess
+        else:
+            low = guess
+        if (reached >= depth) & (reached <= TOP):
+            written = reached
+        elif high - low <= 1:
+            # `low` is the depth-th key, and too many are equal to it: they go by position.
+            above, _written = gather_above(logits_row, width, scratch, high, TOP, first, last, TOP, BLOCK)
+            above = tl.where(high == 2147483648, 0, above)
+            _reached, written = gather_above(logits_row, width, scratch, low, depth - above, first, last, TOP, BLOCK)
+        else:
+            guess = low + (high - low) // 2
+            tries += 1
+            if tries <= 4:
+                aim = tl.maximum((aim * ((depth + TOP) // 2)) // tl.maximum(reached, 1), 1)
+                again = sample_key(sample, tl.minimum(tl.maximum(aim // step, 1), SAMPLE), 0)
+                guess = tl.where((again > low) & (again < high), again, guess)
+        # The next pass overwrites what this one listed.
+        tl.debug_barrier()
+    tl.store(reached_ptr + place, written)
+
+
+@triton.jit
+def order_kernel(
+    logits_ptr,
+    lens_ptr,
+    scratch_ptr,
+    reached_ptr,
+    scores_ptr,
+    listed_ptr,
+    budget,
+    recent,
+    sinks,
+    depth,
+    first_head,
+    num_heads,
+    unit,
+    stride_row,
+    stride_head,
+    stride_scores,
+    HEADS: tl.constexpr,
+    TOP: tl.constexpr,
+    DEEP: tl.constexpr,
+):
+    """Order one head's list, and let each of its `depth` best tokens keep the best place it has in any list.
+
+    `listed` counts the tokens of a row that have a place. Few warps: a sort within one needs no shared memory.
+    """
+    head = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    if tl.load(lens_ptr + row).to(tl.int32) <= budget:
+        return
+    if DEEP and tl.load(listed_ptr + row) >= budget - recent - sinks:
+        return
+    place = row * HEADS + head
+    reached = tl.load(reached_ptr + place)
+    ranks = tl.arange(0, TOP)
+    listed = ranks < reached
+    positions = tl.load(scratch_ptr + place * TOP + ranks, mask=listed, other=0)
+    logits = tl.load(logits_ptr + row * stride_row + head * stride_head + positions, mask=listed, other=0.0)
+    # By logit, then by lower position.
+    entries = (to_key(logits).to(tl.int64) << 32) + (0x7FFFFFFF - positions).to(tl.int64)
+    entries = tl.sort(tl.where(listed, entries, -9223372036854775808), descending=True)
+    positions = 0x7FFFFFFF - (entries & 0xFFFFFFFF)
+    order = -(ranks * num_heads + first_head + head).to(tl.float32) * unit
+    before = tl.atomic_max(scores_ptr + row * stride_scores + positions, order, mask=ranks < depth, sem="relaxed")
+    if not DEEP:
+        new = (ranks < depth) & (before == -float("inf"))
+        tl.atomic_add(listed_ptr + row, tl.sum(new.to(tl.int32), axis=0), sem="relaxed")
+
+
+def union_scores(
+    logits: Tensor,
+    seq_lens: Tensor,
+    *,
+    budget: int,
+    recent: int,
+    sinks: int,
+    first_head: int,
+    num_heads: int,
+) -> Tensor:
+    """`api.score_tokens` for "union"."""
+    batch, heads, length = logits.shape
+    middle = budget - recent - sinks
+    scores = padded_empty(batch, length, device=logits.device).fill_(float("-inf"))
+    if middle == 0 or length <= budget:
+        return scores
+    shallow = max(1, min(middle, triton.cdiv(middle, _SHALLOW)))
+    counters = torch.zeros(batch, 1 + heads, dtype=torch.int32, device=logits.device).view(-1)
+    listed, reached = counters[:batch], counters[batch:]
+    shared = {
+        "lens_ptr": seq_lens,
+        "reached_ptr": reached,
+        "budget": budget,
+        "recent": recent,
+        "sinks": sinks,
+        "HEADS": heads,
+    }
+    width = readable_width(logits)
+    read = {"logits_ptr": logits, "stride_row": logits.stride(0), "stride_head": logits.stride(1)}
+    for depth in (shallow, middle) if shallow < middle else (middle,):
+        deep = depth != shallow
+        # Room for more than needed, so that few guesses miss; the deep lists are too long for much of it.
+        room = min(depth + depth // 3, max(depth, _LONGEST)) if deep else 2 * depth
+        top = max(16, triton.next_power_of_2(room))
+        scratch = torch.empty(batch, heads, top, dtype=torch.int32, device=logits.device)
+        if not deep:
+            guesses = torch.empty(batch * heads, dtype=torch.float32, device=logits.device)
+            pending = torch.empty(batch * heads, dtype=torch.int32, device=logits.device)
+            blocks = triton.cdiv(length, _READ)
+            for again in (False, True):
+                attempt = {"guesses_ptr": guesses, "pending_ptr": pending, "TOP": top, "AGAIN": again}
+                guess_kernel[(heads, batch)](
+                    depth=depth, SAMPLE=_SAMPLES[again], num_warps=8 if again else 4, **attempt, **read, **shared
+                )
+                gather_kernel[(blocks, heads, batch)](
+                    scratch_ptr=scratch, width=width, BLOCK=_READ, num_warps=8, **attempt, **read, **shared
+                )
+        search_kernel[(heads, batch)](
+            scratch_ptr=scratch,
+            listed_ptr=listed,
+            width=width,
+            depth=depth,
+            TOP=top,
+            SAMPLE=_SAMPLES[True],
+            BLOCK=_READ,
+            DEEP=deep,
+            num_warps=8,
+            **read,
+            **shared,
+        )
+        order_kernel[(heads, batch)](
+            scratch_ptr=scratch,
+            scores_ptr=scores,
+            listed_ptr=listed,
+            depth=depth,
+            first_head=first_head,
+            num_heads=num_heads,
+            unit=rank_unit(middle, num_heads),
+            stride_scores=scores.stride(0),
+            TOP=top,
+            DEEP=deep,
+            num_warps=4 if top <= 2048 else 8,
+            **read,
+            **shared,
+        )
+    return scores

@@ -1,0 +1,33 @@
+"""Sparse decode in Triton: split over the set, then merged."""
+
+from torch import Tensor
+
+from lim_kernels.split_decode import Launch, split_decode
+
+
+def sparse_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    counts: Tensor,
+    *,
+    scale: float,
+    logit_cap: float,
+    k_scale: float,
+    v_scale: float,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `api.sparse_decode`; `launch` overrides the launch table."""
+    return split_decode(
+        q,
+        k_cache,
+        v_cache,
+        slots,
+        counts,
+        scale=scale,
+        logit_cap=logit_cap,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        launch=launch,
+    )

@@ -1,0 +1,371 @@
+"""Flash decode over KV slots in Triton: the kernel pair that sparse decode and decode with scores share.
+
+Each row's slots are cut into chunks, every program attends one chunk for the query heads of one KV head, and a second
+kernel merges a row's chunks. The cut is planned on the device from the lengths of all rows, so that a captured graph
+serves any mixture of lengths with the programs its batch size gives: one wave of short chunks for a single row, many
+waves of longer chunks (less tail, less prologue) where there is plenty of work.
+
+Letting the program that finishes a row's last chunk merge them, by a ticket, was measured and is slower (H200, 2,048
+slots: 8.4 to 14.7 us at batch 1, 42 to 46 us at batch 16): more registers, and more waits for memory in a row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lim_kernels.triton_support import interpreting, multiprocessors, num_programs, plan_block
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernel runs; chosen by `launch_for` from measurements, or given by a benchmark."""
+
+    block: int
+    """Slots an iteration."""
+    warps: int
+    stages: int
+    programs_per_sm: int
+    """Programs that one multiprocessor holds at once: the unit of a wave."""
+    waves: int
+    """Most waves of chunks: bounds the buffers of partial results."""
+    chunk: int
+    """Preferred slots a chunk, between what one wave and what `waves` waves give."""
+
+
+@triton.jit
+def plan(
+    lens_ptr,
+    batch,
+    stride_row,
+    fewest_items,
+    most_items,
+    preferred,
+    BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Slots of each row, and into how many chunks they are cut.
+
+    A row of n slots is cut into equal chunks, multiples of BLOCK, of about max(total / most_items, min(preferred,
+    total / fewest_items)) slots, so there are at most `most_items + batch` work items.
+    """
+    rows = tl.arange(0, BLOCK_ROWS)
+    lens = tl.load(lens_ptr + rows * stride_row, mask=rows < batch, other=0).to(tl.int32)
+    total = tl.sum(lens, axis=0)
+    target = tl.maximum(tl.cdiv(total, most_items), tl.minimum(preferred, tl.cdiv(total, fewest_items)))
+    target = tl.cdiv(target, BLOCK) * BLOCK
+    return lens, tl.cdiv(lens, target)
+
+
+@triton.jit
+def find_chunk(lens, chunks, item, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """Row, first slot and end of work item `item`; the row is at least the batch for items beyond the last."""
+    rows = tl.arange(0, BLOCK_ROWS)
+    ends = tl.cumsum(chunks, axis=0)
+    row = tl.sum((ends <= item).to(tl.int32), axis=0)
+    here = rows == row
+    length = tl.sum(tl.where(here, lens, 0), axis=0)
+    count = tl.maximum(tl.sum(tl.where(here, chunks, 0), axis=0), 1)
+    index = item - tl.sum(tl.where(here, ends - chunks, 0), axis=0)
+    size = tl.cdiv(tl.cdiv(length, count), BLOCK) * BLOCK
+    return row, index * size, tl.minimum((index + 1) * size, length)
+
+
+@triton.jit(do_not_specialize=["batch", "score_beyond", "fewest_items", "most_items", "preferred"])
+def split_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    slots_ptr,
+    lens_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    logits_ptr,
+    batch,
+    scale,
+    logit_cap,
+    v_scale,
+    score_beyond,
+    fewest_items,
+    most_items,
+    preferred,
+    stride_q_row,
+    stride_q_head,
+    stride_k_slot,
+    stride_k_head,
+    stride_v_slot,
+    stride_v_head,
+    stride_slots_row,
+    stride_slots_head,
+    stride_lens_row,
+    stride_lens_head,
+    stride_logits_row,
+    stride_logits_head,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    WRITE_LOGITS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Attention of one KV head's query heads over one chunk of one row."""
+    kv_head = tl.program_id(0)
+    item = tl.program_id(1)
+    lens, chunks = plan(
+        lens_ptr + kv_head * stride_lens_head,
+        batch,
+        stride_lens_row,
+        fewest_items,
+        most_items,
+        preferred,
+        BLOCK,
+        BLOCK_ROWS,
+    )
+    row, begin, end = find_chunk(lens, chunks, item, BLOCK, BLOCK_ROWS)
+    if row >= batch:
+        return
+    row = row.to(tl.int64)
+    group = tl.arange(0, BLOCK_GROUP)
+    dims = tl.arange(0, BLOCK_DIM)
+    dims_v = tl.arange(0, BLOCK_DIM_V)
+    heads = kv_head * GROUP + group
+    in_group = group < GROUP
+
+    # [BLOCK_GROUP, BLOCK_DIM]
+    q = tl.load(
+        q_ptr + row * stride_q_row + heads[:, None] * stride_q_head + dims[None, :],
+        mask=in_group[:, None] & (dims < DIM)[None, :],
+        other=0.0,
+    )
+    if UPCAST:
+        q = q.to(tl.float32)
+    acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM_V], dtype=tl.float32)
+    peak = tl.full([BLOCK_GROUP], -float("inf"), dtype=tl.float32)
+    norm = tl.zeros([BLOCK_GROUP], dtype=tl.float32)
+    if WRITE_LOGITS:
+        length = tl.load(lens_ptr + row * stride_lens_row)
+        scored = length > score_beyond
+    slots_row = slots_ptr + row * stride_slots_row + kv_head * stride_slots_head
+    for start in range(begin, end, BLOCK):
+        positions = start + tl.arange(0, BLOCK)
+        inside = positions < end
+        slots = tl.load(slots_row + positions, mask=inside, other=0).to(tl.int64)
+        # [BLOCK, BLOCK_DIM]
+        k = tl.load(
+            k_ptr + slots[:, None] * stride_k_slot + kv_head * stride_k_head + dims[None, :],
+            mask=inside[:, None] & (dims < DIM)[None, :],
+            other=0.0,
+        )
+        # [BLOCK_GROUP, BLOCK]
+        logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
+        if HAS_CAP:
+            logits = logit_cap * (2.0 / (1.0 + tl.exp(-2.0 * logits / logit_cap)) - 1.0)
+        if WRITE_LOGITS:
+            tl.store(
+                logits_ptr + row * stride_logits_row + heads[:, None] * stride_logits_head + positions[None, :],
+                logits,
+                mask=in_group[:, None] & (inside & scored)[None, :],
+            )
+        logits = tl.where(inside[None, :], logits * 1.4426950408889634, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(logits, axis=1))
+        weights = tl.exp2(logits - new_peak[:, None])
+        rescale = tl.exp2(peak - new_peak)
+        norm = norm * rescale + tl.sum(weights, axis=1)
+        peak = new_peak
+        # [BLOCK, BLOCK_DIM_V]
+        v = tl.load(
+            v_ptr + slots[:, None] * stride_v_slot + kv_head * stride_v_head + dims_v[None, :],
+            mask=inside[:, None] & (dims_v < DIM_V)[None, :],
+            other=0.0,
+        )
+        acc = acc * rescale[:, None]
+        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
+
+    out_rows = item.to(tl.int64) * HEADS + heads
+    tl.store(
+        partial_ptr + out_rows[:, None] * DIM_V + dims_v[None, :],
+        acc * (v_scale / norm)[:, None],
+        mask=in_group[:, None] & (dims_v < DIM_V)[None, :],
+    )
+    tl.store(partial_lse_ptr + out_rows, (peak + tl.log2(norm)) * 0.6931471805599453, mask=in_group)
+
+
+@triton.jit(do_not_specialize=["batch", "fewest_items", "most_items", "preferred"])
+def merge_kernel(
+    partial_ptr,
+    partial_lse_ptr,
+    lens_ptr,
+    out_ptr,
+    lse_ptr,
+    batch,
+    fewest_items,
+    most_items,
+    preferred,
+    stride_lens_row,
+    stride_lens_head,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_ITEMS: tl.constexpr,
+):
+    """One query head of one row from its chunks."""
+    head = tl.program_id(0)
+    row = tl.program_id(1)
+    _, chunks = plan(
+        lens_ptr + (head // GROUP) * stride_lens_head,
+        batch,
+        stride_lens_row,
+        fewest_items,
+        most_items,
+        preferred,
+        BLOCK,
+        BLOCK_ROWS,
+    )
+    rows = tl.arange(0, BLOCK_ROWS)
+    first = tl.sum(tl.where(rows < row, chunks, 0), axis=0)
+    count = tl.sum(tl.where(rows == row, chunks, 0), axis=0)
+    dims_v = tl.arange(0, BLOCK_DIM_V)
+    acc = tl.zeros([BLOCK_DIM_V], dtype=tl.float32)
+    peak = -float("inf")
+    norm = 0.0
+    for start in range(0, count, BLOCK_ITEMS):
+        items = start + tl.arange(0, BLOCK_ITEMS)
+        places = (first + items).to(tl.int64) * HEADS + head
+        lse = tl.load(partial_lse_ptr + places, mask=items < count, other=-float("inf"))
+        # [BLOCK_ITEMS, BLOCK_DIM_V]
+        parts = tl.load(
+            partial_ptr + places[:, None] * DIM_V + dims_v[None, :],
+            mask=(items < count)[:, None] & (dims_v < DIM_V)[None, :],
+            other=0.0,
+        )
+        new_peak = tl.maximum(peak, tl.max(lse, axis=0))
+        weights = tl.exp(lse - new_peak)
+        rescale = tl.exp(peak - new_peak)
+        acc = acc * rescale + tl.sum(parts * weights[:, None], axis=0)
+        norm = norm * rescale + tl.sum(weights, axis=0)
+        peak = new_peak
+    out_row = row.to(tl.int64) * HEADS + head
+    tl.store(out_ptr + out_row * DIM_V + dims_v, (acc / norm).to(out_ptr.dtype.element_ty), mask=dims_v < DIM_V)
+    tl.store(lse_ptr + out_row, peak + tl.log(norm))
+
+
+def split_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    lens: Tensor,
+    *,
+    scale: float,
+    logit_cap: float,
+    k_scale: float,
+    v_scale: float,
+    logits: Tensor | None = None,
+    score_beyond: int = 0,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query token a row over its slots. Operands as in `sparse_decode`, already checked.
+
+    Args:
+        lens: valid leading slots, int32 or int64, [B] or [B, H_kv].
+        logits: float32 [B, H, L] to be filled with scaled (and capped) logits, with `slots` [B, L].
+        score_beyond: rows of at most so many slots need no logits.
+
+    Returns:
+        out [B, H, D_v] in q's dtype; lse float32 [B, H].
+    """
+    batch, heads, dim = q.shape
+    kv_heads, dim_v = k_cache.shape[1], v_cache.shape[2]
+    q = q if q.stride(2) == 1 else q.contiguous()
+    launch = launch or launch_for(q, kv_heads, dim_v)
+    wave = max(1, num_programs(q.device, launch.programs_per_sm) // kv_heads)
+    most_items = wave * launch.waves
+    items = min(most_items + batch, batch * triton.cdiv(slots.shape[-1], launch.block))
+    partial = torch.empty(items, heads, dim_v, dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty(items, heads, dtype=torch.float32, device=q.device)
+    out = torch.empty(batch, heads, dim_v, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, dtype=torch.float32, device=q.device)
+    group = heads // kv_heads
+    cut = {
+        "batch": batch,
+        "fewest_items": wave,
+        "most_items": most_items,
+        "preferred": launch.chunk,
+        "stride_lens_row": lens.stride(0),
+        "stride_lens_head": lens.stride(1) if lens.dim() == 2 else 0,
+        "HEADS": heads,
+        "GROUP": group,
+        "DIM_V": dim_v,
+        "BLOCK": launch.block,
+        "BLOCK_DIM_V": max(16, triton.next_power_of_2(dim_v)),
+        "BLOCK_ROWS": plan_block(batch),
+    }
+    split_kernel[(kv_heads, items)](
+        q_ptr=q,
+        k_ptr=k_cache,
+        v_ptr=v_cache,
+        slots_ptr=slots,
+        lens_ptr=lens,
+        partial_ptr=partial,
+        partial_lse_ptr=partial_lse,
+        logits_ptr=logits,
+        scale=scale * k_scale,
+        logit_cap=logit_cap,
+        v_scale=v_scale,
+        score_beyond=score_beyond,
+        stride_q_row=q.stride(0),
+        stride_q_head=q.stride(1),
+        stride_k_slot=k_cache.stride(0),
+        stride_k_head=k_cache.stride(1),
+        stride_v_slot=v_cache.stride(0),
+        stride_v_head=v_cache.stride(1),
+        stride_slots_row=slots.stride(0),
+        stride_slots_head=slots.stride(1) if slots.dim() == 3 else 0,
+        stride_logits_row=0 if logits is None else logits.stride(0),
+        stride_logits_head=0 if logits is None else logits.stride(1),
+        DIM=dim,
+        BLOCK_GROUP=max(16, triton.next_power_of_2(group)),
+        BLOCK_DIM=max(16, triton.next_power_of_2(dim)),
+        HAS_CAP=logit_cap > 0,
+        WRITE_LOGITS=logits is not None,
+        UPCAST=q.dtype == torch.float32 or interpreting(),
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        **cut,
+    )
+    merge_kernel[(heads, batch)](
+        partial_ptr=partial,
+        partial_lse_ptr=partial_lse,
+        lens_ptr=lens,
+        out_ptr=out,
+        lse_ptr=lse,
+        BLOCK_ITEMS=8,
+        num_warps=2,
+        **cut,
+    )
+    return out, lse
+
+
+def launch_for(q: Tensor, kv_heads: int, dim_v: int) -> Launch:
+    """Launch parameters by head size and number of rows. A table: nothing is tuned at run time.
+
+    Measured at 256-byte keys on an H200; other sizes keep the bytes of an iteration.
+    """
+    row_bytes = max(q.shape[2], dim_v) * q.element_size()
+    # Rows alone keep the device busy, or keep it busy for several waves.
+    programs, full = q.shape[0] * kv_heads, multiprocessors(q.device)
+    block = max(16, min(256, (64 if programs >= full * 0.9 else 128) * 256 // triton.next_power_of_2(row_bytes)))
+    if programs >= full * 0.9:
+        return Launch(block, warps=2, stages=3, programs_per_sm=2, waves=8, chunk=1024 if programs >= 3 * full else 512)
+    return Launch(block, warps=4, stages=3, programs_per_sm=2, waves=8, chunk=1024)

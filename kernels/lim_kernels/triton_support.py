@@ -1,0 +1,50 @@
+"""What the Triton launchers share."""
+
+from functools import cache
+
+import torch
+import triton
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; a small number elsewhere, for Triton's interpreter."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def num_programs(device: torch.device, per_sm: int) -> int:
+    """Programs that the device holds at once at `per_sm` a multiprocessor."""
+    return multiprocessors(device) * per_sm
+
+
+def plan_block(batch: int) -> int:
+    """Power of two that holds a batch's rows; never one, which Triton would take for a scalar."""
+    return max(16, 1 << (batch - 1).bit_length())
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, where `tl.dot` of bfloat16 operands is wrong."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def readable_width(tensor: torch.Tensor) -> int:
+    """How far the rows of `tensor` [..., L] may be read: L, or L rounded up where rows are padded.
+
+    A mask that ends at a multiple of 16 lets Triton load vectors; one that ends at a row's length makes it load
+    element by element.
+    """
+    length = tensor.shape[-1]
+    padded = -(-length // 16) * 16
+    ends = tensor.storage_offset() + sum(
+        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    inside = ends + padded - length < tensor.untyped_storage().nbytes() // tensor.element_size()
+    return padded if inside and tensor.stride(-2) >= padded and tensor.stride(-1) == 1 else length
+
+
+def padded_empty(*shape: int, device: torch.device) -> torch.Tensor:
+    """Uninitialised float32 whose rows start at multiples of 16 elements."""
+    *rows, length = shape
+    return torch.empty(*rows, -(-length // 16) * 16, dtype=torch.float32, device=device)[..., :length]
