@@ -2,8 +2,9 @@
 
 The dense backend is built by its own factory and its instance is given a subclass of its own class, so prefill,
 mixed, verify and idle steps, metadata and whatever a release adds stay exactly the dense backend's. A decode step
-copies its rows of `req_to_token` when SGLang prepares the step's metadata and reads nothing of the scheduler's
-afterwards; no state crosses from one step to the next.
+copies its rows of `req_to_token` when SGLang prepares the step's metadata (`observe`, never captured) and reads nothing
+of the scheduler's afterwards; no state crosses from one step to the next. What a captured graph runs is `begin` and the
+layers: sizes depend on batch size, budget and the pool's width alone, and nothing waits for the device.
 """
 
 from dataclasses import dataclass
@@ -15,9 +16,13 @@ from torch import Tensor
 from sgl_lim import checks, metrics
 from sgl_lim.config import LimConfig, load
 from sgl_lim.counters import Counters
-from sgl_lim.decode import DecodeStep, HeadShare, attend, begin_step
+from sgl_lim.decode import DecodeStep, HeadShare, Scales, attend, begin_step
 from sgl_lim.methods import METHODS, Method, Role
 from sgl_lim.presets import selection_layers_for
+from sgl_lim.snapshot import Snapshot
+
+SCORE_BYTES = 1 << 30
+"""Most memory that a selection layer's logits take; larger batches are scored some rows at a time."""
 
 
 @dataclass
@@ -33,8 +38,13 @@ class SparseDecode:
     layers_from: str
     pool: Any
     rows: Any
+    snapshot: Snapshot
     counters: Counters
     step: DecodeStep | None = None
+
+    def rows_at_once(self, query_heads: int, width: int) -> int:
+        """Rows that a selection layer scores together."""
+        return max(1, SCORE_BYTES // (4 * query_heads * width))
 
 
 def make(runner: Any) -> Any:
@@ -102,6 +112,7 @@ def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> Spar
         layers_from=layers_from,
         pool=runner.token_to_kv_pool,
         rows=rows,
+        snapshot=Snapshot(table),
         counters=Counters(method, model.num_hidden_layers, table.shape[0], table.device),
     )
 
@@ -115,8 +126,8 @@ def head_share(num_heads: int) -> HeadShare:
         return HeadShare(first_head=0, num_heads=num_heads, reduce=None)
 
     def reduce(scores: Tensor, how: str) -> Tensor:
-        if how == "sum":
-            return group.all_reduce(scores)
+        if how == "logsumexp":
+            return group.all_reduce(scores.exp()).log()
         gathered = group.all_gather(scores.contiguous(), dim=0)
         return gathered.view(group.world_size, *scores.shape).amax(dim=0)
 
@@ -134,11 +145,24 @@ def sparse_subclass(dense: type) -> type:
         lim: SparseDecode
 
         def init_forward_metadata(self, forward_batch: Any) -> None:
+            self.lim.step = None
             super().init_forward_metadata(forward_batch)
-            prepare(self.lim, forward_batch)
+            # A dense backend that leaves this to SGLang's base class comes by the two methods below.
+            if self.lim.step is None and observe(self.lim, forward_batch, captured=False):
+                begin(self.lim, forward_batch)
 
         def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-            raise checks.RefusedConfig(["CUDA graphs need the Triton kernels; pass --disable-cuda-graph"])
+            super().init_cuda_graph_state(max_bs, max_num_tokens)
+            self.lim.snapshot.reserve(max_bs)
+
+        def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+            super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+            observe(self.lim, forward_batch, captured=True)
+
+        def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+            super().init_forward_metadata_in_graph(forward_batch)
+            if decodes(forward_batch):
+                begin(self.lim, forward_batch)
 
         def forward_decode(
             self,
@@ -164,9 +188,9 @@ def sparse_subclass(dense: type) -> type:
                 q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),
                 lim.pool.get_key_buffer(layer.layer_id),
                 lim.pool.get_value_buffer(layer.layer_id),
-                scale=layer.scaling,
-                logit_cap=layer.logit_cap,
+                scales=layer_scales(layer),
                 heads=lim.heads,
+                rows_at_once=lim.rows_at_once(layer.tp_q_head_num, lim.step.slots.shape[1]),
             )
             return out.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
 
@@ -174,27 +198,46 @@ def sparse_subclass(dense: type) -> type:
     return LessIsMoreBackend
 
 
-def prepare(lim: SparseDecode, forward_batch: Any) -> None:
-    """Copy what a decode step needs of the request pool; other steps are dense and only forget their rows."""
+def decodes(forward_batch: Any) -> bool:
+    """Whether this is a decode step with rows in it."""
+    return forward_batch.forward_mode.is_decode() and forward_batch.batch_size > 0
+
+
+def observe(lim: SparseDecode, forward_batch: Any, *, captured: bool) -> bool:
+    """Copy what a decode step needs of the scheduler's; other steps are dense and only make their rows new.
+
+    Args:
+        captured: whether the step runs as a captured graph.
+
+    Returns:
+        Whether this is a decode step.
+    """
     lim.step = None
-    rows = forward_batch.req_pool_indices
-    if not forward_batch.forward_mode.is_decode():
-        if forward_batch.forward_mode.is_mixed():
-            # A row that extends by one token may be decoding, and then goes on.
-            lim.counters.forget(rows.long(), forward_batch.extend_seq_lens > 1)
-        elif forward_batch.forward_mode.is_extend():
-            lim.counters.forget(rows.long())
-        return
-    if forward_batch.batch_size == 0:
-        return
-    rows = rows.long()
-    on_host = forward_batch.seq_lens_cpu
-    longest = int((forward_batch.seq_lens if on_host is None else on_host).max())
-    seq_lens = forward_batch.seq_lens.long()
-    lim.step = begin_step(lim.method, lim.rows.req_to_token[:, :longest].index_select(0, rows), seq_lens)
-    generations = lim.rows.req_generation.to(rows.device, non_blocking=True)[rows]
-    lim.counters.record(rows, generations, seq_lens, real=rows != 0)
-    metrics.after_step(lim)
+    if decodes(forward_batch):
+        lim.snapshot.take(forward_batch, captured=captured)
+        lim.counters.learn_generations(lim.rows.req_generation)
+        metrics.after_step(lim)
+        return True
+    mode = forward_batch.forward_mode
+    if mode.is_mixed():
+        # A row that extends by one token may be decoding, and then goes on.
+        lim.counters.forget(forward_batch.req_pool_indices.long(), forward_batch.extend_seq_lens > 1)
+    elif mode.is_extend() and not mode.is_target_verify():
+        lim.counters.forget(forward_batch.req_pool_indices.long())
+    return False
+
+
+def begin(lim: SparseDecode, forward_batch: Any) -> None:
+    """Start a decode step on the snapshot; in a captured graph this is recorded and replayed."""
+    lim.step = begin_step(lim.method, lim.snapshot.slots, lim.snapshot.seq_lens)
+    lim.counters.record(forward_batch.req_pool_indices, lim.step.seq_lens)
+
+
+def layer_scales(layer: Any) -> Scales:
+    """Scale, logit cap and quantisation scales of a layer; a layer without the latter stores unscaled values."""
+    k_scale = 1.0 if layer.k_scale is None else layer.k_scale_float
+    v_scale = 1.0 if layer.v_scale is None else layer.v_scale_float
+    return Scales(scale=layer.scaling, logit_cap=layer.logit_cap or 0.0, k_scale=k_scale, v_scale=v_scale)
 
 
 def store_kv(pool: Any, layer: Any, forward_batch: Any, k: Tensor, v: Tensor) -> None:
@@ -203,7 +246,7 @@ def store_kv(pool: Any, layer: Any, forward_batch: Any, k: Tensor, v: Tensor) ->
 
     for_batch = getattr(KVWriteLoc, "for_batch", None)
     where = for_batch(forward_batch) if for_batch else KVWriteLoc(forward_batch.out_cache_loc)
-    pool.set_kv_buffer(layer, where, k, v)
+    pool.set_kv_buffer(layer, where, k, v, layer.k_scale, layer.v_scale)
 
 
 def refuse_options(layer: Any, options: dict[str, Any]) -> None:

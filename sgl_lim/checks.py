@@ -5,6 +5,8 @@ from typing import Any
 from sgl_lim.config import LimConfig, RefusedConfig
 
 BACKEND = "lessismore"
+MAX_BUDGET = 8192
+"""Largest token budget with the aggregate union on a GPU (`lim_kernels.select_tokens.MAX_UNION`)."""
 DENSE_BACKENDS = ("fa3", "flashinfer", "triton", "torch_native")
 
 
@@ -18,13 +20,6 @@ def names_us(server_args: Any) -> bool:
     """Whether any attention backend flag names ours."""
     names = (server_args.attention_backend, server_args.prefill_attention_backend, server_args.decode_attention_backend)
     return BACKEND in names
-
-
-def decode_graphs() -> bool:
-    """Whether SGLang resolved to capture decode in CUDA graphs; known in the scheduler process."""
-    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
-
-    return not check_cuda_graph_backend(Phase.DECODE, Backend.DISABLED)
 
 
 def check_before_weights(config: LimConfig, model_runner: Any) -> None:
@@ -103,11 +98,15 @@ def server_problems(config: LimConfig, server_args: Any, device: str) -> list[st
         if getattr(server_args, "enable_torch_compile", False):
             found.append("--enable-torch-compile captures decode on CPU, where sets vary in place; leave the flag out")
     elif device == "cuda":
-        if decode_graphs():
+        if str(server_args.kv_cache_dtype) == "fp8_e5m2" and config.dense_backend in (None, "fa3"):
+            found.append("--kv-cache-dtype fp8_e5m2 is not read by fa3; use fp8_e4m3 or --lim-dense-backend triton")
+        if config.aggregate == "union" and config.budget > MAX_BUDGET:
             found.append(
-                "CUDA graphs need the Triton kernels, which this release does not have yet; pass "
-                "--disable-cuda-graph (0.5.23: --cuda-graph-backend-decode disabled)"
+                f"--lim-budget {config.budget} is more than union ranks on a GPU; use at most {MAX_BUDGET}, or "
+                "--lim-aggregate max"
             )
+        if config.dense_backend == "torch_native":
+            found.append("--lim-dense-backend torch_native runs outside CUDA graphs; on a GPU leave it out")
     else:
         found.append(f"--device {device} is not supported; use cuda or cpu")
     return found
@@ -129,8 +128,6 @@ def check_pool(pool: Any) -> None:
         raise RefusedConfig([f"KV pool {type(pool).__name__}: only models with plain MHA, GQA or MQA caches work"])
     if isinstance(pool, packed):
         raise RefusedConfig([f"KV pool {type(pool).__name__} packs blocks; use --kv-cache-dtype auto or fp8_e4m3"])
-    if pool.device != "cpu" and pool.dtype.itemsize == 1:
-        raise RefusedConfig([f"--kv-cache-dtype {pool.dtype} needs the Triton kernels on a GPU; use bfloat16"])
     layout = getattr(pool, "kv_cache_layout", "nhd")
     if layout != "nhd":
         raise RefusedConfig([f"KV layout {layout!r}: only 'nhd' works; unset SGLANG_USE_HND_KVCACHE and layout flags"])

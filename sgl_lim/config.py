@@ -16,7 +16,7 @@ from typing import Any
 from lim_kernels.select_tokens import AGGREGATES
 from sgl_lim.methods import METHODS
 
-ENV = "SGL_LIM_CONFIG"
+ENV = "LESSISMORE_CONFIG"
 
 
 class RefusedConfig(ValueError):
@@ -109,7 +109,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def take_flags(args: argparse.Namespace) -> None:
-    """Merge parsed flags over `SGL_LIM_CONFIG` and write the result back for the workers to inherit."""
+    """Merge parsed flags over `LESSISMORE_CONFIG` and write the result back for the workers to inherit."""
     given = {
         field.name: getattr(args, f"lim_{field.name}")
         for field in dataclasses.fields(LimConfig)
@@ -137,7 +137,7 @@ def load() -> LimConfig:
 
 
 def read_environment() -> dict[str, Any]:
-    """The JSON object in `SGL_LIM_CONFIG`, given inline or as the path of a file; {} if unset."""
+    """The JSON object in `LESSISMORE_CONFIG`, given inline or as the path of a file; {} if unset."""
     text = os.environ.get(ENV, "").strip()
     if not text:
         return {}

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
+from lim_kernels.count_step import TOTALS, Ledger, count_step
 from sgl_lim.methods import Method, Role
-
-NAMES = ("decode_steps", "tokens_attended", "tokens_dense", "selections", "requests", "requests_sparse")
 
 
 class Counters:
@@ -17,13 +16,15 @@ class Counters:
 
     def __init__(self, method: Method, num_layers: int, num_rows: int, device: torch.device) -> None:
         roles = method.layer_roles(num_layers)
-        self._num_layers = num_layers
-        self._sparse_layers = sum(role is Role.SPARSE for role in roles)
-        self._selection_layers = sum(role is Role.SELECT for role in roles)
         self._budget = method.budget
-        self._totals = torch.zeros(len(NAMES), dtype=torch.int64, device=device)
-        self._generations = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
-        self._sparse_rows = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self._layers = {role: roles.count(role) for role in Role}
+        self._ledger = Ledger(
+            totals=torch.zeros(len(TOTALS), dtype=torch.int64, device=device),
+            seen=torch.full((num_rows,), -1, dtype=torch.int64, device=device),
+            sparse=torch.zeros(num_rows, dtype=torch.uint8, device=device),
+        )
+        self._generations = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._known = torch.zeros(num_rows, dtype=torch.int64)
 
     def forget(self, rows: Tensor, where: Tensor | None = None) -> None:
         """A prefill runs on these rows of the request pool, so whoever decodes there next is new.
@@ -34,38 +35,53 @@ class Counters:
             rows: int64 [B].
             where: bool [B], which of the rows are prefilled; None is all.
         """
-        self._generations[rows] = -1 if where is None else self._generations[rows].masked_fill(where, -1)
+        seen = self._ledger.seen
+        seen[rows] = -1 if where is None else seen[rows].masked_fill(where, -1)
 
-    def record(self, rows: Tensor, generations: Tensor, seq_lens: Tensor, real: Tensor) -> None:
-        """Count one decode step.
+    def learn_generations(self, generations: Tensor) -> None:
+        """Bring the tenancy of the request pool's rows to the device; before `record`, outside a captured graph.
 
         Args:
-            rows: int64 [B], rows of the request pool.
-            generations: int64 [B], tenancy of each row (`ReqToTokenPool.req_generation`).
-            seq_lens: int64 [B].
-            real: bool [B], false for rows that only pad a captured graph.
+            generations: int64 [R] on the host (`ReqToTokenPool.req_generation`).
         """
-        lens = seq_lens.to(torch.int64) * real
-        sparse = (lens > self._budget) if self._sparse_layers else torch.zeros_like(real)
-        new = (self._generations[rows] != generations) & real
-        before = self._sparse_rows[rows] & ~new
-        kept = lens.clamp(max=self._budget)
-        full_layers = self._num_layers - self._sparse_layers
-        self._totals += torch.stack(
-            [
-                real.any().to(torch.int64),
-                (full_layers * lens + self._sparse_layers * kept).sum(),
-                self._num_layers * lens.sum(),
-                self._selection_layers * sparse.sum(),
-                new.sum(),
-                (sparse & ~before).sum(),
-            ]
+        # Most steps admit nobody, and a look on the host is cheaper than a copy.
+        if torch.equal(generations, self._known):
+            return
+        self._known.copy_(generations)
+        # The pinned copy belongs to torch's allocator, which keeps it until the device has read it.
+        source = self._known.pin_memory() if self._generations.is_cuda else self._known
+        self._generations.copy_(source, non_blocking=True)
+
+    def record(self, rows: Tensor, seq_lens: Tensor) -> None:
+        """Count one decode step; may be captured in a graph.
+
+        Args:
+            rows: int32 or int64 [B], rows of the request pool; row 0 only pads a captured graph.
+            seq_lens: int32 or int64 [B].
+        """
+        count_step(
+            self._ledger,
+            rows,
+            self._generations,
+            seq_lens,
+            budget=self._budget,
+            num_layers=sum(self._layers.values()),
+            sparse_layers=self._layers[Role.SPARSE],
+            selection_layers=self._layers[Role.SELECT],
         )
-        self._generations[rows] = generations
-        self._sparse_rows[rows] = before | sparse
+
+    @property
+    def totals(self) -> Tensor:
+        """int64 [6] on the device, as `named` takes them."""
+        return self._ledger.totals
 
     def read(self) -> dict[str, int]:
-        """Totals by name, with `requests_dense` for those that never exceeded the budget. Waits for the device."""
-        totals = dict(zip(NAMES, self._totals.tolist(), strict=True))
-        totals["requests_dense"] = totals["requests"] - totals.pop("requests_sparse")
-        return totals
+        """Totals by name. Waits for the device."""
+        return named(self.totals)
+
+
+def named(totals: Tensor) -> dict[str, int]:
+    """Totals by name, with `requests_dense` for requests that never exceeded the budget."""
+    values = dict(zip(TOTALS, totals.tolist(), strict=True))
+    values["requests_dense"] = values["requests"] - values.pop("requests_sparse")
+    return values

@@ -10,7 +10,7 @@ from lim_kernels import decode_with_scores, sparse_decode
 from sgl_lim.methods import Method, Role
 
 Reduce = Callable[[Tensor, str], Tensor]
-"""Combines scores float32 [B, L] over the ranks of a tensor-parallel group, by "max" or "sum"."""
+"""Combines scores float32 [B, L] over the ranks of a tensor-parallel group, by "max" or "logsumexp"."""
 
 
 @dataclass
@@ -21,16 +21,9 @@ class DecodeStep:
     """
 
     slots: Tensor  # int32 [B, L] on the pool's device: KV slot of each position
-    seq_lens: Tensor  # int64 [B] on the pool's device, the current token included
-    set_slots: Tensor | None = None  # int32 [B, min(K, L)]: the set in force, filled by a selection layer
+    seq_lens: Tensor  # int32 [B] on the pool's device, the current token included
+    set_slots: Tensor | None = None  # int32 [B, K]: the set in force, filled by a selection layer
     set_counts: Tensor | None = None  # int32 [B]
-
-    def keep(self, positions: Tensor, counts: Tensor) -> None:
-        """Put a set in force for the layers that follow: positions int32 [B, K] (-1 padded), counts int32 [B]."""
-        # No row has more tokens than the snapshot is wide, and a budget may be much wider.
-        positions = positions[:, : self.slots.shape[1]]
-        self.set_slots = self.slots.gather(1, positions.clamp(min=0).long())
-        self.set_counts = counts
 
 
 def begin_step(method: Method, slots: Tensor, seq_lens: Tensor) -> DecodeStep:
@@ -38,7 +31,9 @@ def begin_step(method: Method, slots: Tensor, seq_lens: Tensor) -> DecodeStep:
     step = DecodeStep(slots=slots, seq_lens=seq_lens)
     chosen = method.initial_set(seq_lens, slots.shape[1])
     if chosen is not None:
-        step.keep(*chosen)
+        positions, step.set_counts = chosen
+        # No row has more tokens than the snapshot is wide, and a budget may be much wider.
+        step.set_slots = slots.gather(1, positions[:, : slots.shape[1]].clamp(min=0).long())
     return step
 
 
@@ -51,6 +46,16 @@ class HeadShare:
     reduce: Reduce | None
 
 
+@dataclass(frozen=True)
+class Scales:
+    """What a layer's logits and cached values are multiplied by."""
+
+    scale: float
+    logit_cap: float
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+
 def attend(
     method: Method,
     step: DecodeStep,
@@ -59,14 +64,15 @@ def attend(
     k_cache: Tensor,
     v_cache: Tensor,
     *,
-    scale: float,
-    logit_cap: float,
+    scales: Scales,
     heads: HeadShare,
+    rows_at_once: int | None = None,
 ) -> Tensor:
     """Attention of one layer; a selection layer also puts its set in force.
 
     Args:
         q: [B, H, D]; k_cache, v_cache: [num_slots, H_kv, D] and [num_slots, H_kv, D_v], current token stored.
+        rows_at_once: how many rows a selection layer scores together, None for all: logits take 4·H·L bytes a row.
 
     Returns:
         [B, H, D_v] in q's dtype.
@@ -74,18 +80,33 @@ def attend(
     Raises:
         RuntimeError: a sparse layer ran before any set was in force.
     """
+    sizes = vars(scales)
     if role is Role.SPARSE:
         if step.set_slots is None or step.set_counts is None:
             raise RuntimeError("a sparse layer ran before a selection layer of the same step")
-        return sparse_decode(q, k_cache, v_cache, step.set_slots, step.set_counts, scale=scale, logit_cap=logit_cap)[0]
-    out, _, logits = decode_with_scores(
-        q, k_cache, v_cache, step.slots, step.seq_lens, scale=scale, logit_cap=logit_cap
-    )
-    if role is Role.SELECT:
-        scores = method.score(
-            logits.to(torch.float32), step.seq_lens, first_head=heads.first_head, num_heads=heads.num_heads
+        return sparse_decode(q, k_cache, v_cache, step.set_slots, step.set_counts, **sizes)[0]
+    everything = method.budget >= step.slots.shape[1]
+    if role is Role.DENSE or everything:
+        if role is Role.SELECT:
+            step.set_slots, step.set_counts = step.slots, step.seq_lens
+        return decode_with_scores(q, k_cache, v_cache, step.slots, step.seq_lens, **sizes)[0]
+    batch = q.shape[0]
+    rows_at_once = rows_at_once or batch
+    parts = []
+    for first in range(0, batch, rows_at_once):
+        rows = slice(first, first + rows_at_once)
+        slots, seq_lens = step.slots[rows], step.seq_lens[rows]
+        out, lse, logits = decode_with_scores(
+            q[rows], k_cache, v_cache, slots, seq_lens, score_beyond=method.budget, **sizes
         )
+        scores = method.score(logits, seq_lens, lse=lse, first_head=heads.first_head, num_heads=heads.num_heads)
+        # The logits' memory serves the next rows.
+        del logits
         if heads.reduce is not None:
             scores = heads.reduce(scores, method.rank_reduction[method.aggregate])
-        step.keep(*method.choose(scores, step.seq_lens))
+        parts.append((out, *method.choose(scores, seq_lens, slots)))
+    if len(parts) == 1:
+        out, step.set_slots, step.set_counts = parts[0]
+        return out
+    out, step.set_slots, step.set_counts = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return out

@@ -4,6 +4,11 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from sgl_lim.counters import named
+
 if TYPE_CHECKING:
     from sgl_lim.backend import SparseDecode
 
@@ -48,6 +53,21 @@ class _Published:
         self._dense.labels(self._label).set(totals["requests_dense"])
 
 
+class _Reading:
+    """Totals on their way from the device to the host."""
+
+    def __init__(self, totals: Tensor) -> None:
+        self.totals = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=totals.is_cuda)
+        self.totals.copy_(totals, non_blocking=True)
+        self._arrived = torch.cuda.Event() if totals.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def ready(self) -> bool:
+        """Whether `totals` may be read."""
+        return self._arrived is None or self._arrived.query()
+
+
 class _State:
     """The backend of this scheduler process, and when its counters were last published."""
 
@@ -55,6 +75,7 @@ class _State:
     model_name = ""
     enabled = False
     published: _Published | None = None
+    reading: _Reading | None = None
     dirty = False
     last = 0.0
 
@@ -107,17 +128,28 @@ def describe() -> dict[str, Any] | None:
 
 
 def after_step(lim: "SparseDecode") -> None:
-    """Called once a decode step: publish at most every few seconds, where reading is free of a device wait."""
+    """Called once a decode step: publish at most every few seconds, without ever waiting for a device."""
     _State.dirty = True
-    if _State.enabled and lim.rows.device == "cpu" and time.monotonic() - _State.last > PUBLISH_EVERY_S:
-        on_idle()
+    if not _State.enabled:
+        return
+    if _State.reading is not None:
+        if _State.reading.ready():
+            _publish(_State.reading.totals)
+            _State.reading = None
+    elif time.monotonic() - _State.last > PUBLISH_EVERY_S:
+        _State.last = time.monotonic()
+        _State.reading = _Reading(lim.counters.totals)
 
 
 def on_idle() -> None:
     """Publish what changed. The scheduler calls this when no batch runs, so waiting for the device costs nothing."""
     if not (_State.dirty and _State.enabled) or _State.lim is None:
         return
-    _State.dirty, _State.last = False, time.monotonic()
+    _State.dirty, _State.last, _State.reading = False, time.monotonic(), None
+    _publish(_State.lim.counters.totals)
+
+
+def _publish(totals: Tensor) -> None:
     if _State.published is None:
         _State.published = _Published(_State.model_name)
-    _State.published.publish(_State.lim.counters.read())
+    _State.published.publish(named(totals))

@@ -32,7 +32,7 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    rank_reduction: ClassVar[dict[str, str]] = {"union": "max", "max": "max", "sum": "sum"}
+    rank_reduction: ClassVar[dict[str, str]] = {"union": "max", "max": "max", "sum": "logsumexp"}
 
     budget: int
     recency: float
@@ -55,12 +55,15 @@ class Method(ABC):
         """
         return None
 
-    def score(self, logits: Tensor, seq_lens: Tensor, *, first_head: int, num_heads: int) -> Tensor:
-        """Scores float32 [B, L] from logits float32 [B, H, L], before ranks of a tensor-parallel group are combined."""
+    def score(self, logits: Tensor, seq_lens: Tensor, *, lse: Tensor, first_head: int, num_heads: int) -> Tensor:
+        """Scores float32 [B, L] from logits float32 [B, H, L] and their lse float32 [B, H].
+
+        Ranks of a tensor-parallel group combine theirs afterwards.
+        """
         raise NotImplementedError(f"method {self.name} has no selection layers")
 
-    def choose(self, scores: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """The set from combined scores, as `lim_kernels.choose_tokens`."""
+    def choose(self, scores: Tensor, seq_lens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """The set from combined scores, in KV slots int32 [B, K], and counts, as `lim_kernels.choose_tokens`."""
         raise NotImplementedError(f"method {self.name} has no selection layers")
 
     def layer_roles(self, num_layers: int) -> tuple[Role, ...]:

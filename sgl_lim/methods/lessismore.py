@@ -36,7 +36,7 @@ class LessIsMore(Method):
             return Role.SELECT
         return Role.DENSE if layer < self.selection_layers[0] else Role.SPARSE
 
-    def score(self, logits: Tensor, seq_lens: Tensor, *, first_head: int, num_heads: int) -> Tensor:
+    def score(self, logits: Tensor, seq_lens: Tensor, *, lse: Tensor, first_head: int, num_heads: int) -> Tensor:
         """See `lim_kernels.score_tokens`."""
         return score_tokens(
             logits,
@@ -47,8 +47,11 @@ class LessIsMore(Method):
             aggregate=self.aggregate,
             first_head=first_head,
             num_heads=num_heads,
+            lse=lse,
         )
 
-    def choose(self, scores: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, scores: Tensor, seq_lens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """See `lim_kernels.choose_tokens`."""
-        return choose_tokens(scores, seq_lens, budget=self.budget, recent=self.recent, sinks=self.kept_sinks)
+        return choose_tokens(
+            scores, seq_lens, budget=self.budget, recent=self.recent, sinks=self.kept_sinks, slots=slots
+        )

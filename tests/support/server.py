@@ -63,7 +63,7 @@ def launch_command(python: str, args: Sequence[str]) -> list[str]:
 
 def launch_env(extra: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
     """This process's environment without the plugin's settings, offline, plus `extra`."""
-    inherited = {name: value for name, value in os.environ.items() if name != "SGL_LIM_CONFIG"}
+    inherited = {name: value for name, value in os.environ.items() if name != "LESSISMORE_CONFIG"}
     return {**inherited, **QUIET, **ONE_THREAD, **dict(extra)}
 
 

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 from sglang.srt.configs.model_config import AttentionArch
 
-from sgl_lim import checks
 from sgl_lim.checks import check_before_weights, check_pool, decodes_sparsely
 from sgl_lim.config import LimConfig, RefusedConfig
 
@@ -44,18 +43,6 @@ def reasons(config=None, device="cpu", **changes) -> list[str]:
     except RefusedConfig as refused:
         return refused.reasons
     return []
-
-
-@pytest.fixture(autouse=True)
-def _decode_runs_eagerly(monkeypatch):
-    monkeypatch.setattr(checks, "decode_graphs", lambda: False)
-
-
-def test_decode_graphs_are_refused(monkeypatch):
-    monkeypatch.setattr(checks, "decode_graphs", lambda: True)
-    assert reasons() == []
-    (reason,) = reasons(device="cuda")
-    assert "--disable-cuda-graph" in reason and "--cuda-graph-backend-decode disabled" in reason
 
 
 def test_plain_configuration_is_served():

@@ -49,8 +49,8 @@ def test_environment_may_name_a_file(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{bad", "SGL_LIM_CONFIG must hold a JSON object"),
-        ("/no/such/file.json", "SGL_LIM_CONFIG must hold a JSON object"),
+        ("{bad", "LESSISMORE_CONFIG must hold a JSON object"),
+        ("/no/such/file.json", "LESSISMORE_CONFIG must hold a JSON object"),
         ('{"budgets": 1}', "unknown keys budgets; known are aggregate, budget"),
         ('{"selection_layers": "2;4"}', "expected layer indices separated by commas"),
     ],

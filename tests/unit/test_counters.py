@@ -6,14 +6,11 @@ from sgl_lim.counters import Counters
 from sgl_lim.methods import METHODS
 
 
-def record(counters, rows, generations, lens, real=None):
-    rows = torch.tensor(rows)
-    counters.record(
-        rows,
-        torch.tensor(generations),
-        torch.tensor(lens),
-        real=torch.tensor(real) if real else torch.ones(len(lens), dtype=torch.bool),
-    )
+def record(counters, rows, generations, lens):
+    tenants = torch.zeros(8, dtype=torch.int64)
+    tenants[rows] = torch.tensor(generations)
+    counters.learn_generations(tenants)
+    counters.record(torch.tensor(rows), torch.tensor(lens))
 
 
 def build(name="lessismore"):
@@ -61,10 +58,10 @@ def test_same_generation_after_a_flush_is_new_once_its_prefill_was_seen():
 
 def test_padded_rows_count_for_nothing():
     counters = build()
-    record(counters, [2, 0, 0], [1, 0, 0], [20, 1, 1], real=[True, False, False])
+    record(counters, [2, 0, 0], [1, 0, 0], [20, 1, 1])
     totals = counters.read()
     assert totals["requests"] == 1 and totals["tokens_dense"] == 5 * 20
-    record(counters, [0], [0], [1], real=[False])
+    record(counters, [0], [0], [1])
     assert counters.read()["decode_steps"] == 1
 
 

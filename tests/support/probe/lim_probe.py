@@ -51,7 +51,7 @@ class Recorder:
             "set_slots": None if step.set_slots is None else step.set_slots.clone(),
             "set_counts": None if step.set_counts is None else step.set_counts.clone(),
             "out": out.clone(),
-            "scale": options["scale"],
+            "scale": options["scales"].scale,
             "first_head": options["heads"].first_head,
         }
         path = self._folder / f"{os.getpid()}-{self._steps:06d}-{self._layer:03d}.pt"
