@@ -1,0 +1,237 @@
+"""benchmarks/throughput.py against a stub endpoint: does it count, time, check and clean up as it says?"""
+
+import csv
+import os
+import sys
+from pathlib import Path
+
+import answer_check
+import own_server
+import pytest
+import throughput
+from answer_check import AnswerCheck, leading_agreement
+from bench_client import read_result, run_bench_serving
+from closed_loop import LoadError
+from streaming_endpoint import StreamingEndpoint
+
+MACHINE_LINE_APART = throughput.machine_line_apart
+COUNTERS = ("decode_steps", "tokens_attended", "tokens_dense", "selections", "requests", "requests_dense")
+QUICK = ["--input-len", "60", "--output-len", "40", "--check", "2", "--check-len", "8", "4"]
+SERVER = """
+import http.server, subprocess, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def log_message(self, *args): pass
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+RESULT = {
+    "completed": 4,
+    "total_output_tokens": 400,
+    "output_throughput": 123.0,
+    "median_ttft_ms": 5.0,
+    "p99_ttft_ms": 6.0,
+    "median_tpot_ms": 7.0,
+    "p99_tpot_ms": 8.0,
+}
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the tests the import of torch that each machine line costs."""
+    monkeypatch.setattr(throughput, "machine_line_apart", lambda: "some machine")
+
+
+def launch_with(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    monkeypatch.setattr(own_server, "LAUNCHER", [sys.executable, "-c", script])
+
+
+@pytest.mark.parametrize(
+    ("pool", "page", "running", "groups", "expected"),
+    [
+        (1010, 1, 64, 1, 10),  # each takes 100 tokens and a page
+        (1009, 1, 64, 1, 9),
+        (50, 1, 64, 1, 1),
+        (10_000, 1, 8, 1, 8),
+        (1280, 16, 64, 1, 10),  # 100 tokens are 7 pages
+        (1010, 1, 64, 2, 20),
+        (1010, 1, None, 1, 10),
+    ],
+)
+def test_auto_concurrency_fills_the_pool(pool: int, page: int, running: int | None, groups: int, expected: int) -> None:
+    states = [{"effective_max_running_requests_per_dp": running}] * groups
+    info = {"max_total_num_tokens": pool, "page_size": page, "internal_states": states}
+    assert throughput.fitting_concurrency(info, 60, 40) == expected
+
+
+def test_agreement_ends_at_the_first_difference() -> None:
+    assert leading_agreement([[1, 2, 3, 4]], [[1, 2, 3, 4]]) == 1.0
+    assert leading_agreement([[1, 9, 3, 4], [1, 2, 3, 4]], [[1, 2, 3, 4], [1, 2, 3, 4]]) == 5 / 8
+    assert leading_agreement([[1]], [[1, 2]]) == 0.5
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_own_server_ends_with_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch_with(monkeypatch, SERVER)
+    log = tmp_path / "logs" / "a.log"
+    with own_server.own_server([], log, timeout=30) as url:
+        assert url.startswith("http://127.0.0.1:")
+        child = int(log.read_text())
+        assert is_running(child)
+    assert not is_running(child)
+
+
+def test_a_server_that_does_not_start_shows_its_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch_with(monkeypatch, "import sys; print('unknown flags', sys.argv[1:]); sys.exit(3)")
+    output = tmp_path / "rows.csv"
+    options = ["--logs", str(tmp_path), "--output", str(output), "--common=--model-path m"]
+    assert throughput.main(["--server", "a=--no-such-flag", "--server", "b=--other", *options]) == 1
+    shown = capsys.readouterr()
+    assert "a: the server ended with 3" in shown.err and "unknown flags" in shown.err
+    assert "'--model-path', 'm', '--incremental-streaming-output', '--no-such-flag'" in shown.err
+    assert "starting b" not in shown.err  # without a baseline
+    assert not shown.out and not output.exists()
+
+
+def test_a_server_that_never_answers_is_given_up_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch_with(monkeypatch, "import os, time; print(os.getpid(), flush=True); time.sleep(600)")
+    log = tmp_path / "silent.log"
+    with (
+        pytest.raises(own_server.ServerFailed, match="does not answer after 1 s"),
+        own_server.own_server([], log, timeout=1),
+    ):
+        pass
+    assert not is_running(int(log.read_text()))
+
+
+def test_rows_compare_with_the_first_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out" / "rows.csv"
+    with StreamingEndpoint(pause=0.02) as slow, StreamingEndpoint(pause=0.005) as fast:
+        fast.counters = dict.fromkeys(COUNTERS, 0)
+        arguments = [f"slow={slow.url}", f"fast={fast.url}/", f"again={slow.url}", *QUICK, "--output", str(output)]
+        assert throughput.main(arguments) == 0
+        assert throughput.main(arguments) == 0
+        assert slow.flushes == 4 and len(slow.streamed) == 4 * (1 + 8)  # a warm-up and a wave of 8, each time
+    with output.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["server"] for row in rows] == ["slow", "fast", "again"] * 2
+    first, second, third = rows[:3]
+    assert first["concurrency"] == second["requests"] == second["done"] == "8"  # 1000 / 101, at most 8
+    assert float(first["ratio"]) == float(first["steady_ratio"]) == 1.0
+    for column, value in (("ratio", "tokens_per_s"), ("steady_ratio", "steady_tokens_per_s")):
+        for row in (second, third):
+            assert float(row[column]) == pytest.approx(float(row[value]) / float(first[value]), abs=0.01)
+        assert second[column] != "1.0"
+    assert (first["attended"], second["attended"]) == ("1.0", "0.25")
+    assert (second["same_tokens"], second["same_answers"], second["complete"]) == ("1.0", "", "yes")
+    assert second["mean_output"] == "40.0" and second["kv_pool_tokens"] == "1000"
+    assert (first["machine"], first["command"]) == ("some machine", "")
+    table = capsys.readouterr().out
+    assert table.count("\n| slow |") == 2 and table.count("| ---") >= 2
+
+
+def test_rows_of_another_benchmark_are_left_alone(stub: StreamingEndpoint, tmp_path: Path) -> None:
+    output = tmp_path / "rows.csv"
+    output.write_text("server,requests\na,1\n")
+    with pytest.raises(SystemExit, match="other columns"):
+        throughput.main([f"a={stub.url}", *QUICK, "--requests", "1", "--output", str(output)])
+    assert output.read_text() == "server,requests\na,1\n"
+
+
+def test_the_machine_line_comes_from_another_process() -> None:
+    assert "sglang" in MACHINE_LINE_APART()
+
+
+def test_no_speed_for_a_server_that_answers_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "rows.csv"
+    with StreamingEndpoint() as good, StreamingEndpoint() as bad, StreamingEndpoint() as third:
+        bad.token = lambda position: position if position == 0 else 99
+        servers = [f"good={good.url}", f"bad={bad.url}", f"third={third.url}"]
+        assert throughput.main([*servers, *QUICK, "--output", str(output)]) == 1
+        assert not bad.streamed
+        shown = capsys.readouterr()
+        assert "bad: 0.250 of the tokens agree" in shown.err and "| bad |" not in shown.out
+        assert [line.split(",")[0] for line in output.read_text().splitlines()] == ["server", "good", "third"]
+        assert throughput.main([*servers[:2], *QUICK, "--check-threshold", "0.25"]) == 0
+        assert "| 0.25 |" in capsys.readouterr().out
+
+
+def test_the_check_stays_inside_the_budget(stub: StreamingEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    stub.counters = dict.fromkeys(COUNTERS, 0)
+    arguments = [f"a={stub.url}", *QUICK[:4], "--requests", "1"]
+    assert throughput.main([*arguments, "--check-len", "200", "57"]) == 1
+    assert "sums to 257 tokens, but from 256 on" in capsys.readouterr().err
+    assert throughput.main([*arguments, "--check-len", "200", "56"]) == 0
+
+
+def test_chain_answers_are_compared_with_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"first": ["3", None, "7"], "second": ["3", "5", "7"]}
+    monkeypatch.setattr(answer_check, "solve_chains", lambda url, count, facts, steps: answers[url])
+    check = AnswerCheck(0, 0, 0, (12, 99), seed=0, threshold=0.5, chains=3, facts=9, steps=2)
+    assert [check.same_answers(url) for url in answers] == ["3/3", "2/3"]
+    assert check.same_tokens("first", {}) is None
+
+
+def test_long_repeated_answers_are_warned_of(stub: StreamingEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    stub.pause, stub.per_chunk = 0.0, 500
+    arguments = [f"a={stub.url}", "--input-len", "60", "--output-len", "2000", "--requests", "1"]
+    assert throughput.main(arguments) == 0
+    assert "repeats the answer in each chunk" in capsys.readouterr().err
+    stub.info = {"incremental_streaming_output": True}
+    assert throughput.main(arguments) == 0
+    assert "repeats" not in capsys.readouterr().err
+
+
+def test_servers_to_start_take_common_and_own_arguments() -> None:
+    args = throughput.parse_arguments(["--server", "a=--x 1 --y 'b c'", "--server", "d=--z=2", "--common=--m n"])
+    increments = "--incremental-streaming-output"
+    assert args.targets[0].arguments == ("--m", "n", increments, "--x", "1", "--y", "b c")
+    assert args.targets[1].arguments == ("--m", "n", increments, "--z=2")
+    assert own_server.launch_command(args.targets[0].arguments).startswith("python -m sglang.launch_server --m n")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["a=http://x", "--server", "b=--y"],
+        ["a=http://x", "a=http://y"],
+        ["http://x"],
+        ["a=http://x", "--client", "bench_serving", "--time-limit", "3"],
+        ["a=http://x", "--concurrency", "0"],
+    ],
+)
+def test_command_lines_that_say_nothing_clear_are_refused(argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        throughput.parse_arguments(argv)
+    assert refused.value.code == 2
+
+
+def test_bench_serving_result_becomes_figures() -> None:
+    result = read_result(RESULT, requests=4, output_len=100)
+    assert (result.tokens_per_s, result.ttft_ms, result.tpot_ms) == (123.0, (5.0, 6.0), (7.0, 8.0))
+    assert (result.done, result.mean_output, result.steady_tokens_per_s) == (4, 100, None)
+
+
+@pytest.mark.parametrize("change", [{"completed": 3}, {"total_output_tokens": 399}])
+def test_bench_serving_result_with_less_than_asked_is_refused(change: dict[str, int]) -> None:
+    with pytest.raises(LoadError, match="bench_serving reports"):
+        read_result(RESULT | change, requests=4, output_len=100)
+
+
+def test_bench_serving_is_refused_without_a_tokenizer() -> None:
+    sizes = {"concurrency": 1, "requests": 1, "input_len": 1, "output_len": 1, "seed": 0, "warmup": 0}
+    with pytest.raises(LoadError, match="skip-tokenizer-init"):
+        run_bench_serving("http://127.0.0.1:1", {"skip_tokenizer_init": True, "model_path": os.devnull}, **sizes)
