@@ -6,7 +6,7 @@ source "$(dirname "$0")/env.sh"
 cd "$LIM_ROOT"
 
 started=$SECONDS
-ensure_venv "$LIM_ROOT/.venv" "$LIM_SGLANG" dev,test
+ensure_venv "$LIM_ROOT/.venv" "$LIM_SGLANG" dev,test,bench
 python=$LIM_ROOT/.venv/bin/python
 say "set-up took $((SECONDS - started)) s"
 if (($#)); then exec "$python" -m pytest "$@"; fi
@@ -19,6 +19,8 @@ say "style and types"
 ensure_venv "$LIM_ROOT/.venv-$LIM_SGLANG_NEXT" "$LIM_SGLANG_NEXT" test
 export SGL_LIM_NEXT_PYTHON=$LIM_ROOT/.venv-$LIM_SGLANG_NEXT/bin/python
 say "tests"
-"$python" -m pytest --durations=15
-"$SGL_LIM_NEXT_PYTHON" -m pytest tests/unit tests/kernels
+"$python" -m pytest --durations=15 --ignore=tests/kernels
+"$SGL_LIM_NEXT_PYTHON" -m pytest tests/unit
+# Processes of their own: without a GPU, Triton's interpreter has to be chosen before anything imports Triton.
+for each in "$python" "$SGL_LIM_NEXT_PYTHON"; do "$each" -m pytest tests/kernels --require-triton --durations=5; done
 say "all of it took $((SECONDS - started)) s"

@@ -40,7 +40,7 @@ def hybrid_spec(fleet: Fleet) -> ServerSpec:
     """Dense prefill by name, our decode, settings from the environment."""
     args = ("--attention-backend", "torch_native", "--decode-attention-backend", "lessismore", "--dtype", "float32")
     return ServerSpec(
-        "hybrid", fleet.model("gqa"), (*args, *COMMON_ARGS), env=(("SGL_LIM_CONFIG", json.dumps(CONFIG)),)
+        "hybrid", fleet.model("gqa"), (*args, *COMMON_ARGS), env=(("LESSISMORE_CONFIG", json.dumps(CONFIG)),)
     )
 
 
@@ -82,7 +82,7 @@ def test_engine_with_settings_from_the_environment(fleet: Fleet, main_answers: l
         text=True,
         timeout=300,
         cwd=tmp_path,
-        env=launch_env((("SGL_LIM_CONFIG", json.dumps(CONFIG)),)),
+        env=launch_env((("LESSISMORE_CONFIG", json.dumps(CONFIG)),)),
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "sgl-lim is on: method lessismore, budget 256" in done.stdout + done.stderr

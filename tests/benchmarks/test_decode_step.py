@@ -1,0 +1,158 @@
+"""The decode-step benchmark without a model: what it asks of workers, and what it makes of their results."""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import decode_step
+import pytest
+import torch
+from decode_step import Outcome, make_rows, markdown, parse_backend, parse_case
+
+CASES = [(16, 32768), (1, 2048)]
+LOGITS = torch.arange(1.0, 13.0).reshape(2, 2, 3)
+
+
+def outcome(ms: float, logits: torch.Tensor | None = LOGITS, **more: object) -> Outcome:
+    """A worker that timed all cases, each step at about `ms`."""
+    times = {case: [ms * 0.9, ms, ms, ms, ms * 1.1] for case in CASES}
+    return Outcome(**{"times": times, "logits": logits, "machine": "M", **more})  # type: ignore[arg-type]
+
+
+def rows(found: Outcome, first: Outcome, spec: str = "triton", **more: bool) -> list[dict[str, object]]:
+    return make_rows(parse_backend(spec), found, first, CASES, **more)
+
+
+def test_backend_specs() -> None:
+    plain = parse_backend("fa3")
+    assert (plain.name, plain.lim, plain.environment) == ("fa3", None, {})
+    sparse = parse_backend("lessismore:budget=1024,aggregate=max,selection_layers=2-12,recency=0.5")
+    assert sparse.name == "lessismore" and sparse.lim is not None
+    assert (sparse.lim.budget, sparse.lim.aggregate, sparse.lim.selection_layers) == (1024, "max", (2, 12))
+    assert json.loads(sparse.environment["LESSISMORE_CONFIG"]) == {
+        "budget": 1024,
+        "aggregate": "max",
+        "selection_layers": [2, 12],
+        "recency": 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("fa3:budget=1", "only lessismore"),
+        ("lessismore:bugdet=1", "unknown setting 'bugdet'"),
+        ("lessismore:budget=many", "--lim-budget"),
+        ("lessismore:selection_layers=12-2", "must increase"),
+    ],
+)
+def test_wrong_specs_say_what_is_wrong(spec: str, said: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=said):
+        parse_backend(spec)
+
+
+def test_cases() -> None:
+    assert parse_case("16x32768") == (16, 32768)
+    for wrong in ("16", "0x5", "16x", "16x32K", "-1x4"):
+        with pytest.raises(argparse.ArgumentTypeError, match="16x32768"):
+            parse_case(wrong)
+
+
+def test_worker_arguments_differ_in_the_backend_alone_and_the_users_come_last() -> None:
+    argv = ["--model-path", "M", "--backends", "fa3", "lessismore:budget=64", "--cases", "16x8", "1x9", "16x9"]
+    args = decode_step.parse([*argv, "--sglang-args=--device cpu"])
+    dense, sparse = (decode_step.worker_argv(backend, args) for backend in args.backends)
+    assert [word for word in dense if word != "fa3"] == [word for word in sparse if word != "lessismore"]
+    assert dense[-6:] == ["--cuda-graph-bs-decode", "1", "2", "16", "--device", "cpu"]
+    assert args.backends[1].command(sparse).startswith("""LESSISMORE_CONFIG='{"budget": 64}' --model-path M""")
+
+
+def test_cases_or_a_profile_must_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["--cases", "1x2", "--profile", "1x2"]):
+        with pytest.raises(SystemExit):
+            decode_step.parse(["--model-path", "M", "--backends", "fa3", *argv])
+        assert "--cases or --profile" in capsys.readouterr().err
+
+
+def test_rows_have_times_and_the_ratio_to_the_first_backend() -> None:
+    first, second = rows(outcome(20), outcome(20), spec="fa3"), rows(outcome(8), outcome(20))
+    assert tuple(first[0]) == decode_step.COLUMNS
+    assert [row["ratio"] for row in first + second] == [1, 1, 2.5, 2.5]
+    row = second[0]
+    assert (row["batch"], row["context"], row["step_ms"], row["error"], row["machine"]) == (16, 32768, 8, "", "M")
+    assert row["tokens_per_s"] == 2000
+    assert row["p20_ms"] == pytest.approx(7.84) and row["p80_ms"] == pytest.approx(8.16)
+
+
+def test_a_failed_check_takes_every_speed() -> None:
+    for wrong in (LOGITS * 1.1, LOGITS * float("nan"), LOGITS + torch.tensor([0, 0, float("inf")])):
+        for row in rows(outcome(8, wrong), outcome(20)):
+            assert (row["error"], row["step_ms"], row["ratio"]) == ("check failed", "", "")
+    assert {row["error"] for row in rows(outcome(8, finite=False), outcome(20))} == {"check failed"}
+    good = rows(outcome(8, LOGITS * 1.01), outcome(20))
+    assert {row["error"] for row in good} == {""} and good[0]["logits_error_within_budget"] == "0.01"
+
+
+def test_one_wrong_request_in_one_step_is_enough() -> None:
+    wrong = LOGITS.clone()
+    wrong[1, 0] *= 2
+    assert decode_step.logits_error(wrong, LOGITS) == pytest.approx(1)
+
+
+def test_nothing_is_believed_without_logits_of_both() -> None:
+    assert {row["error"] for row in rows(outcome(8, None), outcome(20))} == {"check failed"}
+    silent = Outcome(error="the worker ended with status 1")
+    assert {row["error"] for row in rows(silent, outcome(20))} == {"the worker ended with status 1"}
+    unfounded = rows(outcome(8), silent)
+    assert all("first backend has no logits" in str(row["error"]) and row["step_ms"] == "" for row in unfounded)
+
+
+def test_without_the_check_a_failed_first_backend_costs_only_the_ratio() -> None:
+    unchecked = rows(outcome(8, None), Outcome(error="broken"), check=False)
+    assert [(row["step_ms"], row["ratio"], row["error"]) for row in unchecked] == [(8, "", "")] * 2
+
+
+def test_a_failed_case_leaves_the_others() -> None:
+    found = outcome(8, errors={CASES[0]: "pool"})
+    del found.times[CASES[0]]
+    assert [row["error"] for row in rows(found, outcome(20))] == ["pool", ""]
+
+
+def test_a_crash_leaves_what_was_timed_before_it() -> None:
+    found = outcome(8, error="the worker ended with status -11")
+    del found.times[CASES[1]]
+    assert [row["error"] for row in rows(found, outcome(20))] == ["", "the worker ended with status -11"]
+
+
+def test_outcomes_survive_the_file(tmp_path: Path) -> None:
+    saved = outcome(8, errors={(2, 3): "pool"}, kernels=[("k", 2, 1.5)])
+    saved.save(tmp_path / "outcome.pt")
+    read = Outcome(**torch.load(tmp_path / "outcome.pt"))
+    assert read.times == saved.times and read.errors == saved.errors and read.kernels == saved.kernels
+    assert read.logits is not None and torch.equal(read.logits, LOGITS)
+
+
+def test_the_table_has_cases_down_and_backends_across() -> None:
+    found = outcome(8, errors={CASES[1]: "pool"})
+    del found.times[CASES[1]]
+    table = markdown(rows(outcome(20), outcome(20), spec="fa3") + rows(found, outcome(20)))
+    assert table.splitlines()[0] == "| batch | context | fa3 | triton |"
+    assert table.splitlines()[2:] == ["| 16 | 32768 | 20.00 | 8.00 (2.50x) |", "| 1 | 2048 | 20.00 | pool |"]
+
+
+def test_rows_are_appended_under_one_header(tmp_path: Path) -> None:
+    for spec in ("fa3", "lessismore:budget=64,aggregate=max"):
+        decode_step.append_rows(tmp_path / "new" / "out.csv", rows(outcome(8), outcome(20), spec=spec))
+    with (tmp_path / "new" / "out.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [row["backend"] for row in read] == ["fa3"] * 2 + ["lessismore:budget=64,aggregate=max"] * 2
+    assert float(read[3]["ratio"]) == 2.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_noise_fills_every_slot(dtype: torch.dtype) -> None:
+    buffer = torch.zeros(100, 2, 8, dtype=dtype)
+    decode_step.fill_with_noise(buffer, chunk=33)
+    values = buffer.float()
+    assert (values.abs().amax(dim=(1, 2)) > 0).all() and 0.8 < float(values.std()) < 1.2
