@@ -38,9 +38,13 @@ def to_value(key):
 
 @triton.jit
 def load_logits(logits_row, width, start, first, last, BLOCK: tl.constexpr):
-    """A block's positions and logits as a tile, NaN (which reaches no bound) outside the candidates."""
+    """A block's positions and logits as a tile, NaN (which reaches no bound) outside the candidates.
+
+    A candidate that is no number counts as -inf, so that every candidate reaches the lowest bound and a search ends.
+    """
     positions = start + tile(BLOCK)
     logits = tl.load(logits_row + positions, mask=positions < width, other=0.0)
+    logits = tl.where(logits == logits, logits, -float("inf"))
     return positions, tl.where((positions >= first) & (positions < last), logits, float("nan"))
 
 
@@ -65,6 +69,7 @@ def load_sample(logits_row, first, last, SAMPLE: tl.constexpr):
     step = tl.cdiv(last - first, SAMPLE)
     positions = first + tl.arange(0, SAMPLE) * step
     values = tl.load(logits_row + positions, mask=positions < last, other=0.0)
+    values = tl.where(values == values, values, -float("inf"))
     return tl.where(positions < last, to_key(values), -2147483648), step
 
 
@@ -228,8 +233,8 @@ def search_kernel(
     aim = (depth + TOP) // 2
     guess = sample_key(sample, tl.maximum(aim // step, 1), 0)
 
-    # At least `depth` keys are >= low, fewer are >= high.
-    low = tl.full([], -2147483648, dtype=tl.int64)
+    # At least `depth` keys are >= low, which is the key of -inf first, and fewer are >= high.
+    low = tl.full([], -2139095041, dtype=tl.int64)
     high = tl.full([], 2147483648, dtype=tl.int64)
     written = 0
     tries = 0
@@ -296,6 +301,7 @@ def order_kernel(
     listed = ranks < reached
     positions = tl.load(scratch_ptr + place * TOP + ranks, mask=listed, other=0)
     logits = tl.load(logits_ptr + row * stride_row + head * stride_head + positions, mask=listed, other=0.0)
+    logits = tl.where(logits == logits, logits, -float("inf"))
     # By logit, then by lower position.
     entries = (to_key(logits).to(tl.int64) << 32) + (0x7FFFFFFF - positions).to(tl.int64)
     entries = tl.sort(tl.where(listed, entries, -9223372036854775808), descending=True)

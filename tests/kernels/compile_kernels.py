@@ -1,0 +1,117 @@
+"""Compiles every Triton kernel for a GPU that need not be there, as the launchers launch them.
+
+    usage: python compile_kernels.py 90        (compute capability 9.0)
+
+Prints a JSON line a launch. Runs without TRITON_INTERPRET, and therefore in a process of its own: the interpreter
+accepts programs that the compiler refuses.
+"""
+
+import importlib
+import json
+import pkgutil
+import sys
+from functools import partial
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import lim_kernels
+from lim_kernels import copy_rows, count_step, decode_with_scores, score_tokens, select_tokens, sparse_decode
+from lim_kernels.count_step import Ledger
+from lim_kernels.select_tokens import choose_tokens
+
+MULTIPROCESSORS = 132
+
+
+class AbsentDevice:
+    """What Triton asks its driver for before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def modules():
+    return [importlib.import_module(m.name) for m in pkgutil.walk_packages(lim_kernels.__path__, "lim_kernels.")]
+
+
+def compile_instead_of_launching(capability: int) -> None:
+    driver.set_active(AbsentDevice(capability))
+
+    def compile_and_report(kernel, *args, grid, **kwargs):
+        compiled = kernel.warmup(*args, grid=grid, **kwargs)
+        report = {"kernel": kernel.__name__, "shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
+        print(json.dumps(report), flush=True)
+        return compiled
+
+    JITFunction.__getitem__ = lambda kernel, grid: partial(compile_and_report, kernel, grid=grid)
+    for module in modules():
+        if hasattr(module, "multiprocessors"):
+            module.multiprocessors = lambda device: MULTIPROCESSORS
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def launch_decode(batch, heads, kv_heads, dim, dtype, cache_dtype=None, **how) -> None:
+    q = empty(batch, heads, dim, dtype=dtype)
+    cache = empty(1 << 16, kv_heads, dim, dtype=cache_dtype or dtype)
+    indices = empty(batch, 4096), empty(batch)
+    sparse_decode(q, cache, cache, *indices, scale=0.1, implementation="triton", **how)
+    decode_with_scores(q, cache, cache, *indices, scale=0.1, score_beyond=2048, implementation="triton", **how)
+
+
+def launch_all(*, fp8: bool) -> None:
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    # A few rows, and more than the device has multiprocessors.
+    for batch in (1, 64):
+        launch_decode(batch, 32, 8, 128, bf16)
+        launch_decode(batch, 32, 8, 128, fp32)
+        launch_decode(batch, 16, 8, 256, bf16, logit_cap=50.0)
+        if fp8:
+            launch_decode(batch, 32, 8, 128, bf16, torch.float8_e4m3fn, k_scale=0.5, v_scale=2.0)
+    launch_decode(17, 14, 2, 80, fp16)
+    launch_decode(3, 16, 1, 64, bf16)
+    sparse_decode(
+        empty(3, 32, 128, dtype=bf16),
+        *[empty(1 << 16, 8, 128, dtype=bf16)] * 2,
+        empty(3, 8, 2048, dtype=torch.int64),
+        empty(3, 8, dtype=torch.int64),
+        scale=0.1,
+        implementation="triton",
+    )
+
+    logits, seq_lens = empty(4, 32, 32768, dtype=fp32), empty(4)
+    triton = {"implementation": "triton"}
+    for sizes in ({"budget": 2048, "recent": 512, "sinks": 4}, {"budget": 8192, "recent": 0, "sinks": 0}):
+        select_tokens(logits, seq_lens, **sizes, **triton)
+    for aggregate in ("max", "sum"):
+        lse = empty(4, 32, dtype=fp32)
+        scores = score_tokens(logits, seq_lens, **sizes, aggregate=aggregate, lse=lse, **triton)
+    choose_tokens(scores, seq_lens, **sizes, slots=empty(4, 32768), **triton)
+
+    rows, table, slots = empty(4, dtype=torch.int64), empty(9, 40000), empty(4, 40000)
+    copy_rows(table, rows, seq_lens, slots, empty(4), longest=32768, **triton)
+    ledger = Ledger(empty(6, dtype=torch.int64), empty(9, dtype=torch.int64), empty(9, dtype=torch.uint8))
+    layers = {"num_layers": 32, "sparse_layers": 28, "selection_layers": 2}
+    count_step(ledger, rows, empty(9, dtype=torch.int64), seq_lens, budget=2048, **layers, **triton)
+
+
+if __name__ == "__main__":
+    compile_instead_of_launching(int(sys.argv[1]))
+    own = [v for m in modules() for v in vars(m).values() if isinstance(v, JITFunction) and v.__module__ == m.__name__]
+    for kernel in own:
+        if kernel.__name__.endswith("_kernel"):
+            print(json.dumps({"declared": kernel.__name__}))
+    launch_all(fp8=int(sys.argv[1]) >= 89)

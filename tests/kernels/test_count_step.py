@@ -1,0 +1,89 @@
+"""Are a step's accounts right whatever requests come, stay and leave, with every implementation?"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lim_kernels import count_step
+from lim_kernels.count_step import TOTALS, Ledger
+
+ROWS = 7
+
+
+class Accounts:
+    """What the totals should be, from one dictionary a tenant."""
+
+    def __init__(self) -> None:
+        self.totals = dict.fromkeys(TOTALS, 0)
+        self.outgrew: dict[tuple[int, int], bool] = {}
+
+    def step(self, tenants, lens, *, budget, num_layers, sparse_layers, selection_layers):
+        self.totals["decode_steps"] += bool(tenants)
+        for tenant, length in zip(tenants, lens, strict=True):
+            sparse = sparse_layers > 0 and length > budget
+            self.totals["tokens_attended"] += (num_layers - sparse_layers) * length
+            self.totals["tokens_attended"] += sparse_layers * min(length, budget)
+            self.totals["tokens_dense"] += num_layers * length
+            self.totals["selections"] += selection_layers * sparse
+            self.totals["requests"] += tenant not in self.outgrew
+            self.totals["requests_sparse"] += sparse and not self.outgrew.get(tenant, False)
+            self.outgrew[tenant] = sparse or self.outgrew.get(tenant, False)
+
+
+STEP = st.fixed_dictionaries(
+    {
+        # Which rows decode, in which order, and which of them have a new tenant.
+        "rows": st.lists(st.integers(1, ROWS - 1), unique=True, max_size=ROWS - 1),
+        "arrivals": st.sets(st.integers(1, ROWS - 1)),
+        # Totals outgrow int32 in a few steps of long rows.
+        "lens": st.lists(st.sampled_from([1, 63, 64, 65, 1000, 1 << 30]), min_size=ROWS - 1, max_size=ROWS - 1),
+        "padding": st.integers(0, 20),
+    }
+)
+LAYERS = st.sampled_from([(4, 0, 0), (4, 2, 1), (64, 61, 2), (3, 3, 0)])
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_totals_are_right_at_every_step(implementation, device, index_dtype):
+    @settings(max_examples={"reference": 200, "triton": 60}[implementation], deadline=None)
+    @given(st.lists(STEP, min_size=1, max_size=8), LAYERS)
+    def check(steps, layers):
+        sizes = dict(zip(("num_layers", "sparse_layers", "selection_layers"), layers, strict=True)) | {"budget": 64}
+        ledger = Ledger(
+            torch.zeros(6, dtype=torch.int64, device=device),
+            torch.full((ROWS,), -1, dtype=torch.int64, device=device),
+            torch.zeros(ROWS, dtype=torch.uint8, device=device),
+        )
+        accounts, generations = Accounts(), [0] * ROWS
+        for step in steps:
+            for row in step["arrivals"]:
+                generations[row] += 1
+            # A new tenant of row 0 must not be counted either.
+            generations[0] += 1
+            lens = step["lens"][: len(step["rows"])]
+            rows = step["rows"] + [0] * (step["padding"] if step["rows"] else step["padding"] + 1)
+            count_step(
+                ledger,
+                torch.tensor(rows, dtype=index_dtype, device=device),
+                torch.tensor(generations, device=device),
+                torch.tensor(lens + [1000] * (len(rows) - len(lens)), dtype=index_dtype, device=device),
+                **sizes,
+                implementation=implementation,
+            )
+            accounts.step([(row, generations[row]) for row in step["rows"]], lens, **sizes)
+            assert dict(zip(TOTALS, ledger.totals.tolist(), strict=True)) == accounts.totals
+
+    check()
+
+
+def test_bad_operands_are_named():
+    ledger = Ledger(torch.zeros(6), torch.zeros(4), torch.zeros(4))
+    sizes = {"budget": 64, "num_layers": 2, "sparse_layers": 1, "selection_layers": 1}
+    ones = torch.ones(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"rows and seq_lens \[B\]"):
+        count_step(ledger, ones, torch.zeros(4), ones[:1], **sizes)
+    with pytest.raises(ValueError, match=r"generations \[4\]"):
+        count_step(ledger, ones, torch.zeros(3), ones, **sizes)
+    with pytest.raises(ValueError, match="implementation among"):
+        count_step(ledger, ones, torch.zeros(4), ones, **sizes, implementation="numpy")
