@@ -77,6 +77,9 @@ def test_plain_configuration_is_served():
         ({"config": LimConfig(selection_layers=(2, 12))}, ("--lim-selection-layers 2,12", "0 to 11")),
         ({"config": LimConfig(dense_backend="fa9")}, ("--lim-dense-backend", "flashinfer")),
         ({"config": LimConfig(dense_backend="fa3")}, ("--lim-dense-backend fa3", "leave it out")),
+        ({"device": "cuda", "kv_cache_dtype": "fp8_e5m2"}, ("--kv-cache-dtype fp8_e5m2", "fp8_e4m3")),
+        ({"device": "cuda", "config": LimConfig(budget=9000)}, ("--lim-budget 9000", "--lim-aggregate max")),
+        ({"device": "cuda", "config": LimConfig(dense_backend="torch_native")}, ("torch_native", "leave it out")),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -87,6 +90,13 @@ def test_each_reason_names_flag_and_way_out(changes, named):
 
 def test_a_speculative_draft_backend_of_its_own_is_served():
     assert reasons(speculative_algorithm="EAGLE", speculative_draft_attention_backend="triton") == []
+
+
+def test_budgets_and_caches_that_the_kernels_take_are_served_on_a_gpu():
+    assert reasons(LimConfig(budget=8192), device="cuda", kv_cache_dtype="fp8_e4m3") == []
+    assert reasons(LimConfig(budget=9000, aggregate="max"), device="cuda") == []
+    assert reasons(LimConfig(dense_backend="triton"), device="cuda", kv_cache_dtype="fp8_e5m2") == []
+    assert reasons(LimConfig(budget=9000)) == []
 
 
 def test_all_reasons_are_told_at_once():
