@@ -10,7 +10,6 @@ layers: sizes depend on batch size, budget and the pool's width alone, and nothi
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sgl_lim import checks, metrics
@@ -66,7 +65,7 @@ def make(runner: Any) -> Any:
 
     lim_patches.verify()
     config = load()
-    dense_name = config.dense_backend or default_dense_backend(runner.device)
+    dense_name = config.dense_backend or checks.default_dense_backend(runner.device)
     if runner.is_draft_worker:
         return ATTENTION_BACKENDS[dense_name](runner)
     checks.check_before_weights(config, runner)
@@ -76,15 +75,6 @@ def make(runner: Any) -> Any:
     backend.lim = build_sparse_decode(config, runner, dense_name)
     metrics.announce(backend.lim, runner)
     return backend
-
-
-def default_dense_backend(device: str) -> str:
-    """Dense backend where `--lim-dense-backend` names none: fa3 on sm_90, flashinfer on other CUDA, else torch."""
-    if device != "cuda":
-        return "torch_native"
-    if torch.version.hip is not None:
-        return "triton"
-    return "fa3" if torch.cuda.get_device_capability()[0] == 9 else "flashinfer"
 
 
 def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> SparseDecode:
@@ -126,10 +116,8 @@ def head_share(num_heads: int) -> HeadShare:
         return HeadShare(first_head=0, num_heads=num_heads, reduce=None)
 
     def reduce(scores: Tensor, how: str) -> Tensor:
-        if how == "logsumexp":
-            return group.all_reduce(scores.exp()).log()
-        gathered = group.all_gather(scores.contiguous(), dim=0)
-        return gathered.view(group.world_size, *scores.shape).amax(dim=0)
+        gathered = group.all_gather(scores.contiguous(), dim=0).view(group.world_size, *scores.shape)
+        return gathered.logsumexp(dim=0) if how == "logsumexp" else gathered.amax(dim=0)
 
     return HeadShare(
         first_head=group.rank_in_group * (num_heads // group.world_size), num_heads=num_heads, reduce=reduce

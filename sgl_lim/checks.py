@@ -1,12 +1,14 @@
 """What sparse decode cannot serve, told before weights load where possible. Every reason names a flag and a way out."""
 
+import os
 from typing import Any
 
+import torch
+
+from lim_kernels.select_tokens import MAX_UNION
 from sgl_lim.config import LimConfig, RefusedConfig
 
 BACKEND = "lessismore"
-MAX_BUDGET = 8192
-"""Largest token budget with the aggregate union on a GPU (`lim_kernels.select_tokens.MAX_UNION`)."""
 DENSE_BACKENDS = ("fa3", "flashinfer", "triton", "torch_native")
 
 
@@ -20,6 +22,15 @@ def names_us(server_args: Any) -> bool:
     """Whether any attention backend flag names ours."""
     names = (server_args.attention_backend, server_args.prefill_attention_backend, server_args.decode_attention_backend)
     return BACKEND in names
+
+
+def default_dense_backend(device: str) -> str:
+    """Dense backend where `--lim-dense-backend` names none: fa3 on sm_90, flashinfer on other CUDA, else torch."""
+    if device != "cuda":
+        return "torch_native"
+    if torch.version.hip is not None:
+        return "triton"
+    return "fa3" if torch.cuda.get_device_capability()[0] == 9 else "flashinfer"
 
 
 def check_before_weights(config: LimConfig, model_runner: Any) -> None:
@@ -98,12 +109,17 @@ def server_problems(config: LimConfig, server_args: Any, device: str) -> list[st
         if getattr(server_args, "enable_torch_compile", False):
             found.append("--enable-torch-compile captures decode on CPU, where sets vary in place; leave the flag out")
     elif device == "cuda":
-        if str(server_args.kv_cache_dtype) == "fp8_e5m2" and config.dense_backend in (None, "fa3"):
+        e5m2 = str(server_args.kv_cache_dtype) == "fp8_e5m2"
+        if e5m2 and (config.dense_backend or default_dense_backend(device)) == "fa3":
             found.append("--kv-cache-dtype fp8_e5m2 is not read by fa3; use fp8_e4m3 or --lim-dense-backend triton")
-        if config.aggregate == "union" and config.budget > MAX_BUDGET:
+        if config.aggregate == "union" and config.budget > MAX_UNION:
             found.append(
-                f"--lim-budget {config.budget} is more than union ranks on a GPU; use at most {MAX_BUDGET}, or "
+                f"--lim-budget {config.budget} is more than union ranks on a GPU; use at most {MAX_UNION}, or "
                 "--lim-aggregate max"
+            )
+        if os.environ.get("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "0").lower() in ("1", "true"):
+            found.append(
+                "SGLANG_ENABLE_METADATA_GLUE_GRAPH records a step's preparation, which must run anew; unset it"
             )
         if config.dense_backend == "torch_native":
             found.append("--lim-dense-backend torch_native runs outside CUDA graphs; on a GPU leave it out")

@@ -85,11 +85,11 @@ def attend(
         if step.set_slots is None or step.set_counts is None:
             raise RuntimeError("a sparse layer ran before a selection layer of the same step")
         return sparse_decode(q, k_cache, v_cache, step.set_slots, step.set_counts, **sizes)[0]
-    everything = method.budget >= step.slots.shape[1]
-    if role is Role.DENSE or everything:
+    if role is Role.DENSE or method.budget >= step.slots.shape[1]:
+        # No row can exceed the budget: the set is the whole context, and nobody asks for logits.
         if role is Role.SELECT:
             step.set_slots, step.set_counts = step.slots, step.seq_lens
-        return decode_with_scores(q, k_cache, v_cache, step.slots, step.seq_lens, **sizes)[0]
+        return sparse_decode(q, k_cache, v_cache, step.slots, step.seq_lens, **sizes)[0]
     batch = q.shape[0]
     rows_at_once = rows_at_once or batch
     parts = []

@@ -29,7 +29,8 @@ class Snapshot:
 
     def reserve(self, rows: int) -> None:
         """Allocate the buffers that captured graphs of at most `rows` rows read; they never move afterwards."""
-        self._captured = self._allocate(rows)
+        if rows > len(self._captured[1]):
+            self._captured = self._allocate(rows)
 
     def take(self, forward_batch: Any, *, captured: bool) -> None:
         """Copy the rows of a decode batch.

@@ -32,6 +32,13 @@ def require(condition: bool, op: str, expected: str, actual: object) -> None:
         raise ValueError(f"{op}: expected {expected}, got {actual}")
 
 
+def require_rows(op: str, *tensors: Tensor | None) -> None:
+    """Raise ValueError unless the last dimension of each tensor is contiguous, and one-dimensional ones are."""
+    for tensor in tensors:
+        contiguous = tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
+        require(contiguous, op, "rows that are contiguous", tensor is not None and tensor.stride())
+
+
 def check_decode_operands(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, *indices: Tensor) -> None:
     """Check what decode operators have in common: q, the KV caches, and one device for them and `indices`.
 
@@ -57,5 +64,7 @@ def check_decode_operands(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, 
         f"v_cache [{k_cache.shape[0]}, {k_cache.shape[1]}, D_v]",
         list(v_cache.shape),
     )
+    dense = k_cache.stride(2) == 1 and v_cache.stride(2) == 1
+    require(dense, op, "caches whose heads are contiguous", f"strides {k_cache.stride()} and {v_cache.stride()}")
     devices = {str(t.device) for t in (q, k_cache, v_cache, *indices)}
     require(len(devices) == 1, op, "all operands on one device", sorted(devices))

@@ -48,7 +48,7 @@ class Method(ABC):
         """The set at the start of a step, before any layer ran, or None if a selection layer has to choose it.
 
         Args:
-            seq_lens: int64 [B]; length: width of the snapshot, at least max(seq_lens).
+            seq_lens: int32 [B]; length: width of the snapshot, at least max(seq_lens).
 
         Returns:
             positions int32 [B, budget] and counts int32 [B], as `lim_kernels.choose_tokens`.

@@ -123,6 +123,8 @@ def test_negative_zero_ties_with_zero(implementation, device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"logits": torch.zeros(2, 9, 3).transpose(1, 2)}, "contiguous"),
+        ({"seq_lens": torch.ones(2, 2, dtype=torch.int32)[:, 0]}, "contiguous"),
         ({"logits": torch.zeros(2, 3)}, r"logits float32 \[B, H, L\]"),
         ({"logits": torch.zeros(2, 3, 4, dtype=torch.float64)}, "float32"),
         ({"seq_lens": torch.ones(3, dtype=torch.int32)}, r"seq_lens integer \[2\]"),
@@ -131,7 +133,17 @@ def test_negative_zero_ties_with_zero(implementation, device):
         ({"aggregate": "mean"}, "aggregate in"),
         ({"implementation": "cuda"}, "implementation among reference"),
     ],
-    ids=["rank", "dtype", "rows", "budget", "negative", "aggregate", "implementation"],
+    ids=[
+        "logits-strides",
+        "lens-strides",
+        "rank",
+        "dtype",
+        "rows",
+        "budget",
+        "negative",
+        "aggregate",
+        "implementation",
+    ],
 )
 def test_bad_operands_are_named(change, message):
     call = {

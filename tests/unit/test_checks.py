@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 from sglang.srt.configs.model_config import AttentionArch
 
+from sgl_lim import checks
 from sgl_lim.checks import check_before_weights, check_pool, decodes_sparsely
 from sgl_lim.config import LimConfig, RefusedConfig
 
@@ -77,7 +78,10 @@ def test_plain_configuration_is_served():
         ({"config": LimConfig(selection_layers=(2, 12))}, ("--lim-selection-layers 2,12", "0 to 11")),
         ({"config": LimConfig(dense_backend="fa9")}, ("--lim-dense-backend", "flashinfer")),
         ({"config": LimConfig(dense_backend="fa3")}, ("--lim-dense-backend fa3", "leave it out")),
-        ({"device": "cuda", "kv_cache_dtype": "fp8_e5m2"}, ("--kv-cache-dtype fp8_e5m2", "fp8_e4m3")),
+        (
+            {"device": "cuda", "kv_cache_dtype": "fp8_e5m2", "config": LimConfig(dense_backend="fa3")},
+            ("--kv-cache-dtype fp8_e5m2", "fp8_e4m3"),
+        ),
         ({"device": "cuda", "config": LimConfig(budget=9000)}, ("--lim-budget 9000", "--lim-aggregate max")),
         ({"device": "cuda", "config": LimConfig(dense_backend="torch_native")}, ("torch_native", "leave it out")),
     ],
@@ -97,6 +101,18 @@ def test_budgets_and_caches_that_the_kernels_take_are_served_on_a_gpu():
     assert reasons(LimConfig(budget=9000, aggregate="max"), device="cuda") == []
     assert reasons(LimConfig(dense_backend="triton"), device="cuda", kv_cache_dtype="fp8_e5m2") == []
     assert reasons(LimConfig(budget=9000)) == []
+
+
+@pytest.mark.parametrize(("dense", "refused"), [("fa3", True), ("flashinfer", False)])
+def test_fp8_e5m2_depends_on_the_default_dense_backend(monkeypatch, dense, refused):
+    monkeypatch.setattr(checks, "default_dense_backend", lambda device: dense)
+    assert bool(reasons(device="cuda", kv_cache_dtype="fp8_e5m2")) == refused
+
+
+def test_recorded_metadata_is_refused(monkeypatch):
+    monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")
+    (reason,) = reasons(device="cuda")
+    assert "SGLANG_ENABLE_METADATA_GLUE_GRAPH" in reason and "unset it" in reason
 
 
 def test_all_reasons_are_told_at_once():

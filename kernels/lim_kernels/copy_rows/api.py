@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lim_kernels.copy_rows import reference
-from lim_kernels.dispatch import default_for, require, resolve
+from lim_kernels.dispatch import default_for, require, require_rows, resolve
 
 _IMPLEMENTATIONS = ("reference", "triton")
 
@@ -37,6 +37,7 @@ def copy_rows(
     require(table.dtype == slots.dtype == lens.dtype, op, "int32 table, slots and lens", f"{table.dtype} {slots.dtype}")
     fits = longest <= min(slots.shape[1], table.shape[1])
     require(fits, op, f"longest at most {min(slots.shape[1], table.shape[1])}", longest)
+    require_rows(op, table, rows, seq_lens, slots, lens)
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(table)) == "reference":
         copy = reference.copy_rows
     else:

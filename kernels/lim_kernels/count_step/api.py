@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lim_kernels.count_step import reference
-from lim_kernels.dispatch import default_for, require, resolve
+from lim_kernels.dispatch import default_for, require, require_rows, resolve
 
 TOTALS = ("decode_steps", "tokens_attended", "tokens_dense", "selections", "requests", "requests_sparse")
 _IMPLEMENTATIONS = ("reference", "triton")
@@ -46,6 +46,7 @@ def count_step(
     op = "count_step"
     require(rows.dim() == 1 and rows.shape == seq_lens.shape, op, "rows and seq_lens [B]", list(rows.shape))
     require(generations.shape == ledger.seen.shape, op, f"generations {list(ledger.seen.shape)}", generations.shape)
+    require_rows(op, rows, generations, seq_lens)
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(rows)) == "reference":
         count = reference.count_step
     else:

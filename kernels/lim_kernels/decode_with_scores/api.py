@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lim_kernels.decode_with_scores import reference
-from lim_kernels.dispatch import check_decode_operands, default_for, require, resolve
+from lim_kernels.dispatch import check_decode_operands, default_for, require, require_rows, resolve
 
 _IMPLEMENTATIONS = ("reference", "triton")
 
@@ -46,6 +46,7 @@ def decode_with_scores(
     batch = q.shape[0]
     require(slots.dim() == 2 and slots.shape[0] == batch, op, f"slots [{batch}, L]", list(slots.shape))
     require(seq_lens.shape == slots.shape[:1], op, f"seq_lens [{batch}]", list(seq_lens.shape))
+    require_rows(op, slots)
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(q)) == "reference":
         decode: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.decode_with_scores
     else:

@@ -7,7 +7,7 @@
 import torch
 from torch import Tensor
 
-from lim_kernels.dispatch import default_for, require, resolve
+from lim_kernels.dispatch import default_for, require, require_rows, resolve
 from lim_kernels.select_tokens import reference
 
 AGGREGATES = ("union", "max", "sum")
@@ -50,7 +50,8 @@ def score_tokens(
     op = "score_tokens"
     num_heads = logits.shape[1] + first_head if num_heads is None else num_heads
     if lse is not None:
-        require(lse.shape == logits.shape[:2], op, f"lse {list(logits.shape[:2])}", list(lse.shape))
+        fits = lse.shape == logits.shape[:2] and lse.is_contiguous()
+        require(fits, op, f"contiguous lse {list(logits.shape[:2])}", list(lse.shape))
     chosen = resolve(op, implementation, _IMPLEMENTATIONS, default_for(logits))
     if chosen == "reference":
         score = reference.score_tokens
@@ -100,6 +101,8 @@ def choose_tokens(
     op = "choose_tokens"
     require(scores.dim() == 2 and scores.dtype == torch.float32, op, "scores float32 [B, L]", _describe(scores))
     require(scores.shape[1] < 1 << 22, op, "fewer than 4,194,304 positions", scores.shape[1])
+    require(seq_lens.shape == scores.shape[:1], op, f"seq_lens [{scores.shape[0]}]", list(seq_lens.shape))
+    require_rows(op, scores, seq_lens, slots)
     if slots is not None:
         fits = slots.dtype == torch.int32 and slots.shape == scores.shape
         require(fits, op, f"slots int32 {list(scores.shape)}", _describe(slots))
@@ -156,6 +159,7 @@ def _check(logits: Tensor, seq_lens: Tensor, budget: int, recent: int, sinks: in
         "budget >= recent + sinks, none negative",
         f"budget={budget}, recent={recent}, sinks={sinks}",
     )
+    require_rows(op, logits, seq_lens)
     require(aggregate in AGGREGATES, op, f"aggregate in {AGGREGATES}", repr(aggregate))
 
 

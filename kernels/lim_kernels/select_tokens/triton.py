@@ -47,11 +47,13 @@ def aggregate_kernel(
             other=0.0,
         )
         weights = logits - lse[:, None]
+        peak = tl.maximum(best, tl.max(weights, axis=0))
         if SUM:
-            total += tl.sum(tl.exp(weights), axis=0)
-        else:
-            best = tl.maximum(best, tl.max(weights, axis=0))
-    scores = tl.log(total) if SUM else best
+            # Weights relative to the heaviest head's: a sum of tiny ones is not zero.
+            base = tl.where(peak == -float("inf"), 0.0, peak)
+            total = total * tl.exp(best - base) + tl.sum(tl.exp(weights - base[None, :]), axis=0)
+        best = peak
+    scores = best + tl.log(total) if SUM else best
     tl.store(scores_ptr + row * stride_scores + positions, scores, mask=inside)
 
 

@@ -80,7 +80,7 @@ def deciding_bin(histogram_ptr, middle, BINS: tl.constexpr, COPIES: tl.constexpr
     return found, tl.where(middle > 0, wanted, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_sure"])
 def collect_kernel(
     scores_ptr,
     lens_ptr,
@@ -211,7 +211,7 @@ def decide_kernel(
     tl.store(bound_ptr + row, bound)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_sure"])
 def emit_kernel(
     scores_ptr,
     lens_ptr,
@@ -371,7 +371,7 @@ def choose_tokens(
         set_width=budget,
         FEW=_FEW,
         GATHERED=_GATHERED,
-        BLOCK_SURE=max(16, triton.next_power_of_2(blocks)),
+        BLOCK_SURE=max(64, triton.next_power_of_2(blocks)),
         TO_SLOTS=slots is not None,
         num_warps=8,
         **sizes,

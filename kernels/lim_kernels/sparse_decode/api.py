@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lim_kernels.dispatch import check_decode_operands, default_for, require, resolve
+from lim_kernels.dispatch import check_decode_operands, default_for, require, require_rows, resolve
 from lim_kernels.sparse_decode import reference
 
 _IMPLEMENTATIONS = ("reference", "triton")
@@ -58,6 +58,7 @@ def sparse_decode(
         list(counts.shape),
     )
     require(not slots.is_floating_point() and not counts.is_floating_point(), op, "integer slots", slots.dtype)
+    require_rows(op, slots)
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(q)) == "reference":
         decode: Callable[..., tuple[Tensor, Tensor]] = reference.sparse_decode
     else:
