@@ -18,7 +18,6 @@ One device only. Written for SGLang 0.5.17's internals (`sglang.benchmark.one_ba
 """
 
 import argparse
-import csv
 import dataclasses
 import json
 import os
@@ -38,6 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import machine_line
+from results_file import append_rows
 from torch import Tensor
 
 from sgl_lim.config import ENV, LimConfig
@@ -409,17 +409,6 @@ def kernel_table(kernels: list[tuple[str, int, float]], longest: int = 25) -> st
     return "\n".join(lines)
 
 
-def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append to a CSV file, with a header if it is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -484,7 +473,7 @@ def main() -> None:
         more = {"slots": slots, "steps": args.steps, "command": backend.command(worker)}
         found = make_rows(backend, outcome, first, args.cases, args.check, **more)
         if args.output:
-            append_rows(args.output, found)
+            append_rows(args.output, COLUMNS, found)
         rows += found
     if rows:
         print(markdown(rows))

@@ -9,7 +9,6 @@ the baseline's.
 """
 
 import argparse
-import csv
 import itertools
 import json
 import random
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import machine_line
+from results_file import append_rows
 
 from sgl_lim.programs.endpoint import request_json
 from sgl_lim.tasks.chains import generate_chains, parse_answer
@@ -116,13 +116,7 @@ def main() -> None:
         )
         print(json.dumps(rows[-1]), file=sys.stderr)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        new = not args.output.exists()
-        with args.output.open("a", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append_rows(args.output, list(rows[0]), rows)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ A baseline that cannot be imported has no rows. Uses about 13 GiB of device memo
 """
 
 import argparse
-import csv
 import re
 import sys
 import traceback
@@ -55,6 +54,7 @@ from kernel_operands import (
     slots_to_positions,
 )
 from machine import machine_line
+from results_file import append_rows
 from torch import Tensor
 
 from lim_kernels import decode_with_scores, sparse_decode
@@ -353,17 +353,6 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines[1:])
 
 
-def append_row(path: Path, row: Row) -> None:
-    """Append to a CSV file, with a header if it is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def parse_case(text: str) -> Case:
     """`16x32768` as (16, 32768): rows, tokens of context each."""
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
@@ -422,7 +411,7 @@ def report(rows: Iterator[Row], machine: str, output: Path | None) -> list[Row]:
     for row in rows:
         found.append({**row, "machine": machine})
         if output:
-            append_row(output, found[-1])
+            append_rows(output, COLUMNS, found[-1:])
         what = [row[c] for c in ("section", "op", "implementation", "batch", "context", "aggregate") if row[c] != ""]
         print(*what, row["error"] or f"{row['us']} us", file=sys.stderr, flush=True)
     return found

@@ -13,7 +13,6 @@ stream increments, because by default each chunk of a stream repeats the whole a
 """
 
 import argparse
-import csv
 import json
 import shlex
 import signal
@@ -32,6 +31,7 @@ from bench_client import run_bench_serving
 from closed_loop import LoadError, random_prompts, run_load
 from figures import Figures, figures
 from own_server import ServerFailed, launch_command, own_server
+from results_file import append_rows
 
 from sgl_lim.programs.endpoint import EndpointError, server_info
 from sgl_lim.programs.server_stats import attended_fraction, parse_server_info
@@ -215,15 +215,9 @@ def ratio(value: float | None, baseline: float | None) -> float | str:
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append one row to a CSV file, with a header if the file is new; exit if it is another benchmark's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    if not new and path.read_text().split("\n", 1)[0].strip() != ",".join(row):
+    if path.exists() and path.read_text().split("\n", 1)[0].strip() != ",".join(row):
         raise SystemExit(f"error: {path} has other columns than {','.join(row)}; give another --output")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    append_rows(path, list(row), [row])
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

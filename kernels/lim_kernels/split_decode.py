@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lim_kernels.triton_support import interpreting, multiprocessors, num_programs, plan_block
+from lim_kernels.triton_support import interpreting, multiprocessors, plan_block
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ def split_decode(
     kv_heads, dim_v = k_cache.shape[1], v_cache.shape[2]
     q = q if q.stride(2) == 1 else q.contiguous()
     launch = launch or launch_for(q, kv_heads, dim_v)
-    wave = max(1, num_programs(q.device, launch.programs_per_sm) // kv_heads)
+    wave = max(1, multiprocessors(q.device) * launch.programs_per_sm // kv_heads)
     most_items = wave * launch.waves
     items = min(most_items + batch, batch * triton.cdiv(slots.shape[-1], launch.block))
     partial = torch.empty(items, heads, dim_v, dtype=torch.float32, device=q.device)
@@ -363,9 +363,10 @@ def launch_for(q: Tensor, kv_heads: int, dim_v: int) -> Launch:
     Measured at 256-byte keys on an H200; other sizes keep the bytes of an iteration.
     """
     row_bytes = max(q.shape[2], dim_v) * q.element_size()
-    # Rows alone keep the device busy, or keep it busy for several waves.
-    programs, full = q.shape[0] * kv_heads, multiprocessors(q.device)
-    block = max(16, min(256, (64 if programs >= full * 0.9 else 128) * 256 // triton.next_power_of_2(row_bytes)))
-    if programs >= full * 0.9:
-        return Launch(block, warps=2, stages=3, programs_per_sm=2, waves=8, chunk=1024 if programs >= 3 * full else 512)
+    programs, room = q.shape[0] * kv_heads, multiprocessors(q.device)
+    # Whether the rows alone keep the device busy, uncut.
+    busy = programs >= room * 0.9
+    block = max(16, min(256, (64 if busy else 128) * 256 // triton.next_power_of_2(row_bytes)))
+    if busy:
+        return Launch(block, warps=2, stages=3, programs_per_sm=2, waves=8, chunk=1024 if programs >= 3 * room else 512)
     return Launch(block, warps=4, stages=3, programs_per_sm=2, waves=8, chunk=1024)

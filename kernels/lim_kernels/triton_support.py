@@ -14,11 +14,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def num_programs(device: torch.device, per_sm: int) -> int:
-    """Programs that the device holds at once at `per_sm` a multiprocessor."""
-    return multiprocessors(device) * per_sm
-
-
 def plan_block(batch: int) -> int:
     """Power of two that holds a batch's rows; never one, which Triton would take for a scalar."""
     return max(16, 1 << (batch - 1).bit_length())
@@ -29,6 +24,10 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def _padded(length: int) -> int:
+    return -(-length // 16) * 16
+
+
 def readable_width(tensor: torch.Tensor) -> int:
     """How far the rows of `tensor` [..., L] may be read: L, or L rounded up where rows are padded.
 
@@ -36,7 +35,7 @@ def readable_width(tensor: torch.Tensor) -> int:
     element by element.
     """
     length = tensor.shape[-1]
-    padded = -(-length // 16) * 16
+    padded = _padded(length)
     ends = tensor.storage_offset() + sum(
         (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
@@ -47,4 +46,4 @@ def readable_width(tensor: torch.Tensor) -> int:
 def padded_empty(*shape: int, device: torch.device) -> torch.Tensor:
     """Uninitialised float32 whose rows start at multiples of 16 elements."""
     *rows, length = shape
-    return torch.empty(*rows, -(-length // 16) * 16, dtype=torch.float32, device=device)[..., :length]
+    return torch.empty(*rows, _padded(length), dtype=torch.float32, device=device)[..., :length]

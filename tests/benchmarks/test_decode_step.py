@@ -143,7 +143,9 @@ def test_the_table_has_cases_down_and_backends_across() -> None:
 
 def test_rows_are_appended_under_one_header(tmp_path: Path) -> None:
     for spec in ("fa3", "lessismore:budget=64,aggregate=max"):
-        decode_step.append_rows(tmp_path / "new" / "out.csv", rows(outcome(8), outcome(20), spec=spec))
+        decode_step.append_rows(
+            tmp_path / "new" / "out.csv", decode_step.COLUMNS, rows(outcome(8), outcome(20), spec=spec)
+        )
     with (tmp_path / "new" / "out.csv").open(newline="") as file:
         read = list(csv.DictReader(file))
     assert [row["backend"] for row in read] == ["fa3"] * 2 + ["lessismore:budget=64,aggregate=max"] * 2

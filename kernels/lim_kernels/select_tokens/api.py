@@ -62,7 +62,7 @@ def score_tokens(
         fits = aggregate != "union" or middle <= MAX_UNION
         require(fits, op, f"a middle budget of at most {MAX_UNION} for union", middle)
         if lse is None and aggregate != "union":
-            lse = _lse(logits, seq_lens)
+            lse = reference.within_rows(logits, seq_lens).logsumexp(dim=2)
     return score(
         logits,
         lse,
@@ -161,11 +161,6 @@ def _check(logits: Tensor, seq_lens: Tensor, budget: int, recent: int, sinks: in
     )
     require_rows(op, logits, seq_lens)
     require(aggregate in AGGREGATES, op, f"aggregate in {AGGREGATES}", repr(aggregate))
-
-
-def _lse(logits: Tensor, seq_lens: Tensor) -> Tensor:
-    valid = torch.arange(logits.shape[2], device=logits.device) < seq_lens.unsqueeze(1)
-    return logits.masked_fill(~valid.unsqueeze(1), float("-inf")).logsumexp(dim=2)
 
 
 def _describe(tensor: Tensor) -> str:

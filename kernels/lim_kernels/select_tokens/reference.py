@@ -18,6 +18,12 @@ def candidate_mask(seq_lens: Tensor, length: int, *, recent: int, sinks: int) ->
     return (positions >= sinks) & (positions < (seq_lens.unsqueeze(1) - recent))
 
 
+def within_rows(logits: Tensor, seq_lens: Tensor) -> Tensor:
+    """Logits [B, H, L] with -inf at and beyond each row's length."""
+    valid = torch.arange(logits.shape[2], device=logits.device) < seq_lens.unsqueeze(1)
+    return logits.masked_fill(~valid.unsqueeze(1), float("-inf"))
+
+
 def score_tokens(
     logits: Tensor,
     lse: Tensor | None,
@@ -36,9 +42,8 @@ def score_tokens(
         middle = min(budget - recent - sinks, length)
         candidates = candidate_mask(seq_lens, length, recent=recent, sinks=sinks)
         return _union_scores(logits, candidates, middle, first_head=first_head, num_heads=num_heads)
-    valid = torch.arange(length, device=logits.device) < seq_lens.unsqueeze(1)
     # [B, H, L]
-    logits = logits.masked_fill(~valid.unsqueeze(1), float("-inf"))
+    logits = within_rows(logits, seq_lens)
     log_weights = logits - (logits.logsumexp(dim=2) if lse is None else lse).unsqueeze(2)
     return log_weights.logsumexp(dim=1) if aggregate == "sum" else log_weights.amax(dim=1)
 
