@@ -10,6 +10,7 @@ layers: sizes depend on batch size, budget and the pool's width alone, and nothi
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sgl_lim import checks, metrics
@@ -217,7 +218,9 @@ def observe(lim: SparseDecode, forward_batch: Any, *, captured: bool) -> bool:
 
 def begin(lim: SparseDecode, forward_batch: Any) -> None:
     """Start a decode step on the snapshot; in a captured graph this is recorded and replayed."""
-    lim.step = begin_step(lim.method, lim.snapshot.slots, lim.snapshot.seq_lens)
+    # A graph's lengths lie in SGLang's static buffers; an eager step's are copied before the scheduler may go on.
+    seq_lens = forward_batch.seq_lens.to(torch.int32, copy=True)
+    lim.step = begin_step(lim.method, lim.snapshot.slots, seq_lens)
     lim.counters.record(forward_batch.req_pool_indices, lim.step.seq_lens)
 
 

@@ -1,16 +1,15 @@
-"""A decode step's slots and lengths, copied out of the scheduler's request pool before the step runs.
+"""A decode step's KV slots, copied out of the scheduler's request pool before the step runs.
 
 Under the overlap scheduler the pool's rows are rewritten while a step runs (a request finishes, a prefill's duplicate
 slots are freed), and a captured graph may run only after SGLang declared the pool read. So rows are copied when SGLang
-prepares the step's metadata, into buffers that stay where captured graphs expect them.
+prepares the step's metadata, into buffers that stay where captured graphs expect them. This is all that a step costs on
+the host, so it is one call of torch: a Triton launch takes several times as long (80 us on the host of an H200).
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from lim_kernels import copy_rows
 
 
 class Snapshot:
@@ -20,6 +19,9 @@ class Snapshot:
         table: int32 [R, T], SGLang's `ReqToTokenPool.req_to_token`.
     """
 
+    slots: Tensor
+    """int32 [B, L], KV slot of each position of the rows copied last; what lies beyond a row's length is undefined."""
+
     def __init__(self, table: Tensor) -> None:
         self._table = table
         # Aligned rows load faster.
@@ -28,8 +30,8 @@ class Snapshot:
         self._eager = self._allocate(0)
 
     def reserve(self, rows: int) -> None:
-        """Allocate the buffers that captured graphs of at most `rows` rows read; they never move afterwards."""
-        if rows > len(self._captured[1]):
+        """Allocate the buffer that captured graphs of at most `rows` rows read; it never moves afterwards."""
+        if rows > len(self._captured):
             self._captured = self._allocate(rows)
 
     def take(self, forward_batch: Any, *, captured: bool) -> None:
@@ -40,21 +42,16 @@ class Snapshot:
             captured: whether a captured graph will read the copy, which is then as wide as the pool's rows.
         """
         batch = forward_batch.batch_size
-        on_host = forward_batch.seq_lens_cpu
-        if not captured and batch > len(self._eager[1]):
+        if not captured and batch > len(self._eager):
             self._eager = self._allocate(batch)
-        slots, lens = (buffer[:batch] for buffer in (self._captured if captured else self._eager))
-        # Eagerly, what follows is sized by the longest row, which SGLang may leave out on the host to avoid waiting.
-        longest = self._table.shape[1] if captured or on_host is None else int(on_host[:batch].max())
-        copy_rows(self._table, forward_batch.req_pool_indices, forward_batch.seq_lens, slots, lens, longest=longest)
+        slots = (self._captured if captured else self._eager)[:batch]
+        # SGLang may leave lengths out on the host to avoid waiting for the device.
+        on_host = forward_batch.seq_lens_cpu
+        longest = self._table.shape[1] if on_host is None else int(on_host[:batch].max())
+        torch.index_select(self._table[:, :longest], 0, forward_batch.req_pool_indices, out=slots[:, :longest])
+        # Eagerly, what follows is sized by the longest row.
         self.slots = slots if captured else slots[:, :longest]
-        self.seq_lens = lens
 
-    slots: Tensor  # int32 [B, L], KV slot of each position of the rows copied last
-    seq_lens: Tensor  # int32 [B], the current token included
-
-    def _allocate(self, rows: int) -> tuple[Tensor, Tensor]:
-        device = self._table.device
+    def _allocate(self, rows: int) -> Tensor:
         # Zeros are the reserved padding slot, so that even a wrong read stays inside the pool.
-        slots = torch.zeros(rows, self._width, dtype=torch.int32, device=device)
-        return slots, torch.ones(rows, dtype=torch.int32, device=device)
+        return torch.zeros(rows, self._width, dtype=torch.int32, device=self._table.device)

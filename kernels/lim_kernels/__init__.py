@@ -4,7 +4,6 @@ Every operator takes `implementation=None`: a name from the operator's table, or
 tensors' device. A named implementation is used or refused, never replaced.
 """
 
-from lim_kernels.copy_rows import copy_rows
 from lim_kernels.count_step import count_step
 from lim_kernels.decode_with_scores import decode_with_scores
 from lim_kernels.select_tokens import choose_tokens, score_tokens, select_tokens
@@ -12,7 +11,6 @@ from lim_kernels.sparse_decode import sparse_decode
 
 __all__ = [
     "choose_tokens",
-    "copy_rows",
     "count_step",
     "decode_with_scores",
     "score_tokens",

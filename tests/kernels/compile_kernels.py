@@ -18,7 +18,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import lim_kernels
-from lim_kernels import copy_rows, count_step, decode_with_scores, score_tokens, select_tokens, sparse_decode
+from lim_kernels import count_step, decode_with_scores, score_tokens, select_tokens, sparse_decode
 from lim_kernels.count_step import Ledger
 from lim_kernels.select_tokens import choose_tokens
 
@@ -101,8 +101,7 @@ def launch_all(*, fp8: bool) -> None:
         scores = score_tokens(logits, seq_lens, **sizes, aggregate=aggregate, lse=lse, **triton)
     choose_tokens(scores, seq_lens, **sizes, slots=empty(4, 32768), **triton)
 
-    rows, table, slots = empty(4, dtype=torch.int64), empty(9, 40000), empty(4, 40000)
-    copy_rows(table, rows, seq_lens, slots, empty(4), longest=32768, **triton)
+    rows = empty(4, dtype=torch.int64)
     ledger = Ledger(empty(6, dtype=torch.int64), empty(9, dtype=torch.int64), empty(9, dtype=torch.uint8))
     layers = {"num_layers": 32, "sparse_layers": 28, "selection_layers": 2}
     count_step(ledger, rows, empty(9, dtype=torch.int64), seq_lens, budget=2048, **layers, **triton)

@@ -37,9 +37,9 @@ def triton_runs(request: pytest.FixtureRequest, device: str) -> None:
     """Skips where neither a GPU nor the interpreter is there; `--require-triton` makes that a failure."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    from lim_kernels.copy_rows.triton import copy_rows_kernel
+    from lim_kernels.split_decode import merge_kernel
 
-    if device == "cuda" or isinstance(copy_rows_kernel, InterpretedFunction):
+    if device == "cuda" or isinstance(merge_kernel, InterpretedFunction):
         return
     reason = "Triton runs neither on a GPU nor interpreted: run tests/kernels in a process of its own"
     if request.config.getoption("--require-triton", default=False):

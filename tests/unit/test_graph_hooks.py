@@ -118,8 +118,7 @@ def test_a_replay_equals_an_eager_step_whatever_the_scheduler_does_meanwhile(tab
         # Replaying runs what was recorded after the copy: the step begins anew on the same buffers.
         backend.init_forward_metadata_in_graph(batch_of(rows, lens))
         assert backend.lim.step.slots.data_ptr() == captured.slots.data_ptr()
-        assert backend.lim.step.seq_lens.data_ptr() == captured.seq_lens.data_ptr()
-        assert captured.seq_lens.tolist() == lens
+        assert backend.lim.step.seq_lens.tolist() == lens
         for ours, theirs in zip(
             attention(backend, backend.lim.step, len(rows)), eagerly(before, rows, lens, name), strict=True
         ):
