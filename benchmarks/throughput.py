@@ -22,13 +22,13 @@ import tempfile
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from answer_check import AnswerCheck, CheckFailed
 from bench_client import run_bench_serving
-from closed_loop import LoadError, random_prompts, run_load
+from closed_loop import LoadError, random_requests, run_load
 from figures import Figures, figures
 from own_server import ServerFailed, launch_command, own_server
 from results_file import append_rows
@@ -100,21 +100,25 @@ def measure(
     """
     info = server_info(url)
     concurrency = args.concurrency or fitting_concurrency(info, args.input_len, args.output_len)
-    requests = args.requests or concurrency
+    requests = args.requests or concurrency * (1 + args.underway)
     concurrency = min(concurrency, requests)
     if args.client == "own" and args.output_len >= LONG_OUTPUT and not info.get("incremental_streaming_output"):
         print(f"warning: {url} repeats the answer in each chunk; start it with {INCREMENTS}", file=sys.stderr)
 
     same_tokens, same_answers = check.same_tokens(url, info), check.same_answers(url)
-    prompts = random_prompts(requests, args.input_len, args.token_range, args.seed)
+    lengths = args.input_len, args.output_len
+    load_requests = random_requests(
+        requests, *lengths, args.token_range, args.seed, underway=concurrency if args.underway else 0
+    )
     # Kernels compile and caches fill at the first long request, which the check does not send.
     if args.client == "own" and args.warmup:
-        run_load(url, prompts[: args.warmup], args.warmup, min(WARMUP_TOKENS, args.output_len))
+        short = min(WARMUP_TOKENS, args.output_len)
+        run_load(url, [replace(r, output_len=short) for r in load_requests[: args.warmup]], args.warmup)
     flush_cache(url)
 
     before = parse_server_info(server_info(url))
     if args.client == "own":
-        load = run_load(url, prompts, concurrency, args.output_len, args.time_limit)
+        load = run_load(url, load_requests, concurrency, args.time_limit)
         if load.client_busy > 0.8:
             busy = f"the client computed {load.client_busy:.0%} of the time"
             print(f"warning: {busy}; raise --stream-interval of the servers", file=sys.stderr)
@@ -142,6 +146,7 @@ def measure(
         "complete": "yes" if result.complete else "no",
         "input_len": args.input_len,
         "output_len": args.output_len,
+        "start": "underway" if args.underway else "empty",
         "mean_output": rounded(result.mean_output, 1),
         "kv_pool_tokens": info["max_total_num_tokens"],
         "tokens_per_s": rounded(result.tokens_per_s, 2),
@@ -243,9 +248,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="clients; auto (the default): as many as fill the server's KV pool",
     )
-    parser.add_argument("--requests", type=positive, help="in all (default: as many as clients, one wave)")
+    parser.add_argument("--requests", type=positive, help="in all (default: one a client; two with --underway)")
     parser.add_argument("--input-len", type=positive, default=3600, help="prompt tokens")
     parser.add_argument("--output-len", type=positive, default=512, help="tokens to generate")
+    parser.add_argument(
+        "--underway",
+        action="store_true",
+        help="begin as a loop that has run for long: the first request of each client has a part of its output in its "
+        "prompt, evenly spread. With --time-limit the steady figures then need no whole generation",
+    )
     parser.add_argument("--token-range", type=int, nargs=2, default=(12, 512), metavar=("LO", "HI"), help="HI excluded")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--warmup", type=int, default=1, help="requests before timing, at once")
@@ -262,8 +273,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.endpoints) == bool(args.server):
         parser.error("give running servers as NAME=URL, or servers to start with --server; one of the two")
-    if args.client == "bench_serving" and args.time_limit:
-        parser.error("bench_serving knows no --time-limit; use --client own")
+    if args.client == "bench_serving" and (args.time_limit or args.underway):
+        parser.error("bench_serving knows no --time-limit and no --underway; use --client own")
     named = [entry.partition("=") for entry in args.endpoints or args.server]
     names = [name for name, _, _ in named]
     if not all(name and value for name, _, value in named) or len(set(names)) < len(names):

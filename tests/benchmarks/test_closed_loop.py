@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import pytest
-from closed_loop import ChunkReader, LoadError, random_prompts, run_load
+from closed_loop import ChunkReader, LoadError, random_prompts, random_requests, run_load
 from figures import figures
 from streaming_endpoint import StreamingEndpoint
 
@@ -47,9 +47,18 @@ def test_prompts_are_distinct_repeatable_and_in_range() -> None:
     assert {token for prompt in prompts for token in prompt} == set(range(12, 20))
 
 
+def test_a_loop_under_way_begins_where_its_requests_would_be() -> None:
+    requests = random_requests(6, 5, 40, (12, 20), seed=1, underway=4)
+    assert sorted(r.output_len for r in requests[:4]) == [10, 20, 30, 40]
+    assert all(len(r.prompt) + r.output_len == 45 for r in requests)
+    assert [r.output_len for r in requests[4:]] == [40, 40]
+    assert [r.output_len for r in requests[:4]] != sorted(r.output_len for r in requests[:4])
+    assert all(r.output_len == 40 and len(r.prompt) == 5 for r in random_requests(3, 5, 40, (12, 20), seed=1))
+
+
 def test_load_keeps_as_many_running_as_asked(stub: StreamingEndpoint) -> None:
     stub.per_chunk = 4
-    run = run_load(stub.url, random_prompts(7, 5, (12, 99), 0), concurrency=3, output_len=10)
+    run = run_load(stub.url, random_requests(7, 5, 10, (12, 99), 0), concurrency=3)
     assert stub.most_running == 3
     assert run.complete and len(run.generations) == 7
     assert all(g.tokens[-1] == 10 and g.ended is not None for g in run.generations)
@@ -59,7 +68,7 @@ def test_load_keeps_as_many_running_as_asked(stub: StreamingEndpoint) -> None:
 
 def test_time_limit_aborts_and_begins_nothing_new(stub: StreamingEndpoint) -> None:
     stub.pause = 0.02
-    run = run_load(stub.url, random_prompts(9, 5, (12, 99), 0), concurrency=3, output_len=500, time_limit=1.0)
+    run = run_load(stub.url, random_requests(9, 5, 500, (12, 99), 0), concurrency=3, time_limit=1.0)
     assert not run.complete
     assert len(run.generations) == 3 and all(g.ended is None for g in run.generations)
     deadline = time.monotonic() + 10
@@ -87,4 +96,4 @@ def test_load_fails_with_any_of_its_requests(stub: StreamingEndpoint, change: di
     for name, value in change.items():
         setattr(stub, name, value)
     with pytest.raises(LoadError, match=message):
-        run_load(stub.url, random_prompts(4, 5, (12, 99), 0), concurrency=2, output_len=10)
+        run_load(stub.url, random_requests(4, 5, 10, (12, 99), 0), concurrency=2)

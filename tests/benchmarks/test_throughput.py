@@ -210,6 +210,7 @@ def test_servers_to_start_take_common_and_own_arguments() -> None:
         ["a=http://x", "a=http://y"],
         ["http://x"],
         ["a=http://x", "--client", "bench_serving", "--time-limit", "3"],
+        ["a=http://x", "--client", "bench_serving", "--underway"],
         ["a=http://x", "--concurrency", "0"],
     ],
 )

@@ -1,0 +1,38 @@
+"""Write a checkpoint of random weights in a given shape, so that a real server can be measured without a download.
+
+    python benchmarks/random_checkpoint.py benchmarks/shapes/qwen3-8b /dev/shm/qwen3-8b
+
+Weights are as transformers initialises a model for training: norms multiply by 1, so that queries and keys differ from
+token to token and a selection has something to rank. With SGLang's `--load-format dummy` they hardly do, all tokens
+score alike, and what is measured is how a selection breaks ties.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+def write(shape: Path, folder: Path, seed: int, device: str) -> None:
+    """Initialise a model of the shape in `shape`/config.json, in bfloat16, and save it in `folder`."""
+    config = AutoConfig.from_pretrained(shape)
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+
+
+def main() -> None:
+    """Write one checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", type=Path, help="a folder with config.json")
+    parser.add_argument("folder", type=Path, help="to write to")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    write(args.shape, args.folder, args.seed, args.device)
+
+
+if __name__ == "__main__":
+    main()
