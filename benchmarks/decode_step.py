@@ -178,7 +178,8 @@ class Bench:
             raise NoRoom("pool")
         random = np.random.default_rng(0)
         if self.shuffle_slots:
-            order = random.permutation(len(slots.free_pages))
+            # A generator of its own: how much it draws depends on the pool's size, and tokens must not.
+            order = np.random.default_rng(1).permutation(len(slots.free_pages))
             slots.free_pages = slots.free_pages[torch.from_numpy(order).to(slots.free_pages.device)]
         vocabulary = runner.model_config.vocab_size
         first_tokens = torch.from_numpy(random.integers(0, vocabulary, requests)).to(runner.device)
