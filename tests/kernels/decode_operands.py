@@ -49,10 +49,15 @@ def assert_close_to_exact(out, exact, lowest, dtype, spare=0.0):
     assert (out.double() - exact).abs().max() <= 2 * (lowest.double() - exact).abs().max() + band
 
 
+def rounding(values):
+    """What float32 weights that are off by a few units in the last place do to their mean of `values`."""
+    return 4 * torch.finfo(torch.float32).eps * values.double().abs().max()
+
+
 def assert_attends(out, lse, q, keys, values, *, scale, logit_cap=0.0, k_scale=1.0, v_scale=1.0):
     """One row's results [H, D_v], [H] are attention over [K, H_kv, ·] keys and values, within what q's dtype allows."""
     scale = scale * k_scale
     exact, exact_lse = oracle.attention(q, keys, values, scale=scale, logit_cap=logit_cap)
     eager = eager_attention(q, keys.to(q.dtype), values.to(q.dtype), scale, logit_cap)
-    assert_close_to_exact(out, exact * v_scale, eager * v_scale, q.dtype)
+    assert_close_to_exact(out, exact * v_scale, eager * v_scale, q.dtype, rounding(values) * v_scale)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)
