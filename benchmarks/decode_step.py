@@ -2,19 +2,27 @@
 
 Each backend runs in a process of its own: one model load, all cases. A case `BxC` is B requests of C tokens each that
 share nothing. Their KV slots are allocated as a prefill would, the pool holds normal noise, and no prefill is computed.
-A step is one forward pass with greedy sampling, timed on the host between two device synchronisations. The query of
-step i (from 0, `--warmup` steps first) attends to C + i + 1 tokens, so the timed ones see C + warmup + 1 to
-C + warmup + steps. Dummy weights are SGLang's, seeded, except that norms multiply by 1: as loaded, they scale
+A step is one forward pass with greedy sampling, timed in two ways that see the same tokens:
+
+- alone (`step_ms`, `p20_ms`, `p80_ms`, `ratio`, `tokens_per_s`): on the host, between two device synchronisations. What
+  the host prepares before the device can begin counts in full, and so does its noise.
+- pipelined (`pipelined_*`): all steps are enqueued with no synchronisation in between, and a step's time is from the
+  device's event after the step before it to the one after it. The host prepares a step while the device runs earlier
+  ones, as under a server's overlap scheduler, and counts only where it is the slower of the two. Devices without events
+  (a CPU) are timed on the host.
+
+The query of step i (from 0, `--warmup` steps first) attends to C + i + 1 tokens, so the timed ones see C + warmup + 1
+to C + warmup + steps. Dummy weights are SGLang's, seeded, except that norms multiply by 1: as loaded, they scale
 queries to nearly nothing, all tokens score alike, and neither a selection nor an error in it would show.
 
 Before anything is timed, every backend decodes two steps of two requests, within every budget, with the same weights,
 tokens, keys and values; its logits must be the first backend's up to rounding. Beyond the budget they must be finite.
 A backend that fails has no speed. Which tokens a selection picks beyond the budget is not checked here.
 
-    python benchmarks/decode_step.py --model-path M --backends fa3 lessismore:budget=2048,aggregate=max \
+    python benchmarks/decode_step.py --model-path M --backends fa3 lessismore:budget=2048,aggregate=max \\
         --cases 1x2048 16x32768 64x8192 --output out/decode_step.csv --sglang-args='--mem-fraction-static 0.85'
 
-One device only. Written for SGLang 0.5.17's internals (`sglang.benchmark.one_batch`).
+One device only.
 """
 
 import argparse
@@ -26,28 +34,24 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
-from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from machine import machine_line
-from results_file import append_rows
+from decode_step_worker import CHECKED_REQUESTS, Case, Outcome, work
+from results_file import append_rows, require_columns
 from torch import Tensor
 
 from sgl_lim.config import ENV, LimConfig
 
-Case = tuple[int, int]
 LARGEST_LOGITS_ERROR = 0.05
-CHECKED_REQUESTS = 2
-CHECKED_STEPS = 2
+ALONE = ("step_ms", "p20_ms", "p80_ms", "ratio")
+PIPELINED = ("pipelined_ms", "pipelined_p20_ms", "pipelined_p80_ms", "pipelined_ratio")
 COLUMNS = (
-    *("backend", "batch", "context", "step_ms", "p20_ms", "p80_ms", "ratio", "tokens_per_s"),
+    *("backend", "batch", "context", *ALONE, "tokens_per_s", *PIPELINED),
     *("logits_error_within_budget", "slots", "steps", "error", "command", "machine"),
 )
 
@@ -64,28 +68,6 @@ class Backend:
     def command(self, argv: list[str]) -> str:
         """The worker's environment and SGLang arguments, as a shell would take them."""
         return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(argv)])
-
-
-@dataclass
-class Outcome:
-    """What a worker found, saved before the first and after every case: a crash loses only what comes after it."""
-
-    times: dict[Case, list[float]] = field(default_factory=dict)
-    """Milliseconds of each timed step."""
-    errors: dict[Case, str] = field(default_factory=dict)
-    error: str = ""
-    """Why the worker stopped early."""
-    logits: Tensor | None = None
-    """Within the budget: (step, request, vocabulary), float32, on the CPU."""
-    finite: bool = True
-    kernels: list[tuple[str, int, float]] = field(default_factory=list)
-    """Of one profiled step: name, launches, microseconds in all."""
-    machine: str = ""
-
-    def save(self, path: Path) -> None:
-        """Replace the file in one move."""
-        torch.save(vars(self), path.with_suffix(".new"))
-        path.with_suffix(".new").replace(path)
 
 
 def parse_backend(spec: str) -> Backend:
@@ -124,200 +106,6 @@ def parse_case(text: str) -> Case:
         raise argparse.ArgumentTypeError(f"expected REQUESTSxTOKENS such as 16x32768, got {text!r}")
     batch, context = text.split("x")
     return int(batch), int(context)
-
-
-class NoRoom(Exception):
-    """A case exceeds what the message names: the KV or request `pool`, or the model's `context`."""
-
-
-class Bench:
-    """A model runner set up as SGLang's own static benchmark does it, its KV pool filled with noise."""
-
-    def __init__(self, argv: list[str], shuffle_slots: bool) -> None:
-        from sglang.srt.plugins import load_plugins
-
-        load_plugins()  # the mains that serve do this; a benchmark must do it itself, before flags are parsed
-        import sglang.benchmark.one_batch as one_batch
-        from sglang.srt.server_args import PortArgs, prepare_server_args
-
-        server_args = prepare_server_args(argv)
-        if server_args.tp_size != 1:
-            raise ValueError(f"this benchmark drives one device, got --tp-size {server_args.tp_size}")
-        one_batch._set_envs_and_config(server_args)
-        one_batch.initialize_moe_config(server_args)
-        one_batch.initialize_fp8_gemm_config(server_args)
-        one_batch.initialize_fp4_gemm_config(server_args)
-        one_batch.get_tokenizer = lambda *args, **options: None  # `load_model` wants one; we send token ids
-        wrapped, _ = one_batch.load_model(server_args, PortArgs.init_new(server_args), gpu_id=0, tp_rank=0)
-        self.one_batch = one_batch
-        self.runner: Any = wrapped.torch_runner
-        self.shuffle_slots = shuffle_slots
-        self.synchronize = torch.get_device_module(self.runner.device).synchronize
-        if server_args.load_format == "dummy":
-            set_norms_to_one(self.runner.model)
-        for buffer in self.kv_buffers():
-            fill_with_noise(buffer)
-
-    def kv_buffers(self) -> list[Tensor]:
-        """Keys and values of every layer, each (slot, head, dim)."""
-        pool = self.runner.token_to_kv_pool
-        layers = range(self.runner.model_config.num_hidden_layers)
-        return [buffer(layer) for layer in layers for buffer in (pool.get_key_buffer, pool.get_value_buffer)]
-
-    @torch.no_grad()
-    def start(self, case: Case, steps: int) -> tuple[Tensor, Any]:
-        """First decode tokens and a batch whose prompts own KV slots. Raises NoRoom if `steps` more do not fit."""
-        runner, (requests, context) = self.runner, case
-        rows, slots = runner.req_to_token_pool, runner.token_to_kv_pool_allocator
-        rows.clear()
-        slots.clear()
-        if context + steps > runner.model_config.context_len:
-            raise NoRoom("context")
-        pages = -(-(context + steps) // slots.page_size)
-        if requests > rows.available_size() or requests * pages * slots.page_size > slots.available_size():
-            raise NoRoom("pool")
-        random = np.random.default_rng(0)
-        if self.shuffle_slots:
-            # A generator of its own: how much it draws depends on the pool's size, and tokens must not.
-            order = np.random.default_rng(1).permutation(len(slots.free_pages))
-            slots.free_pages = slots.free_pages[torch.from_numpy(order).to(slots.free_pages.device)]
-        vocabulary = runner.model_config.vocab_size
-        first_tokens = torch.from_numpy(random.integers(0, vocabulary, requests)).to(runner.device)
-        batch = self.one_batch.ScheduleBatch.init_new(
-            reqs=[self.request(i, random.integers(0, vocabulary, context)) for i in range(requests)],
-            req_to_token_pool=rows,
-            token_to_kv_pool_allocator=slots,
-            tree_cache=self.one_batch.TreeCacheNamespace(
-                page_size=slots.page_size, device=runner.device, token_to_kv_pool_allocator=slots
-            ),
-            model_config=runner.model_config,
-            enable_overlap=False,
-            spec_algorithm=self.one_batch.SpeculativeAlgorithm.NONE,
-        )
-        batch.prepare_for_extend()
-        batch.prefill_input_ids_cpu = None
-        return first_tokens, batch
-
-    def request(self, number: int, prompt: np.ndarray) -> Any:
-        """A greedy request whose whole prompt is to be prefilled."""
-        request = self.one_batch.Req(
-            rid=str(number),
-            origin_input_text="",
-            origin_input_ids=array("q", prompt.astype(np.int64).tobytes()),
-            sampling_params=self.one_batch.SamplingParams(temperature=0, max_new_tokens=1),
-        )
-        request.full_untruncated_fill_ids = request.origin_input_ids
-        request.logprob_start_len = -1
-        request.set_extend_range(0, len(prompt))
-        return request
-
-    def step(self, tokens: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """One decode step: the sampled tokens and the logits."""
-        return self.one_batch.decode(tokens, batch, self.runner)
-
-    def time_steps(self, case: Case, warmup: int, steps: int) -> list[float]:
-        """Milliseconds of each of `steps` steps after `warmup`."""
-        tokens, batch = self.start(case, warmup + steps)
-        times = []
-        for _ in range(warmup + steps):
-            self.synchronize()
-            begin = time.perf_counter()
-            tokens, _ = self.step(tokens, batch)
-            self.synchronize()
-            times.append(1e3 * (time.perf_counter() - begin))
-        return times[warmup:]
-
-    def logits(self, context: int, own_noise: bool) -> Tensor:
-        """Logits of the checked steps, (step, request, vocabulary) in float32 on the CPU.
-
-        `own_noise` writes keys and values by position in the prompt, so that they are the same for every backend,
-        whatever the pool's size and the slots. The tokens are given, not sampled: a tie cannot part two backends.
-        """
-        tokens, batch = self.start((CHECKED_REQUESTS, context), CHECKED_STEPS)
-        if own_noise:
-            table = self.runner.req_to_token_pool.req_to_token
-            slots = table[batch.req_pool_indices, :context].reshape(-1).long()
-            generator = torch.Generator().manual_seed(0)
-            for buffer in self.kv_buffers():
-                noise = torch.randn(len(slots), *buffer.shape[1:], generator=generator).to(buffer.dtype)
-                # As bytes: not every device can index float8.
-                buffer.view(torch.uint8)[slots] = noise.view(torch.uint8).to(buffer.device)
-        found = []
-        for _ in range(CHECKED_STEPS):
-            found.append(self.step(tokens, batch)[1].float().cpu())
-            tokens = tokens.flip(0)
-        return torch.stack(found)
-
-    def kernels(self, case: Case, warmup: int) -> list[tuple[str, int, float]]:
-        """Kernels (on a CPU: operators) of one step after `warmup`: name, launches, microseconds; longest first."""
-        from torch.autograd import DeviceType
-        from torch.profiler import ProfilerActivity, profile
-
-        tokens, batch = self.start(case, warmup + 1)
-        for _ in range(warmup):
-            tokens, _ = self.step(tokens, batch)
-        self.synchronize()
-        on_cpu = self.runner.device == "cpu"
-        with profile(activities=[ProfilerActivity.CPU if on_cpu else ProfilerActivity.CUDA]) as profiler:
-            self.step(tokens, batch)
-            self.synchronize()
-        found = [
-            (event.key, event.count, event.self_cpu_time_total if on_cpu else event.self_device_time_total)
-            for event in profiler.key_averages()
-            if event.device_type == (DeviceType.CPU if on_cpu else DeviceType.CUDA) and not event.is_user_annotation
-        ]
-        return sorted(found, key=lambda row: -row[2])
-
-
-def set_norms_to_one(model: torch.nn.Module) -> None:
-    """Overwrite the weights of all norm layers in place."""
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("norm.weight"):
-                weight.fill_(1)
-
-
-def fill_with_noise(buffer: Tensor, chunk: int = 1 << 16) -> None:
-    """Normal noise in place. Drawn in float32 and in chunks: float8 has no `normal_`, and pools are large."""
-    for part in buffer.split(chunk):
-        part.copy_(torch.randn(part.shape, device=part.device).to(part.dtype))
-
-
-def work(job: dict[str, Any]) -> None:
-    """A worker: check, then time or profile, saving the outcome as it grows."""
-    outcome, path = Outcome(), Path(job["outcome"])
-    try:
-        bench = Bench(job["argv"], job["shuffle_slots"])
-        outcome.machine = machine_line()
-        if job["profile"]:
-            outcome.kernels = bench.kernels(tuple(job["profile"]), job["warmup"])
-        if job["check_context"]:
-            outcome.logits = bench.logits(job["check_context"], own_noise=True)
-            outcome.finite = bool(outcome.logits.isfinite().all())
-        if job["sparse_context"]:
-            outcome.finite &= bool(bench.logits(job["sparse_context"], own_noise=False).isfinite().all())
-        outcome.save(path)
-        for case in map(tuple, job["cases"]):
-            try:
-                outcome.times[case] = bench.time_steps(case, job["warmup"], job["steps"])
-            except Exception as error:
-                outcome.errors[case] = reason(error)
-            if outcome.errors.get(case) == "out of memory":
-                torch.get_device_module(bench.runner.device).empty_cache()
-            outcome.save(path)
-    except Exception as error:
-        outcome.error = reason(error)
-    outcome.save(path)
-
-
-def reason(error: Exception) -> str:
-    """A line for the column `error`; the traceback goes to the log."""
-    if isinstance(error, NoRoom):
-        return str(error)
-    traceback.print_exception(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
 
 
 def run_worker(backend: Backend, job: dict[str, Any], timeout: float) -> Outcome:
@@ -365,6 +153,27 @@ def judge(outcome: Outcome, first: Outcome) -> tuple[float | None, str]:
     return error, "" if outcome.finite and error <= LARGEST_LOGITS_ERROR else "check failed"
 
 
+def check_figures(outcome: Outcome, first: Outcome) -> str:
+    """What a failed check found beside its limit, for the log; blank if it passed or found nothing."""
+    error, failure = judge(outcome, first)
+    if not failure or error is None or outcome.logits is None:
+        return ""
+    found = f"logits_error_within_budget {error:.2g}, limit {LARGEST_LOGITS_ERROR:g}"
+    if not outcome.finite:
+        where = "beyond" if bool(outcome.logits.isfinite().all()) else "within"
+        found += f"; logits {where} the budget are not all finite"
+    return found
+
+
+def timing(names: Sequence[str], times: Sequence[float], baseline: Sequence[float] | None) -> dict[str, float]:
+    """Columns of one way of timing, by `names`: median, p20, p80 and, with a baseline's times, the ratio to it."""
+    p20, median, p80 = (float(p) for p in np.percentile(times, [20, 50, 80]))
+    found = [round(median, 4), round(p20, 4), round(p80, 4)]
+    if baseline:
+        found.append(round(float(np.median(baseline)) / median, 3))
+    return dict(zip(names, found, strict=False))
+
+
 def make_rows(
     backend: Backend, outcome: Outcome, first: Outcome, cases: Sequence[Case], check: bool = True, **more: Any
 ) -> list[dict[str, Any]]:
@@ -380,26 +189,26 @@ def make_rows(
         times = outcome.times.get(case)
         row["error"] = failure or outcome.errors.get(case) or ("" if times else outcome.error or "not run")
         if times and not row["error"]:
-            p20, median, p80 = (float(p) for p in np.percentile(times, [20, 50, 80]))
-            row.update(step_ms=round(median, 4), p20_ms=round(p20, 4), p80_ms=round(p80, 4))
-            row["tokens_per_s"] = round(1e3 * case[0] / median, 1)
-            if case in first.times:
-                row["ratio"] = round(float(np.median(first.times[case])) / median, 3)
+            row.update(timing(ALONE, times, first.times.get(case)))
+            row.update(timing(PIPELINED, outcome.pipelined[case], first.pipelined.get(case)))
+            row["tokens_per_s"] = round(1e3 * case[0] / float(np.median(times)), 1)
         rows.append(row)
     return rows
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Cases down, backends across: milliseconds a step and the ratio to the first backend."""
+    """Cases down, backends across: milliseconds a step and the ratio to the first backend, alone / pipelined."""
     backends = list(dict.fromkeys(row["backend"] for row in rows))
     cells: dict[Case, dict[str, str]] = {}
     for row in rows:
-        ratio = f" ({row['ratio']:.2f}x)" if row["ratio"] != "" and row["backend"] != backends[0] else ""
-        cell = row["error"] or f"{row['step_ms']:.2f}{ratio}"
+        cell = row["error"] or f"{row['step_ms']:.2f} / {row['pipelined_ms']:.2f}"
+        if not row["error"] and row["ratio"] != "" and row["backend"] != backends[0]:
+            cell += f" ({row['ratio']:.2f}x / {row['pipelined_ratio']:.2f}x)"
         cells.setdefault((row["batch"], row["context"]), {})[row["backend"]] = cell
     lines = [["batch", "context", *backends], ["---"] * (2 + len(backends))]
     lines += [[str(b), str(c), *(found.get(name, "") for name in backends)] for (b, c), found in cells.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([*table, "", "ms a step, alone / pipelined (times as fast as the first backend)"])
 
 
 def kernel_table(kernels: list[tuple[str, int, float]], longest: int = 25) -> str:
@@ -449,6 +258,8 @@ def main() -> None:
         work(json.loads(sys.argv[2]))
         return
     args = parse(sys.argv[1:])
+    if args.output:
+        require_columns(args.output, COLUMNS)
     budgets = [backend.lim.budget for backend in args.backends if backend.lim] or [LimConfig().budget]
     rows: list[dict[str, Any]] = []
     first: Outcome | None = None
@@ -470,6 +281,8 @@ def main() -> None:
             print(f"\n{backend.spec}\n{outcome.error or kernel_table(outcome.kernels)}", flush=True)
             continue
         first = first or outcome
+        if args.check and (figures := check_figures(outcome, first)):
+            print(f"{backend.spec}: check failed: {figures}", file=sys.stderr)
         slots = "shuffled" if args.shuffle_slots else "contiguous"
         more = {"slots": slots, "steps": args.steps, "command": backend.command(worker)}
         found = make_rows(backend, outcome, first, args.cases, args.check, **more)

@@ -8,16 +8,18 @@ from pathlib import Path
 import decode_step
 import pytest
 import torch
-from decode_step import Outcome, make_rows, markdown, parse_backend, parse_case
+from decode_step import make_rows, markdown, parse_backend, parse_case
+from decode_step_worker import Outcome
 
 CASES = [(16, 32768), (1, 2048)]
 LOGITS = torch.arange(1.0, 13.0).reshape(2, 2, 3)
 
 
 def outcome(ms: float, logits: torch.Tensor | None = LOGITS, **more: object) -> Outcome:
-    """A worker that timed all cases, each step at about `ms`."""
-    times = {case: [ms * 0.9, ms, ms, ms, ms * 1.1] for case in CASES}
-    return Outcome(**{"times": times, "logits": logits, "machine": "M", **more})  # type: ignore[arg-type]
+    """A worker that timed all cases, each step at about `ms` alone and 2 ms less pipelined."""
+    times, pipelined = ({case: [x * 0.9, x, x, x, x * 1.1] for case in CASES} for x in (ms, ms - 2))
+    found = {"times": times, "pipelined": pipelined, "logits": logits, "machine": "M", **more}
+    return Outcome(**found)  # type: ignore[arg-type]
 
 
 def rows(found: Outcome, first: Outcome, spec: str = "triton", **more: bool) -> list[dict[str, object]]:
@@ -83,15 +85,32 @@ def test_rows_have_times_and_the_ratio_to_the_first_backend() -> None:
     assert (row["batch"], row["context"], row["step_ms"], row["error"], row["machine"]) == (16, 32768, 8, "", "M")
     assert row["tokens_per_s"] == 2000
     assert row["p20_ms"] == pytest.approx(7.84) and row["p80_ms"] == pytest.approx(8.16)
+    assert [row["pipelined_ratio"] for row in first + second] == [1, 1, 3, 3]
+    assert row["pipelined_ms"] == 6
+    assert row["pipelined_p20_ms"] == pytest.approx(5.88) and row["pipelined_p80_ms"] == pytest.approx(6.12)
 
 
 def test_a_failed_check_takes_every_speed() -> None:
     for wrong in (LOGITS * 1.1, LOGITS * float("nan"), LOGITS + torch.tensor([0, 0, float("inf")])):
         for row in rows(outcome(8, wrong), outcome(20)):
-            assert (row["error"], row["step_ms"], row["ratio"]) == ("check failed", "", "")
+            assert row["error"] == "check failed"
+            assert {row[name] for name in (*decode_step.ALONE, *decode_step.PIPELINED, "tokens_per_s")} == {""}
     assert {row["error"] for row in rows(outcome(8, finite=False), outcome(20))} == {"check failed"}
     good = rows(outcome(8, LOGITS * 1.01), outcome(20))
     assert {row["error"] for row in good} == {""} and good[0]["logits_error_within_budget"] == "0.01"
+
+
+def test_a_failed_check_shows_its_error_beside_the_limit() -> None:
+    def said(logits: torch.Tensor, **more: object) -> str:
+        return decode_step.check_figures(outcome(8, logits, **more), outcome(20))
+
+    assert said(LOGITS) == said(LOGITS * 1.01) == ""
+    assert said(LOGITS * 1.1) == "logits_error_within_budget 0.1, limit 0.05"
+    broken = said(LOGITS * float("nan"), finite=False)
+    assert broken == "logits_error_within_budget nan, limit 0.05; logits within the budget are not all finite"
+    beyond = said(LOGITS, finite=False)
+    assert beyond == "logits_error_within_budget 0, limit 0.05; logits beyond the budget are not all finite"
+    assert decode_step.check_figures(Outcome(error="crashed"), outcome(20)) == ""
 
 
 def test_one_wrong_request_in_one_step_is_enough() -> None:
@@ -111,6 +130,7 @@ def test_nothing_is_believed_without_logits_of_both() -> None:
 def test_without_the_check_a_failed_first_backend_costs_only_the_ratio() -> None:
     unchecked = rows(outcome(8, None), Outcome(error="broken"), check=False)
     assert [(row["step_ms"], row["ratio"], row["error"]) for row in unchecked] == [(8, "", "")] * 2
+    assert [(row["pipelined_ms"], row["pipelined_ratio"]) for row in unchecked] == [(6, "")] * 2
 
 
 def test_a_failed_case_leaves_the_others() -> None:
@@ -129,7 +149,8 @@ def test_outcomes_survive_the_file(tmp_path: Path) -> None:
     saved = outcome(8, errors={(2, 3): "pool"}, kernels=[("k", 2, 1.5)])
     saved.save(tmp_path / "outcome.pt")
     read = Outcome(**torch.load(tmp_path / "outcome.pt"))
-    assert read.times == saved.times and read.errors == saved.errors and read.kernels == saved.kernels
+    assert read.times == saved.times and read.pipelined == saved.pipelined
+    assert read.errors == saved.errors and read.kernels == saved.kernels
     assert read.logits is not None and torch.equal(read.logits, LOGITS)
 
 
@@ -138,7 +159,12 @@ def test_the_table_has_cases_down_and_backends_across() -> None:
     del found.times[CASES[1]]
     table = markdown(rows(outcome(20), outcome(20), spec="fa3") + rows(found, outcome(20)))
     assert table.splitlines()[0] == "| batch | context | fa3 | triton |"
-    assert table.splitlines()[2:] == ["| 16 | 32768 | 20.00 | 8.00 (2.50x) |", "| 1 | 2048 | 20.00 | pool |"]
+    assert table.splitlines()[2:] == [
+        "| 16 | 32768 | 20.00 / 18.00 | 8.00 / 6.00 (2.50x / 3.00x) |",
+        "| 1 | 2048 | 20.00 / 18.00 | pool |",
+        "",
+        "ms a step, alone / pipelined (times as fast as the first backend)",
+    ]
 
 
 def test_rows_are_appended_under_one_header(tmp_path: Path) -> None:
@@ -152,9 +178,14 @@ def test_rows_are_appended_under_one_header(tmp_path: Path) -> None:
     assert float(read[3]["ratio"]) == 2.5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
-def test_noise_fills_every_slot(dtype: torch.dtype) -> None:
-    buffer = torch.zeros(100, 2, 8, dtype=dtype)
-    decode_step.fill_with_noise(buffer, chunk=33)
-    values = buffer.float()
-    assert (values.abs().amax(dim=(1, 2)) > 0).all() and 0.8 < float(values.std()) < 1.2
+def test_a_file_with_other_columns_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "old.csv"
+    output.write_text("backend,step_ms\nfa3,1\n")
+    argv = ["decode_step.py", "--model-path", "M", "--backends", "fa3", "--cases", "1x2", "--output", str(output)]
+    monkeypatch.setattr("sys.argv", argv)
+    monkeypatch.setattr(decode_step, "run_worker", None)
+    with pytest.raises(SystemExit, match="other columns"):
+        decode_step.main()
+    assert output.read_text() == "backend,step_ms\nfa3,1\n"

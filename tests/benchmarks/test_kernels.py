@@ -7,13 +7,15 @@ from functools import partial
 from pathlib import Path
 
 import kernel_operands
+import kernel_sections
 import pytest
 import torch
 from kernel_operands import COPIED_BYTES, Operands, Pool, Selection, Shape
+from kernel_sections import COLUMNS, DTYPES, SECTIONS, Bench, Measured, Row, make_row
 from torch import Tensor
 
 import kernels
-from kernels import Bench, Measured, make_row, markdown, parse, parse_case
+from kernels import markdown, parse, parse_case
 from lim_kernels import choose_tokens, decode_with_scores
 
 CPU = torch.device("cpu")
@@ -55,20 +57,20 @@ def top_k(scores: Tensor, slots: Tensor, lens: Tensor, k: int) -> Tensor:
     return slots.gather(1, best.flip(1))
 
 
-def bench(dtype: str = "bf16", sections: tuple[str, ...] = kernels.SECTIONS, baselines: bool = True) -> Bench:
+def bench(dtype: str = "bf16", sections: tuple[str, ...] = SECTIONS, baselines: bool = True) -> Bench:
     args = parse([*TINY, dtype, "--sections", *sections])
     return Bench(args, CPU, CountingTimer(), *((dense, top_k) if baselines else ()))
 
 
-def of(rows: list[kernels.Row], **cells: object) -> list[kernels.Row]:
+def of(rows: list[Row], **cells: object) -> list[Row]:
     return [row for row in rows if all(row[name] == value for name, value in cells.items())]
 
 
-@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_section_runs_and_agrees_with_the_reference(dtype: str) -> None:
     rows = list(bench(dtype).rows())
     assert {row["error"] for row in rows} == {""}
-    assert all(tuple(row) == kernels.COLUMNS and row["us"] > 0 for row in rows)
+    assert all(tuple(row) == COLUMNS and row["us"] > 0 for row in rows)
     assert len(of(rows, section="copy")) == 1
     assert len(of(rows, section="sparse_decode")) == 2 * 2
     assert len(of(rows, section="decode_with_scores")) == 3 * 2
@@ -188,7 +190,7 @@ def test_a_case_that_cannot_be_set_up_leaves_the_others(monkeypatch: pytest.Monk
             raise torch.OutOfMemoryError("large")
         return kernel_operands.head_logits(batch, heads, tokens, share, device)
 
-    monkeypatch.setattr(kernels, "head_logits", draw)
+    monkeypatch.setattr(kernel_sections, "head_logits", draw)
     rows = list(bench(sections=("selection",)).rows())
     assert [(row["batch"], row["context"]) for row in of(rows, error="out of memory")] == [(1, 100)]
     assert len(of(rows, section="selection", error="")) == 2 * 2 * 3 * 3
@@ -243,7 +245,7 @@ def test_scores_are_compared_where_they_are_defined() -> None:
     for wrong in (scores[0, 6] + 0.5, float("nan")):
         ours = scores.clone()
         ours[0, 6] = wrong
-        assert not kernel_operands.score_deviation(ours, scores, lens, SELECTION) <= kernels.SCORE_SLACK
+        assert not kernel_operands.score_deviation(ours, scores, lens, SELECTION) <= kernel_operands.SCORE_SLACK
 
 
 def test_a_slot_of_another_row_has_no_position() -> None:
@@ -294,7 +296,7 @@ def test_a_table_a_section_without_blank_columns() -> None:
 def test_rows_reach_the_file_at_once_under_one_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "new" / "out.csv"
 
-    def crash() -> Iterator[kernels.Row]:
+    def crash() -> Iterator[Row]:
         yield from bench(sections=("sparse_decode",)).rows()
         raise KeyboardInterrupt
 
@@ -320,7 +322,7 @@ def test_the_command_line() -> None:
     assert args.cases == [(16, 32768), (64, 8192), (256, 2048), (1, 32768), (4, 131072)]
     assert (args.heads, args.kv_heads, args.dim, args.dtype, args.budget) == (32, 8, 128, "bf16", 2048)
     assert args.replays >= 9 and parse(["--quick"]).replays == kernels.QUICK_REPLAYS
-    assert args.sections == list(kernels.SECTIONS)
+    assert args.sections == list(SECTIONS)
 
 
 @pytest.mark.parametrize(
@@ -344,6 +346,20 @@ def test_a_missing_baseline_is_named(capsys: pytest.CaptureFixture[str]) -> None
 
     assert kernels.load("FA3", missing) is None
     assert capsys.readouterr().err == "no FA3: its figures stay blank (ImportError: no module)\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "loaded"),
+    [([], ["fa3", "flashinfer"]), (["--no-flashinfer"], ["fa3"]), (["--sections", "layer"], ["fa3"])],
+)
+def test_flashinfer_is_loaded_only_where_it_is_wanted(
+    argv: list[str], loaded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(kernels, "load_fa3", lambda shape: asked.append("fa3") or dense)
+    monkeypatch.setattr(kernels, "load_flashinfer", lambda device: asked.append("flashinfer") or top_k)
+    assert kernels.load_baselines(parse(argv), CPU) == (dense, top_k if "flashinfer" in loaded else None)
+    assert asked == loaded
 
 
 def test_without_cuda_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import csv
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import answer_check
 import own_server
@@ -47,24 +48,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def launch_with(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     monkeypatch.setattr(own_server, "LAUNCHER", [sys.executable, "-c", script])
-
-
-@pytest.mark.parametrize(
-    ("pool", "page", "running", "groups", "expected"),
-    [
-        (1010, 1, 64, 1, 10),  # each takes 100 tokens and a page
-        (1009, 1, 64, 1, 9),
-        (50, 1, 64, 1, 1),
-        (10_000, 1, 8, 1, 8),
-        (1280, 16, 64, 1, 10),  # 100 tokens are 7 pages
-        (1010, 1, 64, 2, 20),
-        (1010, 1, None, 1, 10),
-    ],
-)
-def test_auto_concurrency_fills_the_pool(pool: int, page: int, running: int | None, groups: int, expected: int) -> None:
-    states = [{"effective_max_running_requests_per_dp": running}] * groups
-    info = {"max_total_num_tokens": pool, "page_size": page, "internal_states": states}
-    assert throughput.fitting_concurrency(info, 60, 40) == expected
 
 
 def test_agreement_ends_at_the_first_difference() -> None:
@@ -142,12 +125,73 @@ def test_rows_compare_with_the_first_server(tmp_path: Path, capsys: pytest.Captu
     assert table.count("\n| slow |") == 2 and table.count("| ---") >= 2
 
 
+LOADS = ["--load", "input=60,output=40", "--load", "input=30,output=20,requests=3,concurrency=2", *QUICK[4:]]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_load_on_every_server_compares_with_the_first_servers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, written, measure = tmp_path / "rows.csv", [], throughput.measure
+
+    def observed(*given: Any) -> Any:
+        written.append(len(read_rows(output)) if output.exists() else 0)
+        return measure(*given)
+
+    monkeypatch.setattr(throughput, "measure", observed)
+    with StreamingEndpoint(pause=0.02) as slow, StreamingEndpoint(pause=0.005) as fast:
+        assert throughput.main([f"slow={slow.url}", f"fast={fast.url}", *LOADS, "--output", str(output)]) == 0
+        for server in (slow, fast):
+            assert len(server.generate_requests) - len(server.streamed) == 1  # one check
+            assert server.flushes == 2 and len(server.streamed) == (1 + 8) + (1 + 3)
+    assert written == [0, 1, 2, 3]
+    rows = read_rows(output)
+    assert [(row["server"], row["input_len"], row["requests"], row["concurrency"]) for row in rows] == [
+        *(("slow", "60", "8", "8"), ("slow", "30", "3", "2")),
+        *(("fast", "60", "8", "8"), ("fast", "30", "3", "2")),
+    ]
+    for first, second in zip(rows[:2], rows[2:], strict=True):
+        assert first["ratio"] == "1.0" and first["mean_output"] == second["mean_output"]
+        expected = float(second["tokens_per_s"]) / float(first["tokens_per_s"])
+        assert float(second["ratio"]) == pytest.approx(expected, abs=0.01)
+    table = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert table == ["| server", "| ---", "| slow", "| fast", "| slow", "| fast"]
+
+
+def test_a_failed_load_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "rows.csv"
+    with StreamingEndpoint() as first, StreamingEndpoint() as second:
+        first.length = lambda number, wanted: wanted - (wanted == 40)
+        assert throughput.main([f"a={first.url}", f"b={second.url}", *LOADS, "--output", str(output)]) == 1
+    shown = capsys.readouterr()
+    assert "error: a: input=60,output=40: " in shown.err and "ended after 39 of 40 tokens" in shown.err
+    assert [(row["server"], row["output_len"], row["ratio"] != "") for row in read_rows(output)] == [
+        ("a", "20", True),
+        ("b", "40", False),
+        ("b", "20", True),
+    ]
+    assert shown.out.count("\n| b |") == 2
+
+
+def test_without_any_baseline_no_further_server_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    with StreamingEndpoint() as first, StreamingEndpoint() as second:
+        first.length = lambda number, wanted: wanted - 1
+        assert throughput.main([f"a={first.url}", f"b={second.url}", *LOADS]) == 1
+        assert not second.generate_requests
+    shown = capsys.readouterr()
+    assert shown.err.count("error: a: ") == 2 and not shown.out
+
+
 def test_rows_of_another_benchmark_are_left_alone(stub: StreamingEndpoint, tmp_path: Path) -> None:
     output = tmp_path / "rows.csv"
     output.write_text("server,requests\na,1\n")
     with pytest.raises(SystemExit, match="other columns"):
         throughput.main([f"a={stub.url}", *QUICK, "--requests", "1", "--output", str(output)])
-    assert output.read_text() == "server,requests\na,1\n"
+    assert output.read_text() == "server,requests\na,1\n" and not stub.generate_requests
 
 
 def test_the_machine_line_comes_from_another_process() -> None:
@@ -211,6 +255,16 @@ def test_servers_to_start_take_common_and_own_arguments() -> None:
         ["http://x"],
         ["a=http://x", "--client", "bench_serving", "--time-limit", "3"],
         ["a=http://x", "--client", "bench_serving", "--underway"],
+        ["a=http://x", "--client", "bench_serving", "--load", "input=1,output=1,time_limit=3"],
+        [
+            "a=http://x",
+            "--client",
+            "bench_serving",
+            "--load",
+            "input=1,output=1",
+            "--load",
+            "input=1,output=1,underway",
+        ],
         ["a=http://x", "--concurrency", "0"],
     ],
 )

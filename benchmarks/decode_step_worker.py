@@ -1,0 +1,286 @@
+"""The worker of `decode_step.py`: one backend in a process of its own, checked and timed. See there for what is timed.
+
+Written for SGLang 0.5.17's internals (`sglang.benchmark.one_batch`). Nothing in a decode step there waits for the
+device, read for fa3, triton and lessismore: lengths that the host needs come from `seq_lens_cpu`, which lies there, and
+the greedy sampler leaves its tokens on the device. Other backends may wait; then pipelined steps are partly serial.
+"""
+
+import time
+import traceback
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import machine_line
+from torch import Tensor
+
+Case = tuple[int, int]
+"""Requests, and tokens of context each."""
+CHECKED_REQUESTS = 2
+CHECKED_STEPS = 2
+
+
+@dataclass
+class Outcome:
+    """What a worker found, saved before the first and after every case: a crash loses only what comes after it."""
+
+    times: dict[Case, list[float]] = field(default_factory=dict)
+    """Milliseconds of each timed step, each alone."""
+    pipelined: dict[Case, list[float]] = field(default_factory=dict)
+    """Milliseconds of each timed step, none waited for."""
+    errors: dict[Case, str] = field(default_factory=dict)
+    error: str = ""
+    """Why the worker stopped early."""
+    logits: Tensor | None = None
+    """Within the budget: (step, request, vocabulary), float32, on the CPU."""
+    finite: bool = True
+    kernels: list[tuple[str, int, float]] = field(default_factory=list)
+    """Of one profiled step: name, launches, microseconds in all."""
+    machine: str = ""
+
+    def save(self, path: Path) -> None:
+        """Replace the file in one move."""
+        torch.save(vars(self), path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+
+class NoRoom(Exception):
+    """A case exceeds what the message names: the KV or request `pool`, or the model's `context`."""
+
+
+class Clock:
+    """Moments at which a device has finished the work enqueued so far.
+
+    A device without timed events has finished when a call returns: there the moments are the host's.
+
+    Args:
+        device: torch's module of the device, as `torch.get_device_module` gives it.
+    """
+
+    def __init__(self, device: Any) -> None:
+        event = getattr(device, "Event", None)
+        # The events of `torch.cpu` carry no time.
+        self.event: Any = event if hasattr(event, "elapsed_time") else None
+
+    def mark(self) -> Any:
+        """Enqueue a moment; waits for nothing."""
+        if self.event is None:
+            return time.perf_counter()
+        event = self.event(enable_timing=True)
+        event.record()
+        return event
+
+    def intervals(self, marks: Sequence[Any]) -> list[float]:
+        """Milliseconds between successive moments; the device must have finished."""
+        if self.event is None:
+            return [1e3 * (end - begin) for begin, end in pairwise(marks)]
+        return [begin.elapsed_time(end) for begin, end in pairwise(marks)]
+
+
+class Bench:
+    """A model runner set up as SGLang's own static benchmark does it, its KV pool filled with noise."""
+
+    def __init__(self, argv: list[str], shuffle_slots: bool) -> None:
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()  # the mains that serve do this; a benchmark must do it itself, before flags are parsed
+        import sglang.benchmark.one_batch as one_batch
+        from sglang.srt.server_args import PortArgs, prepare_server_args
+
+        server_args = prepare_server_args(argv)
+        if server_args.tp_size != 1:
+            raise ValueError(f"this benchmark drives one device, got --tp-size {server_args.tp_size}")
+        one_batch._set_envs_and_config(server_args)
+        one_batch.initialize_moe_config(server_args)
+        one_batch.initialize_fp8_gemm_config(server_args)
+        one_batch.initialize_fp4_gemm_config(server_args)
+        one_batch.get_tokenizer = lambda *args, **options: None  # `load_model` wants one; we send token ids
+        wrapped, _ = one_batch.load_model(server_args, PortArgs.init_new(server_args), gpu_id=0, tp_rank=0)
+        self.one_batch = one_batch
+        self.runner: Any = wrapped.torch_runner
+        self.shuffle_slots = shuffle_slots
+        device = torch.get_device_module(self.runner.device)
+        self.synchronize, self.clock = device.synchronize, Clock(device)
+        if server_args.load_format == "dummy":
+            set_norms_to_one(self.runner.model)
+        for buffer in self.kv_buffers():
+            fill_with_noise(buffer)
+
+    def kv_buffers(self) -> list[Tensor]:
+        """Keys and values of every layer, each (slot, head, dim)."""
+        pool = self.runner.token_to_kv_pool
+        layers = range(self.runner.model_config.num_hidden_layers)
+        return [buffer(layer) for layer in layers for buffer in (pool.get_key_buffer, pool.get_value_buffer)]
+
+    @torch.no_grad()
+    def start(self, case: Case, steps: int) -> tuple[Tensor, Any]:
+        """First decode tokens and a batch whose prompts own KV slots. Raises NoRoom if `steps` more do not fit."""
+        runner, (requests, context) = self.runner, case
+        rows, slots = runner.req_to_token_pool, runner.token_to_kv_pool_allocator
+        rows.clear()
+        slots.clear()
+        if context + steps > runner.model_config.context_len:
+            raise NoRoom("context")
+        pages = -(-(context + steps) // slots.page_size)
+        if requests > rows.available_size() or requests * pages * slots.page_size > slots.available_size():
+            raise NoRoom("pool")
+        random = np.random.default_rng(0)
+        if self.shuffle_slots:
+            # A generator of its own: how much it draws depends on the pool's size, and tokens must not.
+            order = np.random.default_rng(1).permutation(len(slots.free_pages))
+            slots.free_pages = slots.free_pages[torch.from_numpy(order).to(slots.free_pages.device)]
+        vocabulary = runner.model_config.vocab_size
+        first_tokens = torch.from_numpy(random.integers(0, vocabulary, requests)).to(runner.device)
+        batch = self.one_batch.ScheduleBatch.init_new(
+            reqs=[self.request(i, random.integers(0, vocabulary, context)) for i in range(requests)],
+            req_to_token_pool=rows,
+            token_to_kv_pool_allocator=slots,
+            tree_cache=self.one_batch.TreeCacheNamespace(
+                page_size=slots.page_size, device=runner.device, token_to_kv_pool_allocator=slots
+            ),
+            model_config=runner.model_config,
+            enable_overlap=False,
+            spec_algorithm=self.one_batch.SpeculativeAlgorithm.NONE,
+        )
+        batch.prepare_for_extend()
+        batch.prefill_input_ids_cpu = None
+        return first_tokens, batch
+
+    def request(self, number: int, prompt: np.ndarray) -> Any:
+        """A greedy request whose whole prompt is to be prefilled."""
+        request = self.one_batch.Req(
+            rid=str(number),
+            origin_input_text="",
+            origin_input_ids=array("q", prompt.astype(np.int64).tobytes()),
+            sampling_params=self.one_batch.SamplingParams(temperature=0, max_new_tokens=1),
+        )
+        request.full_untruncated_fill_ids = request.origin_input_ids
+        request.logprob_start_len = -1
+        request.set_extend_range(0, len(prompt))
+        return request
+
+    def step(self, tokens: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """One decode step: the sampled tokens and the logits."""
+        return self.one_batch.decode(tokens, batch, self.runner)
+
+    def time_alone(self, case: Case, warmup: int, steps: int) -> list[float]:
+        """Milliseconds of each of `steps` steps after `warmup`, on the host between two synchronisations."""
+        tokens, batch = self.start(case, warmup + steps)
+        times = []
+        for _ in range(warmup + steps):
+            self.synchronize()
+            begin = time.perf_counter()
+            tokens, _ = self.step(tokens, batch)
+            self.synchronize()
+            times.append(1e3 * (time.perf_counter() - begin))
+        return times[warmup:]
+
+    def time_pipelined(self, case: Case, warmup: int, steps: int) -> list[float]:
+        """Milliseconds from the end of one step to the end of the next, `steps` after `warmup`; none is waited for."""
+        tokens, batch = self.start(case, warmup + steps)
+        self.synchronize()
+        marks = [self.clock.mark()]
+        for _ in range(warmup + steps):
+            tokens, _ = self.step(tokens, batch)
+            marks.append(self.clock.mark())
+        self.synchronize()
+        return self.clock.intervals(marks)[warmup:]
+
+    def logits(self, context: int, own_noise: bool) -> Tensor:
+        """Logits of the checked steps, (step, request, vocabulary) in float32 on the CPU.
+
+        `own_noise` writes keys and values by position in the prompt, so that they are the same for every backend,
+        whatever the pool's size and the slots. The tokens are given, not sampled: a tie cannot part two backends.
+        """
+        tokens, batch = self.start((CHECKED_REQUESTS, context), CHECKED_STEPS)
+        if own_noise:
+            table = self.runner.req_to_token_pool.req_to_token
+            slots = table[batch.req_pool_indices, :context].reshape(-1).long()
+            generator = torch.Generator().manual_seed(0)
+            for buffer in self.kv_buffers():
+                noise = torch.randn(len(slots), *buffer.shape[1:], generator=generator).to(buffer.dtype)
+                # As bytes: not every device can index float8.
+                buffer.view(torch.uint8)[slots] = noise.view(torch.uint8).to(buffer.device)
+        found = []
+        for _ in range(CHECKED_STEPS):
+            found.append(self.step(tokens, batch)[1].float().cpu())
+            tokens = tokens.flip(0)
+        return torch.stack(found)
+
+    def kernels(self, case: Case, warmup: int) -> list[tuple[str, int, float]]:
+        """Kernels (on a CPU: operators) of one step after `warmup`: name, launches, microseconds; longest first."""
+        from torch.autograd import DeviceType
+        from torch.profiler import ProfilerActivity, profile
+
+        tokens, batch = self.start(case, warmup + 1)
+        for _ in range(warmup):
+            tokens, _ = self.step(tokens, batch)
+        self.synchronize()
+        on_cpu = self.runner.device == "cpu"
+        with profile(activities=[ProfilerActivity.CPU if on_cpu else ProfilerActivity.CUDA]) as profiler:
+            self.step(tokens, batch)
+            self.synchronize()
+        found = [
+            (event.key, event.count, event.self_cpu_time_total if on_cpu else event.self_device_time_total)
+            for event in profiler.key_averages()
+            if event.device_type == (DeviceType.CPU if on_cpu else DeviceType.CUDA) and not event.is_user_annotation
+        ]
+        return sorted(found, key=lambda row: -row[2])
+
+
+def set_norms_to_one(model: torch.nn.Module) -> None:
+    """Overwrite the weights of all norm layers in place."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.fill_(1)
+
+
+def fill_with_noise(buffer: Tensor, chunk: int = 1 << 16) -> None:
+    """Normal noise in place. Drawn in float32 and in chunks: float8 has no `normal_`, and pools are large."""
+    for part in buffer.split(chunk):
+        part.copy_(torch.randn(part.shape, device=part.device).to(part.dtype))
+
+
+def work(job: dict[str, Any]) -> None:
+    """A worker: check, then time or profile, saving the outcome as it grows."""
+    outcome, path = Outcome(), Path(job["outcome"])
+    try:
+        bench = Bench(job["argv"], job["shuffle_slots"])
+        outcome.machine = machine_line()
+        if job["profile"]:
+            outcome.kernels = bench.kernels(tuple(job["profile"]), job["warmup"])
+        if job["check_context"]:
+            outcome.logits = bench.logits(job["check_context"], own_noise=True)
+            outcome.finite = bool(outcome.logits.isfinite().all())
+        if job["sparse_context"]:
+            outcome.finite &= bool(bench.logits(job["sparse_context"], own_noise=False).isfinite().all())
+        outcome.save(path)
+        for case in map(tuple, job["cases"]):
+            try:
+                alone = bench.time_alone(case, job["warmup"], job["steps"])
+                outcome.pipelined[case] = bench.time_pipelined(case, job["warmup"], job["steps"])
+                outcome.times[case] = alone
+            except Exception as error:
+                outcome.errors[case] = reason(error)
+            if outcome.errors.get(case) == "out of memory":
+                torch.get_device_module(bench.runner.device).empty_cache()
+            outcome.save(path)
+    except Exception as error:
+        outcome.error = reason(error)
+    outcome.save(path)
+
+
+def reason(error: Exception) -> str:
+    """A line for the column `error`; the traceback goes to the log."""
+    if isinstance(error, NoRoom):
+        return str(error)
+    traceback.print_exception(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]

@@ -1,0 +1,314 @@
+"""The sections of `kernels.py`: what is checked against the reference, then timed, and the CSV rows of it."""
+
+import argparse
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from kernel_operands import (
+    CACHES,
+    COPIED_BYTES,
+    SCORE_SLACK,
+    Call,
+    Dense,
+    Operands,
+    Pool,
+    Selection,
+    Shape,
+    TopK,
+    checked_rows,
+    decode_deviation,
+    full_lens,
+    head_logits,
+    scattered_slots,
+    score_deviation,
+    set_deviation,
+    slots_to_positions,
+)
+from torch import Tensor
+
+from lim_kernels import decode_with_scores, sparse_decode
+from lim_kernels.select_tokens import AGGREGATES
+
+Case = tuple[int, int]
+Row = dict[str, Any]
+SECTIONS = ("sparse_decode", "decode_with_scores", "selection", "layer")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LIMITS = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-5}
+"""Largest deviation of attention from the reference, by dtype."""
+SHARES = (0.0, 0.7)
+FLASHINFER_MOST = 2048
+COLUMNS = (
+    *("section", "op", "implementation", "batch", "context", "tokens", "aggregate"),
+    *("us", "p20", "p80", "gb_per_s", "share_of_copy", "ratio_to_fa3", "deviation", "error", "note", "machine"),
+)
+
+
+class Timer(Protocol):
+    """What `GraphTimer` does, so that a test can do without a GPU."""
+
+    def __call__(self, variants: list[Call]) -> list[float]: ...
+    def copy(self) -> list[float]: ...
+    def release(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Deviation from the reference and, if it may be trusted, microseconds a call."""
+
+    deviation: float | None = None
+    times: list[float] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def us(self) -> float | None:
+        """The median."""
+        return percentiles(self.times)[1] if self.times else None
+
+
+def percentiles(times: list[float]) -> list[float]:
+    """20th, 50th and 80th, interpolated."""
+    ranks = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    return torch.tensor(times, dtype=torch.float64).quantile(ranks).tolist()
+
+
+def make_row(
+    measured: Measured, *, kv_bytes: int = 0, copy_gb_per_s: float = 0.0, fa3_us: float | None = None, **cells: Any
+) -> Row:
+    """A CSV row; `cells` fills further columns. A figure that a number is missing for stays blank."""
+    row: Row = {**dict.fromkeys(COLUMNS, ""), **cells, "error": measured.error}
+    if measured.deviation is not None:
+        row["deviation"] = f"{measured.deviation:.2g}"
+    if measured.times:
+        p20, us, p80 = percentiles(measured.times)
+        row.update(us=round(us, 2), p20=round(p20, 2), p80=round(p80, 2))
+        if kv_bytes:
+            row["gb_per_s"] = round(kv_bytes / us / 1e3, 1)
+            if copy_gb_per_s:
+                row["share_of_copy"] = round(kv_bytes / us / 1e3 / copy_gb_per_s, 3)
+        if fa3_us:
+            row["ratio_to_fa3"] = round(us / fa3_us, 3)
+    return row
+
+
+class Bench:
+    """The sections, a case at a time; what several sections need is measured once."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        device: torch.device,
+        timer: Timer,
+        fa3: Dense | None = None,
+        top_k: TopK | None = None,
+    ) -> None:
+        torch.manual_seed(0)
+        self.shape = Shape(args.heads, args.kv_heads, args.dim, DTYPES[args.dtype])
+        self.sizes = Selection(args.budget, recent=args.budget // 4, sinks=4)
+        self.limit = LIMITS[self.shape.dtype]
+        self.device, self.timer, self.fa3, self.top_k = device, timer, fa3, top_k
+        self.implementation = "triton" if device.type == "cuda" else "reference"
+        sets = [(batch, args.budget) for batch in args.batches]
+        self.cases = {name: sets if name == "sparse_decode" else args.cases for name in args.sections}
+        self.copied = Measured(times=timer.copy())
+        self.copy_gb_per_s = 2 * COPIED_BYTES / min(self.copied.times) / 1e3
+        drawn = {batch * tokens for cases in self.cases.values() for batch, tokens in cases}
+        self.pool = Pool(self.shape, max(count * self.shape.slot_sets(count) for count in drawn), device)
+        self.operands: dict[Case, Operands] = {}
+        self.found: dict[tuple[str, Case], Measured] = {}
+
+    def rows(self) -> Iterator[Row]:
+        """Rows of the copy and of each section. What a case raises ends that case alone."""
+        note = f"2 GiB, bytes read and written; shares are of the best, {self.copy_gb_per_s:.0f} GB/s"
+        copied: dict[str, Any] = {"section": "copy", "op": "copy", "implementation": "torch", "note": note}
+        yield make_row(self.copied, kv_bytes=2 * COPIED_BYTES, **copied)
+        for section, cases in self.cases.items():
+            for case in cases:
+                try:
+                    yield from getattr(self, f"{section}_rows")(case)
+                except Exception as error:
+                    cells = {"section": section, "op": section, "batch": case[0], "context": case[1]}
+                    yield make_row(Measured(error=reason(error)), **cells)
+
+    def sparse_decode_rows(self, case: Case) -> Iterator[Row]:
+        """Attention over a chosen set; its tokens may be anywhere, so that there is no context."""
+        fa3 = self.fa3_of(case)
+        calls = self.operands_of(case).calls(sparse_decode, implementation=self.implementation)
+        found = [(self.implementation, self.measure_decode(calls, case)), ("fa3", fa3)]
+        for implementation, measured in found:
+            if measured:
+                cells = {"op": "sparse_decode", "implementation": implementation, "context": ""}
+                yield self.decode_row("sparse_decode", case, measured, fa3, **cells)
+
+    def decode_with_scores_rows(self, case: Case) -> Iterator[Row]:
+        """Dense attention with logits."""
+        fa3, ours = self.fa3_of(case), self.ours_of(case)
+        cells = {"op": "decode_with_scores", "implementation": self.implementation}
+        note = composed_note(fa3.us) if fa3 and fa3.us else ""
+        yield self.decode_row("decode_with_scores", case, ours, fa3, **cells, note=note)
+        if fa3:
+            yield self.decode_row("decode_with_scores", case, fa3, fa3, op="dense decode", implementation="fa3")
+
+    def layer_rows(self, case: Case) -> Iterator[Row]:
+        """Attention with logits, scores and choice in one graph, as a selection layer runs them."""
+        operands, fa3 = self.operands_of(case), self.fa3_of(case)
+        for aggregate in AGGREGATES:
+            options = {"selection": self.sizes, "aggregate": aggregate, "implementation": self.implementation}
+            calls = operands.calls(selection_layer, **options)
+            check = partial(layer_deviation, calls, operands, self.sizes, aggregate)
+            yield self.decode_row(
+                "layer",
+                case,
+                self.measure(calls, check, self.limit),
+                fa3,
+                op="decode_with_scores + score_tokens + choose_tokens",
+                implementation=self.implementation,
+                aggregate=aggregate,
+                note="; ".join(self.within_budget(case)),
+            )
+
+    def selection_rows(self, case: Case) -> Iterator[Row]:
+        """Scores and choice by themselves, on logits drawn for it."""
+        ours = self.ours_of(case)
+        for share in SHARES:
+            drawn = [head_logits(case[0], self.shape.heads, case[1], share, self.device) for _ in range(CACHES)]
+            heads = f"heads share {share:g} of their noise" if share else "heads are independent"
+            for aggregate in AGGREGATES:
+                for op, implementation, measured in self.select(drawn, aggregate):
+                    notes = [heads, *self.within_budget(case)]
+                    if measured.us and ours.us:
+                        notes.append(f"{measured.us / ours.us:.3f} of decode_with_scores' time")
+                    yield make_row(
+                        measured,
+                        section="selection",
+                        op=op,
+                        implementation=implementation,
+                        batch=case[0],
+                        context=case[1],
+                        tokens=min(case[1], self.sizes.budget),
+                        aggregate=aggregate,
+                        note="; ".join(notes),
+                    )
+
+    def select(self, drawn: list[Tensor], aggregate: str) -> Iterator[tuple[str, str, Measured]]:
+        """Operator, implementation and measurement of every step of one selection from logits [B, H, L]."""
+        batch, _, length = drawn[0].shape
+        lens, rows = full_lens(batch, length, self.device), checked_rows(batch)
+        score, choose = partial(self.sizes.score, aggregate=aggregate), self.sizes.choose
+        ours = {"implementation": self.implementation}
+        scorers = [partial(score, logits, lens, logits.logsumexp(2), **ours) for logits in drawn]
+
+        def check_scores() -> float:
+            wanted = score(drawn[0][rows], lens[rows], drawn[0][rows].logsumexp(2), implementation="reference")
+            return score_deviation(scorers[0]()[rows], wanted, lens[rows], self.sizes)
+
+        measured = self.measure(scorers, check_scores, SCORE_SLACK)
+        yield "score_tokens", self.implementation, measured
+        if measured.error:
+            return
+        scores, slots = [scorer() for scorer in scorers], scattered_slots(batch, length, self.device)
+
+        def check_set(chosen: Tensor, counts: Tensor) -> float:
+            positions = slots_to_positions(chosen[rows], slots[rows])
+            return set_deviation(positions, counts[rows], scores[0][rows], lens[rows], self.sizes)
+
+        choosers = [partial(choose, each, lens, slots, **ours) for each in scores]
+        measured = self.measure(choosers, lambda: check_set(*choosers[0]()), 0.0)
+        yield "choose_tokens", self.implementation, measured
+        budget = self.sizes.budget
+        if self.top_k and budget <= FLASHINFER_MOST:
+            # It knows no sinks and no window: they get the largest scores beforehand.
+            forced = ~self.sizes.candidates(lens, length)
+            top = [partial(self.top_k, each.masked_fill(forced, 1e30), slots, lens, budget) for each in scores]
+            measured = self.measure(top, lambda: check_set(top[0](), lens.clamp(max=budget)), 0.0)
+            yield "top-k", "flashinfer", measured
+
+    def measure(self, calls: list[Any], check: Callable[[], float], limit: float) -> Measured:
+        """Check, then time. Whatever is raised becomes the measurement's error: other kernels may still work."""
+        try:
+            deviation = check()
+            self.timer.release()
+            # Not `>`: a NaN must fail.
+            if not deviation <= limit:
+                return Measured(deviation, error="check failed")
+            return Measured(deviation, self.timer(calls))
+        except Exception as error:
+            return Measured(error=reason(error))
+
+    def measure_decode(self, calls: list[Any], case: Case) -> Measured:
+        """Attention whose calls return out, lse and possibly logits."""
+        return self.measure(calls, lambda: decode_deviation(self.operands_of(case), *calls[0]()), self.limit)
+
+    def operands_of(self, case: Case) -> Operands:
+        """The case's queries and slots, the same in all sections."""
+        if case not in self.operands:
+            self.operands[case] = self.pool.draw(*case)
+        return self.operands[case]
+
+    def fa3_of(self, case: Case) -> Measured | None:
+        """FA3's attention; None without FA3."""
+        if self.fa3 and ("fa3", case) not in self.found:
+            try:
+                calls = self.fa3(self.operands_of(case))
+                self.found["fa3", case] = self.measure_decode(calls, case)
+            except Exception as error:
+                self.found["fa3", case] = Measured(error=reason(error))
+        return self.found.get(("fa3", case))
+
+    def ours_of(self, case: Case) -> Measured:
+        """Our dense attention with logits."""
+        if ("ours", case) not in self.found:
+            calls = self.operands_of(case).calls(decode_with_scores, implementation=self.implementation)
+            self.found["ours", case] = self.measure_decode(calls, case)
+        return self.found["ours", case]
+
+    def within_budget(self, case: Case) -> list[str]:
+        """A note where no row is longer than the budget."""
+        return ["within the budget: nothing to select"] if case[1] <= self.sizes.budget else []
+
+    def decode_row(self, section: str, case: Case, measured: Measured, fa3: Measured | None, **cells: Any) -> Row:
+        """A row of attention over all tokens of a case."""
+        batch, tokens = case
+        place = {"section": section, "batch": batch, "context": tokens, "tokens": tokens, **cells}
+        kv_bytes, fa3_us = self.shape.kv_bytes(batch * tokens), fa3.us if fa3 else None
+        return make_row(measured, kv_bytes=kv_bytes, copy_gb_per_s=self.copy_gb_per_s, fa3_us=fa3_us, **place)
+
+
+def selection_layer(
+    *operands: Tensor, scale: float, selection: Selection, aggregate: str, implementation: str
+) -> tuple[Tensor, ...]:
+    """What a selection layer does beside its projections: out, lse, logits, and the chosen slots with their counts."""
+    *_, slots, lens = operands
+    out, lse, logits = decode_with_scores(
+        *operands, scale=scale, score_beyond=selection.budget, implementation=implementation
+    )
+    scores = selection.score(logits, lens, lse, aggregate=aggregate, implementation=implementation)
+    return out, lse, logits, *selection.choose(scores, lens, slots, implementation=implementation)
+
+
+def layer_deviation(calls: list[Any], operands: Operands, selection: Selection, aggregate: str) -> float:
+    """Deviation of attention, or 1 if the set is not the reference's of the very logits that attention wrote."""
+    out, lse, logits, chosen, counts = calls[0]()
+    within = logits.shape[2] <= selection.budget
+    deviation = decode_deviation(operands, out, lse, *(() if within else (logits,)))
+    rows = checked_rows(len(out))
+    lens = operands.lens[rows]
+    scores = selection.score(logits[rows], lens, lse[rows], aggregate=aggregate, implementation="reference")
+    positions = slots_to_positions(chosen[rows], operands.slots[0][rows])
+    return 1.0 if set_deviation(positions, counts[rows], scores, lens, selection) else deviation
+
+
+def composed_note(fa3_us: float) -> str:
+    """What attention by FA3 and a separate pass over the keys, half of what FA3 reads, would take at least."""
+    return f"FA3 then a pass over the keys: at least {1.5 * fa3_us:.1f} us (derived as 1.5 x FA3, not measured)"
+
+
+def reason(error: Exception) -> str:
+    """A line for the column `error`; the traceback goes to the log."""
+    traceback.print_exception(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]

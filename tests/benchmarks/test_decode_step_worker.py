@@ -1,0 +1,143 @@
+"""The decode-step benchmark's worker without SGLang: what it draws, and how it times."""
+
+from array import array
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import decode_step_worker
+import pytest
+import torch
+from decode_step_worker import Bench, Clock, NoRoom, Outcome
+
+
+class Slots:
+    """SGLang's allocator as far as `Bench.start` sees it: one token a page."""
+
+    page_size = 1
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.clear()
+
+    def clear(self) -> None:
+        self.free_pages = torch.arange(1, self.size + 1)
+
+    def available_size(self) -> int:
+        return len(self.free_pages)
+
+
+class Event:
+    """A timed event of a device that takes `STEP_MS` for every step enqueued."""
+
+    STEP_MS = 3.0
+    enqueued = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.after = Event.enqueued
+
+    def elapsed_time(self, end: "Event") -> float:
+        return self.STEP_MS * (end.after - self.after)
+
+
+def bench(pool: int = 100, shuffle_slots: bool = True, device: Any = torch.cpu) -> Bench:
+    """A bench whose model is missing."""
+
+    def init_new(**given: Any) -> SimpleNamespace:
+        return SimpleNamespace(**given, prepare_for_extend=lambda: None)
+
+    made = Bench.__new__(Bench)
+    made.runner = SimpleNamespace(
+        req_to_token_pool=SimpleNamespace(clear=lambda: None, available_size=lambda: 4),
+        token_to_kv_pool_allocator=Slots(pool),
+        model_config=SimpleNamespace(context_len=60, vocab_size=1000),
+        device="cpu",
+    )
+    made.one_batch = SimpleNamespace(
+        ScheduleBatch=SimpleNamespace(init_new=init_new),
+        TreeCacheNamespace=SimpleNamespace,
+        SpeculativeAlgorithm=SimpleNamespace(NONE=None),
+        SamplingParams=SimpleNamespace,
+        Req=lambda **given: SimpleNamespace(**given, set_extend_range=lambda begin, end: None),
+    )
+    made.shuffle_slots = shuffle_slots
+    made.synchronize, made.clock = device.synchronize, Clock(device)
+    return made
+
+
+def drawn(made: Bench) -> "tuple[list[int], list[array[int]]]":
+    """First decode tokens and prompts of a case."""
+    tokens, batch = made.start((3, 20), 2)
+    return tokens.tolist(), [request.origin_input_ids for request in batch.reqs]
+
+
+def test_tokens_depend_neither_on_the_pool_nor_on_where_slots_lie() -> None:
+    expected = drawn(bench(shuffle_slots=False))
+    assert expected == drawn(bench(pool=100)) == drawn(bench(pool=977))
+    assert len({tuple(prompt) for prompt in expected[1]}) == 3 and all(len(prompt) == 20 for prompt in expected[1])
+
+
+def test_shuffled_slots_are_all_of_the_pool_and_the_same_each_time() -> None:
+    made, orders = bench(), []
+    for _ in range(2):
+        made.start((3, 20), 2)
+        orders.append(made.runner.token_to_kv_pool_allocator.free_pages.tolist())
+    assert orders[0] == orders[1] != sorted(orders[0]) == list(range(1, 101))
+
+
+@pytest.mark.parametrize(("case", "said"), [((3, 59), "context"), ((5, 2), "pool"), ((3, 32), "pool")])
+def test_a_case_without_room_says_what_it_exceeds(case: tuple[int, int], said: str) -> None:
+    with pytest.raises(NoRoom, match=said):
+        bench().start(case, 2)
+
+
+def test_pipelined_steps_are_enqueued_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(Event, "enqueued", 0)
+    made = bench(device=SimpleNamespace(Event=Event, synchronize=lambda: order.append("wait")))
+
+    def step(tokens: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        order.append("step")
+        Event.enqueued += 1
+        return tokens, tokens
+
+    monkeypatch.setattr(made, "step", step)
+    assert made.time_pipelined((2, 8), warmup=2, steps=3) == [3.0] * 3
+    assert order == ["wait", *["step"] * 5, "wait"]
+    order.clear()
+    assert len(made.time_alone((2, 8), warmup=2, steps=3)) == 3
+    assert order == ["wait", "step", "wait"] * 5
+
+
+def test_a_device_without_timed_events_is_timed_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([1.0, 1.5, 1.75])
+    monkeypatch.setattr(decode_step_worker.time, "perf_counter", lambda: next(moments))
+    clock = Clock(torch.cpu)
+    assert clock.intervals([clock.mark() for _ in range(3)]) == [500.0, 250.0]
+
+
+def test_a_case_whose_second_timing_fails_has_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_pipelined(case: tuple[int, int], warmup: int, steps: int) -> list[float]:
+        if case == (1, 2):
+            raise NoRoom("pool")
+        return [2.0]
+
+    model = SimpleNamespace(time_alone=lambda case, warmup, steps: [3.0], time_pipelined=time_pipelined)
+    model.runner = SimpleNamespace(device="cpu")
+    monkeypatch.setattr(decode_step_worker, "Bench", lambda argv, shuffle_slots: model)
+    job = {"argv": [], "shuffle_slots": False, "warmup": 1, "steps": 1, "cases": [[1, 2], [3, 4]], "profile": None}
+    path = tmp_path / "outcome.pt"
+    decode_step_worker.work({**job, "check_context": 0, "sparse_context": 0, "outcome": str(path)})
+    found = Outcome(**torch.load(path))
+    assert (found.times, found.pipelined, found.errors) == ({(3, 4): [3.0]}, {(3, 4): [2.0]}, {(1, 2): "pool"})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_noise_fills_every_slot(dtype: torch.dtype) -> None:
+    buffer = torch.zeros(100, 2, 8, dtype=dtype)
+    decode_step_worker.fill_with_noise(buffer, chunk=33)
+    values = buffer.float()
+    assert (values.abs().amax(dim=(1, 2)) > 0).all() and 0.8 < float(values.std()) < 1.2
