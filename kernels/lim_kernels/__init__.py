@@ -6,6 +6,8 @@ tensors' device. A named implementation is used or refused, never replaced.
 
 from lim_kernels.count_step import count_step
 from lim_kernels.decode_with_scores import decode_with_scores
+from lim_kernels.grouped_decode import grouped_decode
+from lim_kernels.prefix_groups import find_prefix_groups
 from lim_kernels.select_tokens import choose_tokens, score_tokens, select_tokens
 from lim_kernels.sparse_decode import sparse_decode
 
@@ -13,6 +15,8 @@ __all__ = [
     "choose_tokens",
     "count_step",
     "decode_with_scores",
+    "find_prefix_groups",
+    "grouped_decode",
     "score_tokens",
     "select_tokens",
     "sparse_decode",

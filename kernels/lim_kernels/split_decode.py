@@ -10,12 +10,14 @@ slots: 8.4 to 14.7 us at batch 1, 42 to 46 us at batch 16): more registers, and 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lim_kernels.decode_parts import attend_chunk, find_chunk, merge_parts, plan
 from lim_kernels.triton_support import interpreting, multiprocessors, plan_block
 
 
@@ -35,44 +37,6 @@ class Launch:
     """Preferred slots a chunk, between what one wave and what `waves` waves give."""
 
 
-@triton.jit
-def plan(
-    lens_ptr,
-    batch,
-    stride_row,
-    fewest_items,
-    most_items,
-    preferred,
-    BLOCK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
-    """Slots of each row, and into how many chunks they are cut.
-
-    A row of n slots is cut into equal chunks, multiples of BLOCK, of about max(total / most_items, min(preferred,
-    total / fewest_items)) slots, so there are at most `most_items + batch` work items.
-    """
-    rows = tl.arange(0, BLOCK_ROWS)
-    lens = tl.load(lens_ptr + rows * stride_row, mask=rows < batch, other=0).to(tl.int32)
-    total = tl.sum(lens, axis=0)
-    target = tl.maximum(tl.cdiv(total, most_items), tl.minimum(preferred, tl.cdiv(total, fewest_items)))
-    target = tl.cdiv(target, BLOCK) * BLOCK
-    return lens, tl.cdiv(lens, target)
-
-
-@triton.jit
-def find_chunk(lens, chunks, item, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Row, first slot and end of work item `item`; the row is at least the batch for items beyond the last."""
-    rows = tl.arange(0, BLOCK_ROWS)
-    ends = tl.cumsum(chunks, axis=0)
-    row = tl.sum((ends <= item).to(tl.int32), axis=0)
-    here = rows == row
-    length = tl.sum(tl.where(here, lens, 0), axis=0)
-    count = tl.maximum(tl.sum(tl.where(here, chunks, 0), axis=0), 1)
-    index = item - tl.sum(tl.where(here, ends - chunks, 0), axis=0)
-    size = tl.cdiv(tl.cdiv(length, count), BLOCK) * BLOCK
-    return row, index * size, tl.minimum((index + 1) * size, length)
-
-
 @triton.jit(do_not_specialize=["batch", "score_beyond", "fewest_items", "most_items", "preferred"])
 def split_kernel(
     q_ptr,
@@ -80,6 +44,7 @@ def split_kernel(
     v_ptr,
     slots_ptr,
     lens_ptr,
+    starts_ptr,
     partial_ptr,
     partial_lse_ptr,
     logits_ptr,
@@ -112,6 +77,7 @@ def split_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_DIM_V: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     WRITE_LOGITS: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -121,6 +87,7 @@ def split_kernel(
     item = tl.program_id(1)
     lens, chunks = plan(
         lens_ptr + kv_head * stride_lens_head,
+        starts_ptr,
         batch,
         stride_lens_row,
         fewest_items,
@@ -128,11 +95,16 @@ def split_kernel(
         preferred,
         BLOCK,
         BLOCK_ROWS,
+        HAS_STARTS,
     )
     row, begin, end = find_chunk(lens, chunks, item, BLOCK, BLOCK_ROWS)
     if row >= batch:
         return
     row = row.to(tl.int64)
+    if HAS_STARTS:
+        first = tl.load(starts_ptr + row)
+        begin += first
+        end += first
     group = tl.arange(0, BLOCK_GROUP)
     dims = tl.arange(0, BLOCK_DIM)
     dims_v = tl.arange(0, BLOCK_DIM_V)
@@ -147,48 +119,31 @@ def split_kernel(
     )
     if UPCAST:
         q = q.to(tl.float32)
-    acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM_V], dtype=tl.float32)
-    peak = tl.full([BLOCK_GROUP], -float("inf"), dtype=tl.float32)
-    norm = tl.zeros([BLOCK_GROUP], dtype=tl.float32)
+    scored = in_group
     if WRITE_LOGITS:
-        length = tl.load(lens_ptr + row * stride_lens_row)
-        scored = length > score_beyond
-    slots_row = slots_ptr + row * stride_slots_row + kv_head * stride_slots_head
-    for start in range(begin, end, BLOCK):
-        positions = start + tl.arange(0, BLOCK)
-        inside = positions < end
-        slots = tl.load(slots_row + positions, mask=inside, other=0).to(tl.int64)
-        # [BLOCK, BLOCK_DIM]
-        k = tl.load(
-            k_ptr + slots[:, None] * stride_k_slot + kv_head * stride_k_head + dims[None, :],
-            mask=inside[:, None] & (dims < DIM)[None, :],
-            other=0.0,
-        )
-        # [BLOCK_GROUP, BLOCK]
-        logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
-        if HAS_CAP:
-            logits = logit_cap * (2.0 / (1.0 + tl.exp(-2.0 * logits / logit_cap)) - 1.0)
-        if WRITE_LOGITS:
-            tl.store(
-                logits_ptr + row * stride_logits_row + heads[:, None] * stride_logits_head + positions[None, :],
-                logits,
-                mask=in_group[:, None] & (inside & scored)[None, :],
-            )
-        logits = tl.where(inside[None, :], logits * 1.4426950408889634, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(logits, axis=1))
-        weights = tl.exp2(logits - new_peak[:, None])
-        rescale = tl.exp2(peak - new_peak)
-        norm = norm * rescale + tl.sum(weights, axis=1)
-        peak = new_peak
-        # [BLOCK, BLOCK_DIM_V]
-        v = tl.load(
-            v_ptr + slots[:, None] * stride_v_slot + kv_head * stride_v_head + dims_v[None, :],
-            mask=inside[:, None] & (dims_v < DIM_V)[None, :],
-            other=0.0,
-        )
-        acc = acc * rescale[:, None]
-        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
-
+        scored = in_group & (tl.load(lens_ptr + row * stride_lens_row) > score_beyond)
+    acc, peak, norm = attend_chunk(
+        q,
+        k_ptr + kv_head * stride_k_head,
+        v_ptr + kv_head * stride_v_head,
+        slots_ptr + row * stride_slots_row + kv_head * stride_slots_head,
+        logits_ptr + row * stride_logits_row + heads * stride_logits_head if WRITE_LOGITS else heads,
+        scored,
+        begin,
+        end,
+        scale,
+        logit_cap,
+        stride_k_slot,
+        stride_v_slot,
+        DIM,
+        DIM_V,
+        BLOCK,
+        BLOCK_GROUP,
+        BLOCK_DIM,
+        BLOCK_DIM_V,
+        HAS_CAP,
+        WRITE_LOGITS,
+    )
     out_rows = item.to(tl.int64) * HEADS + heads
     tl.store(
         partial_ptr + out_rows[:, None] * DIM_V + dims_v[None, :],
@@ -203,6 +158,7 @@ def merge_kernel(
     partial_ptr,
     partial_lse_ptr,
     lens_ptr,
+    starts_ptr,
     out_ptr,
     lse_ptr,
     batch,
@@ -217,6 +173,7 @@ def merge_kernel(
     BLOCK: tl.constexpr,
     BLOCK_DIM_V: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
     BLOCK_ITEMS: tl.constexpr,
 ):
     """One query head of one row from its chunks."""
@@ -224,6 +181,7 @@ def merge_kernel(
     row = tl.program_id(1)
     _, chunks = plan(
         lens_ptr + (head // GROUP) * stride_lens_head,
+        starts_ptr,
         batch,
         stride_lens_row,
         fewest_items,
@@ -231,33 +189,113 @@ def merge_kernel(
         preferred,
         BLOCK,
         BLOCK_ROWS,
+        HAS_STARTS,
     )
     rows = tl.arange(0, BLOCK_ROWS)
     first = tl.sum(tl.where(rows < row, chunks, 0), axis=0)
     count = tl.sum(tl.where(rows == row, chunks, 0), axis=0)
     dims_v = tl.arange(0, BLOCK_DIM_V)
     acc = tl.zeros([BLOCK_DIM_V], dtype=tl.float32)
-    peak = -float("inf")
-    norm = 0.0
+    peak = tl.full([], -float("inf"), dtype=tl.float32)
+    norm = tl.full([], 0.0, dtype=tl.float32)
     for start in range(0, count, BLOCK_ITEMS):
         items = start + tl.arange(0, BLOCK_ITEMS)
         places = (first + items).to(tl.int64) * HEADS + head
-        lse = tl.load(partial_lse_ptr + places, mask=items < count, other=-float("inf"))
-        # [BLOCK_ITEMS, BLOCK_DIM_V]
-        parts = tl.load(
-            partial_ptr + places[:, None] * DIM_V + dims_v[None, :],
-            mask=(items < count)[:, None] & (dims_v < DIM_V)[None, :],
-            other=0.0,
+        acc, peak, norm = merge_parts(
+            acc, peak, norm, partial_ptr, partial_lse_ptr, places, items < count, DIM_V, BLOCK_DIM_V
         )
-        new_peak = tl.maximum(peak, tl.max(lse, axis=0))
-        weights = tl.exp(lse - new_peak)
-        rescale = tl.exp(peak - new_peak)
-        acc = acc * rescale + tl.sum(parts * weights[:, None], axis=0)
-        norm = norm * rescale + tl.sum(weights, axis=0)
-        peak = new_peak
     out_row = row.to(tl.int64) * HEADS + head
     tl.store(out_ptr + out_row * DIM_V + dims_v, (acc / norm).to(out_ptr.dtype.element_ty), mask=dims_v < DIM_V)
     tl.store(lse_ptr + out_row, peak + tl.log(norm))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Results of every chunk, and what a merge needs to find a row's."""
+
+    out: Tensor
+    """float32 [items, H, D_v]."""
+    lse: Tensor
+    """float32 [items, H]."""
+    cut: dict[str, Any]
+    """Keyword arguments that a kernel must be launched with to plan the same chunks."""
+
+
+def split(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    lens: Tensor,
+    *,
+    scale: float,
+    logit_cap: float,
+    k_scale: float,
+    v_scale: float,
+    logits: Tensor | None,
+    score_beyond: int,
+    launch: Launch,
+    starts: Tensor | None = None,
+) -> Parts:
+    """Attention of each row's chunks. Arguments as in `split_decode`; with `starts` int32 [B] from there on."""
+    batch, heads, dim = q.shape
+    kv_heads, dim_v = k_cache.shape[1], v_cache.shape[2]
+    wave = max(1, multiprocessors(q.device) * launch.programs_per_sm // kv_heads)
+    most_items = wave * launch.waves
+    items = min(most_items + batch, batch * triton.cdiv(slots.shape[-1], launch.block))
+    out = torch.empty(items, heads, dim_v, dtype=torch.float32, device=q.device)
+    lse = torch.empty(items, heads, dtype=torch.float32, device=q.device)
+    group = heads // kv_heads
+    cut = {
+        "lens_ptr": lens,
+        "starts_ptr": starts,
+        "batch": batch,
+        "fewest_items": wave,
+        "most_items": most_items,
+        "preferred": launch.chunk,
+        "stride_lens_row": lens.stride(0),
+        "stride_lens_head": lens.stride(1) if lens.dim() == 2 else 0,
+        "HEADS": heads,
+        "GROUP": group,
+        "DIM_V": dim_v,
+        "BLOCK": launch.block,
+        "BLOCK_DIM_V": max(16, triton.next_power_of_2(dim_v)),
+        "BLOCK_ROWS": plan_block(batch),
+        "HAS_STARTS": starts is not None,
+    }
+    split_kernel[(kv_heads, items)](
+        q_ptr=q,
+        k_ptr=k_cache,
+        v_ptr=v_cache,
+        slots_ptr=slots,
+        partial_ptr=out,
+        partial_lse_ptr=lse,
+        logits_ptr=logits,
+        scale=scale * k_scale,
+        logit_cap=logit_cap,
+        v_scale=v_scale,
+        score_beyond=score_beyond,
+        stride_q_row=q.stride(0),
+        stride_q_head=q.stride(1),
+        stride_k_slot=k_cache.stride(0),
+        stride_k_head=k_cache.stride(1),
+        stride_v_slot=v_cache.stride(0),
+        stride_v_head=v_cache.stride(1),
+        stride_slots_row=slots.stride(0),
+        stride_slots_head=slots.stride(1) if slots.dim() == 3 else 0,
+        stride_logits_row=0 if logits is None else logits.stride(0),
+        stride_logits_head=0 if logits is None else logits.stride(1),
+        DIM=dim,
+        BLOCK_GROUP=max(16, triton.next_power_of_2(group)),
+        BLOCK_DIM=max(16, triton.next_power_of_2(dim)),
+        HAS_CAP=logit_cap > 0,
+        WRITE_LOGITS=logits is not None,
+        UPCAST=q.dtype == torch.float32 or interpreting(),
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        **cut,
+    )
+    return Parts(out, lse, cut)
 
 
 def split_decode(
@@ -285,76 +323,39 @@ def split_decode(
     Returns:
         out [B, H, D_v] in q's dtype; lse float32 [B, H].
     """
-    batch, heads, dim = q.shape
-    kv_heads, dim_v = k_cache.shape[1], v_cache.shape[2]
     q = q if q.stride(2) == 1 else q.contiguous()
-    launch = launch or launch_for(q, kv_heads, dim_v)
-    wave = max(1, multiprocessors(q.device) * launch.programs_per_sm // kv_heads)
-    most_items = wave * launch.waves
-    items = min(most_items + batch, batch * triton.cdiv(slots.shape[-1], launch.block))
-    partial = torch.empty(items, heads, dim_v, dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty(items, heads, dtype=torch.float32, device=q.device)
-    out = torch.empty(batch, heads, dim_v, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, dtype=torch.float32, device=q.device)
-    group = heads // kv_heads
-    cut = {
-        "batch": batch,
-        "fewest_items": wave,
-        "most_items": most_items,
-        "preferred": launch.chunk,
-        "stride_lens_row": lens.stride(0),
-        "stride_lens_head": lens.stride(1) if lens.dim() == 2 else 0,
-        "HEADS": heads,
-        "GROUP": group,
-        "DIM_V": dim_v,
-        "BLOCK": launch.block,
-        "BLOCK_DIM_V": max(16, triton.next_power_of_2(dim_v)),
-        "BLOCK_ROWS": plan_block(batch),
-    }
-    split_kernel[(kv_heads, items)](
-        q_ptr=q,
-        k_ptr=k_cache,
-        v_ptr=v_cache,
-        slots_ptr=slots,
-        lens_ptr=lens,
-        partial_ptr=partial,
-        partial_lse_ptr=partial_lse,
-        logits_ptr=logits,
-        scale=scale * k_scale,
+    parts = split(
+        q,
+        k_cache,
+        v_cache,
+        slots,
+        lens,
+        scale=scale,
         logit_cap=logit_cap,
+        k_scale=k_scale,
         v_scale=v_scale,
+        logits=logits,
         score_beyond=score_beyond,
-        stride_q_row=q.stride(0),
-        stride_q_head=q.stride(1),
-        stride_k_slot=k_cache.stride(0),
-        stride_k_head=k_cache.stride(1),
-        stride_v_slot=v_cache.stride(0),
-        stride_v_head=v_cache.stride(1),
-        stride_slots_row=slots.stride(0),
-        stride_slots_head=slots.stride(1) if slots.dim() == 3 else 0,
-        stride_logits_row=0 if logits is None else logits.stride(0),
-        stride_logits_head=0 if logits is None else logits.stride(1),
-        DIM=dim,
-        BLOCK_GROUP=max(16, triton.next_power_of_2(group)),
-        BLOCK_DIM=max(16, triton.next_power_of_2(dim)),
-        HAS_CAP=logit_cap > 0,
-        WRITE_LOGITS=logits is not None,
-        UPCAST=q.dtype == torch.float32 or interpreting(),
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-        **cut,
+        launch=launch or launch_for(q, k_cache.shape[1], v_cache.shape[2]),
     )
-    merge_kernel[(heads, batch)](
-        partial_ptr=partial,
-        partial_lse_ptr=partial_lse,
-        lens_ptr=lens,
+    out, lse = empty_results(q, v_cache.shape[2])
+    merge_kernel[(q.shape[1], q.shape[0])](
+        partial_ptr=parts.out,
+        partial_lse_ptr=parts.lse,
         out_ptr=out,
         lse_ptr=lse,
         BLOCK_ITEMS=8,
         num_warps=2,
-        **cut,
+        **parts.cut,
     )
     return out, lse
+
+
+def empty_results(q: Tensor, dim_v: int) -> tuple[Tensor, Tensor]:
+    """out [B, H, dim_v] in q's dtype, lse float32 [B, H]; uninitialised."""
+    batch, heads, _ = q.shape
+    out = torch.empty(batch, heads, dim_v, dtype=q.dtype, device=q.device)
+    return out, torch.empty(batch, heads, dtype=torch.float32, device=q.device)
 
 
 def launch_for(q: Tensor, kv_heads: int, dim_v: int) -> Launch:

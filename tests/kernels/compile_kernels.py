@@ -18,9 +18,17 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import lim_kernels
-from lim_kernels import count_step, decode_with_scores, score_tokens, select_tokens, sparse_decode
+from lim_kernels import (
+    choose_tokens,
+    count_step,
+    decode_with_scores,
+    find_prefix_groups,
+    grouped_decode,
+    score_tokens,
+    select_tokens,
+    sparse_decode,
+)
 from lim_kernels.count_step import Ledger
-from lim_kernels.select_tokens import choose_tokens
 
 MULTIPROCESSORS = 132
 
@@ -72,6 +80,14 @@ def launch_decode(batch, heads, kv_heads, dim, dtype, cache_dtype=None, **how) -
     decode_with_scores(q, cache, cache, *indices, scale=0.1, score_beyond=2048, implementation="triton", **how)
 
 
+def launch_grouped(batch, heads, kv_heads, dim, dtype, cache_dtype=None, **how) -> None:
+    q = empty(batch, heads, dim, dtype=dtype)
+    cache = empty(1 << 16, kv_heads, dim, dtype=cache_dtype or dtype)
+    indices = empty(batch, 4096), empty(batch)
+    groups = find_prefix_groups(*indices, granule=128, implementation="triton")
+    grouped_decode(q, cache, cache, *indices, groups, scale=0.1, score_beyond=2048, implementation="triton", **how)
+
+
 def launch_all(*, fp8: bool) -> None:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     # A few rows, and more than the device has multiprocessors.
@@ -82,6 +98,12 @@ def launch_all(*, fp8: bool) -> None:
         if fp8:
             launch_decode(batch, 32, 8, 128, bf16, torch.float8_e4m3fn, k_scale=0.5, v_scale=2.0)
     launch_decode(17, 14, 2, 80, fp16)
+    launch_grouped(64, 32, 8, 128, bf16)
+    launch_grouped(4, 32, 8, 128, bf16, scored=True)
+    launch_grouped(300, 16, 8, 256, fp32, scored=True, logit_cap=50.0)
+    launch_grouped(17, 14, 2, 80, fp16)
+    if fp8:
+        launch_grouped(16, 32, 8, 128, bf16, torch.float8_e4m3fn, scored=True, k_scale=0.5, v_scale=2.0)
     launch_decode(3, 16, 1, 64, bf16)
     sparse_decode(
         empty(3, 32, 128, dtype=bf16),
@@ -104,7 +126,9 @@ def launch_all(*, fp8: bool) -> None:
     rows = empty(4, dtype=torch.int64)
     ledger = Ledger(empty(6, dtype=torch.int64), empty(9, dtype=torch.int64), empty(9, dtype=torch.uint8))
     layers = {"num_layers": 32, "sparse_layers": 28, "selection_layers": 2}
-    count_step(ledger, rows, empty(9, dtype=torch.int64), seq_lens, budget=2048, **layers, **triton)
+    groups = find_prefix_groups(empty(4, 4096), seq_lens, granule=128, **triton)
+    for shared in ({}, {"groups": groups, "grouped_layers": 4}):
+        count_step(ledger, rows, empty(9, dtype=torch.int64), seq_lens, budget=2048, **layers, **shared, **triton)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lim_kernels import count_step
+from lim_kernels import count_step, find_prefix_groups
 from lim_kernels.count_step import TOTALS, Ledger
 
 ROWS = 7
@@ -51,7 +51,7 @@ def test_totals_are_right_at_every_step(implementation, device, index_dtype):
     def check(steps, layers):
         sizes = dict(zip(("num_layers", "sparse_layers", "selection_layers"), layers, strict=True)) | {"budget": 64}
         ledger = Ledger(
-            torch.zeros(6, dtype=torch.int64, device=device),
+            torch.zeros(len(TOTALS), dtype=torch.int64, device=device),
             torch.full((ROWS,), -1, dtype=torch.int64, device=device),
             torch.zeros(ROWS, dtype=torch.uint8, device=device),
         )
@@ -77,8 +77,30 @@ def test_totals_are_right_at_every_step(implementation, device, index_dtype):
     check()
 
 
+def test_what_groups_share_is_added_up(implementation, device):
+    ledger = Ledger(
+        torch.zeros(len(TOTALS), dtype=torch.int64, device=device),
+        torch.full((ROWS,), -1, dtype=torch.int64, device=device),
+        torch.zeros(ROWS, dtype=torch.uint8, device=device),
+    )
+    slots = torch.arange(1, 65, dtype=torch.int32, device=device).repeat(5, 1)
+    slots[1, 50:] += 100
+    slots[2] += 200
+    slots[3, 17:] += 300
+    slots[4] = 0  # a padded row
+    lens = torch.tensor([60, 58, 40, 64, 1], device=device)
+    groups = find_prefix_groups(slots, lens, granule=8, implementation=implementation)
+    rows, tenants = torch.tensor([1, 2, 3, 4, 0], device=device), torch.ones(ROWS, dtype=torch.int64, device=device)
+    sizes = {"budget": 64, "num_layers": 5, "sparse_layers": 2, "selection_layers": 1}
+    for _ in range(2):
+        count_step(ledger, rows, tenants, lens, **sizes, groups=groups, grouped_layers=3, implementation=implementation)
+    totals = dict(zip(TOTALS, ledger.totals.tolist(), strict=True))
+    assert totals["tokens_shared"] == 2 * 3 * (48 + 16)
+    assert totals["rows_grouped"] == 2 * 3
+
+
 def test_bad_operands_are_named():
-    ledger = Ledger(torch.zeros(6), torch.zeros(4), torch.zeros(4))
+    ledger = Ledger(torch.zeros(len(TOTALS)), torch.zeros(4), torch.zeros(4))
     sizes = {"budget": 64, "num_layers": 2, "sparse_layers": 1, "selection_layers": 1}
     ones = torch.ones(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"rows and seq_lens \[B\]"):

@@ -1,0 +1,69 @@
+"""Public entry of grouped decode: validates operands and dispatches."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from lim_kernels.dispatch import check_decode_operands, default_for, require, require_rows, resolve
+from lim_kernels.grouped_decode import reference
+from lim_kernels.prefix_groups import PrefixGroups
+
+_IMPLEMENTATIONS = ("reference", "triton")
+
+
+def grouped_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    seq_lens: Tensor,
+    groups: PrefixGroups,
+    *,
+    scale: float,
+    logit_cap: float = 0.0,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    scored: bool = False,
+    score_beyond: int = 0,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`decode_with_scores`, reading the keys and values of a prefix group once for all its rows.
+
+    Args:
+        q, k_cache, v_cache, slots, seq_lens, scale, logit_cap, k_scale, v_scale: as in `decode_with_scores`.
+        groups: of these slots and lengths, by `find_prefix_groups`.
+        scored: whether logits are wanted.
+        score_beyond: rows of at most so many slots need no logits, and may get none.
+
+    Returns:
+        out [B, H, D_v] in q's dtype; lse float32 [B, H], natural logarithm; logits float32 [B, H, L] as in
+        `decode_with_scores`, or None.
+
+    Raises:
+        ValueError: wrong shape, dtype or device, or an unknown implementation.
+    """
+    op = "grouped_decode"
+    check_decode_operands(op, q, k_cache, v_cache, slots, seq_lens, groups.counts)
+    batch = q.shape[0]
+    require(slots.dim() == 2 and slots.shape[0] == batch, op, f"slots [{batch}, L]", list(slots.shape))
+    require(seq_lens.shape == slots.shape[:1], op, f"seq_lens [{batch}]", list(seq_lens.shape))
+    require(groups.counts.shape == seq_lens.shape, op, f"groups of {batch} rows", list(groups.counts.shape))
+    require_rows(op, slots)
+    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(q)) == "reference":
+        decode: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = reference.grouped_decode
+    else:
+        from lim_kernels.grouped_decode.triton import grouped_decode as decode
+    return decode(
+        q,
+        k_cache,
+        v_cache,
+        slots,
+        seq_lens,
+        groups,
+        scale=scale,
+        logit_cap=logit_cap,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        scored=scored,
+        score_beyond=score_beyond,
+    )

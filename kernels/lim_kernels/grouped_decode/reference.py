@@ -1,0 +1,64 @@
+"""Specification of grouped decode in plain torch: what each group and each row alone attend to, then merged.
+
+It asks the host which groups there are, which costs nothing on a CPU.
+"""
+
+import torch
+from torch import Tensor
+
+from lim_kernels.attention import attend
+from lim_kernels.prefix_groups import PrefixGroups
+
+
+def grouped_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    seq_lens: Tensor,
+    groups: PrefixGroups,
+    *,
+    scored: bool,
+    score_beyond: int,
+    **sizes: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See `api.grouped_decode`; here every row gets its logits. `sizes` are those of `attention.attend`."""
+    counts = groups.counts.tolist()
+    found = [group for group, count in enumerate(counts) if count]
+    if not found:
+        out, lse, all_logits = attend(q, k_cache, v_cache, slots, seq_lens, **sizes)
+        return out, lse, all_logits if scored else None
+
+    own_starts = groups.own_starts.long()
+    own_lens = seq_lens.long() - own_starts
+    positions = own_starts.unsqueeze(1) + torch.arange(int(own_lens.max()), device=slots.device)
+    own_slots = slots.gather(1, positions.clamp(max=slots.shape[1] - 1))
+    out, lse, own_logits = attend(q, k_cache, v_cache, own_slots, own_lens, **sizes)
+    logits: Tensor | None = None
+    if scored:
+        logits = lse.new_full((*lse.shape, slots.shape[1] + 1), float("-inf"))
+        # What lies beyond a row falls into a column that is cut off.
+        places = torch.where(positions < seq_lens.unsqueeze(1), positions, slots.shape[1])
+        logits.scatter_(2, places.unsqueeze(1).expand_as(own_logits), own_logits)
+    # In the arithmetic's dtype until all parts are there.
+    out = out.to(lse.dtype)
+    for group in found:
+        rows = groups.members[group, : counts[group]].long()
+        start, end = int(groups.starts[group]), int(groups.ends[group])
+        # One row's slots for all of them: the queries of all rows meet them as heads of one row.
+        queries = q[rows].unflatten(1, (k_cache.shape[1], -1)).transpose(0, 1).flatten(1, 2).flatten(0, 1)
+        shared = slots[rows[:1], start:end]
+        length = torch.full_like(seq_lens[:1], end - start)
+        parts = attend(queries.unsqueeze(0), k_cache, v_cache, shared, length, **sizes)
+        part, part_lse, part_logits = (_by_row(t[0], len(rows), k_cache.shape[1]) for t in parts)
+        merged = torch.logaddexp(lse[rows], part_lse)
+        out[rows] = out[rows] * (lse[rows] - merged).exp().unsqueeze(2) + part * (part_lse - merged).exp().unsqueeze(2)
+        lse[rows] = merged
+        if logits is not None:
+            logits[rows, :, start:end] = part_logits
+    return out.to(q.dtype), lse, None if logits is None else logits[..., :-1]
+
+
+def _by_row(part: Tensor, rows: int, kv_heads: int) -> Tensor:
+    """[H_kv · rows · G, …] as [rows, H, …]."""
+    return part.unflatten(0, (kv_heads, rows, -1)).transpose(0, 1).flatten(1, 2)
