@@ -23,6 +23,8 @@ from sgl_lim.snapshot import Snapshot
 
 SCORE_BYTES = 1 << 30
 """Most memory that a selection layer's logits take; larger batches are scored some rows at a time."""
+GRANULE = 128
+"""Shared prefixes are found in multiples of so many tokens: less is not worth a program of its own."""
 
 
 @dataclass
@@ -34,17 +36,26 @@ class SparseDecode:
     heads: HeadShare
     dense_backend: str
     dense_by_kernels: bool
-    """Whether dense layers run on our decode operator rather than on the dense backend's decode."""
+    """Whether dense layers run on our operators in every step, rather than only where prefix groups are looked for."""
     layers_from: str
     pool: Any
     rows: Any
     snapshot: Snapshot
     counters: Counters
+    granule: int | None
+    """Shared prefixes are found in multiples of so many tokens; None where they are not looked for."""
     step: DecodeStep | None = None
 
-    def rows_at_once(self, query_heads: int, width: int) -> int:
-        """Rows that a selection layer scores together."""
-        return max(1, SCORE_BYTES // (4 * query_heads * width))
+    def rows_at_once(self) -> int:
+        """Rows that a selection layer of this step scores together."""
+        assert self.step is not None
+        return max(1, SCORE_BYTES // (4 * self.heads.own_heads * self.step.slots.shape[1]))
+
+    def grouped_roles(self) -> tuple[Role, ...]:
+        """Roles of the layers that read a prefix group once in this step."""
+        if self.step is None or self.step.groups is None:
+            return ()
+        return (Role.DENSE, Role.SELECT) if len(self.step.slots) <= self.rows_at_once() else (Role.DENSE,)
 
 
 def make(runner: Any) -> Any:
@@ -105,6 +116,7 @@ def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> Spar
         rows=rows,
         snapshot=Snapshot(table),
         counters=Counters(method, model.num_hidden_layers, table.shape[0], table.device),
+        granule=GRANULE if config.prefix_groups else None,
     )
 
 
@@ -114,15 +126,14 @@ def head_share(num_heads: int) -> HeadShare:
 
     group = get_attn_tp_group()
     if group.world_size == 1:
-        return HeadShare(first_head=0, num_heads=num_heads, reduce=None)
+        return HeadShare(first_head=0, own_heads=num_heads, num_heads=num_heads, reduce=None)
 
     def reduce(scores: Tensor, how: str) -> Tensor:
         gathered = group.all_gather(scores.contiguous(), dim=0).view(group.world_size, *scores.shape)
         return gathered.logsumexp(dim=0) if how == "logsumexp" else gathered.amax(dim=0)
 
-    return HeadShare(
-        first_head=group.rank_in_group * (num_heads // group.world_size), num_heads=num_heads, reduce=reduce
-    )
+    own = num_heads // group.world_size
+    return HeadShare(first_head=group.rank_in_group * own, own_heads=own, num_heads=num_heads, reduce=reduce)
 
 
 def sparse_subclass(dense: type) -> type:
@@ -165,7 +176,7 @@ def sparse_subclass(dense: type) -> type:
         ) -> Tensor:
             lim = self.lim
             role = lim.roles[layer.layer_id]
-            if lim.step is None or (role is Role.DENSE and not lim.dense_by_kernels):
+            if lim.step is None or (role is Role.DENSE and not lim.dense_by_kernels and lim.step.groups is None):
                 return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **options)
             refuse_options(layer, options)
             if save_kv_cache and k is not None:
@@ -179,7 +190,7 @@ def sparse_subclass(dense: type) -> type:
                 lim.pool.get_value_buffer(layer.layer_id),
                 scales=layer_scales(layer),
                 heads=lim.heads,
-                rows_at_once=lim.rows_at_once(layer.tp_q_head_num, lim.step.slots.shape[1]),
+                rows_at_once=lim.rows_at_once(),
             )
             return out.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
 
@@ -220,8 +231,8 @@ def begin(lim: SparseDecode, forward_batch: Any) -> None:
     """Start a decode step on the snapshot; in a captured graph this is recorded and replayed."""
     # A graph's lengths lie in SGLang's static buffers; an eager step's are copied before the scheduler may go on.
     seq_lens = forward_batch.seq_lens.to(torch.int32, copy=True)
-    lim.step = begin_step(lim.method, lim.snapshot.slots, seq_lens)
-    lim.counters.record(forward_batch.req_pool_indices, lim.step.seq_lens)
+    lim.step = begin_step(lim.method, lim.snapshot.slots, seq_lens, lim.granule)
+    lim.counters.record(forward_batch.req_pool_indices, lim.step.seq_lens, lim.step.groups, lim.grouped_roles())
 
 
 def layer_scales(layer: Any) -> Scales:

@@ -39,6 +39,7 @@ class LimConfig:
     selection_layers: tuple[int, ...] | None = None
     aggregate: str = "union"
     dense_backend: str | None = None
+    prefix_groups: bool = True
 
     def problems(self) -> list[str]:
         """Reasons why these values cannot work with any model; empty if they can."""
@@ -59,6 +60,8 @@ class LimConfig:
             found.append(f"--lim-recency must be between 0 and 1, got {self.recency!r}")
         if self.aggregate not in AGGREGATES:
             found.append(f"--lim-aggregate must be one of {', '.join(AGGREGATES)}, got {self.aggregate!r}")
+        if not isinstance(self.prefix_groups, bool):
+            found.append(f"--lim-prefix-groups must be on or off, got {self.prefix_groups!r}")
         layers = self.selection_layers
         if layers is not None:
             if (
@@ -105,6 +108,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "dense-backend",
         type=str,
         help="SGLang backend for prefill and dense layers (default: fa3, flashinfer or torch_native by the device).",
+    )
+    add(
+        "prefix-groups",
+        type=parse_switch,
+        metavar="{on,off}",
+        help="Read a prefix that several requests of a batch share once for all of them (default on).",
     )
 
 
@@ -158,6 +167,14 @@ def parse_layers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected layer indices separated by commas, got {text!r}") from None
+
+
+def parse_switch(text: str) -> bool:
+    """`"on"` as True, `"off"` as False; what YAML makes of them as well."""
+    values = {"on": True, "off": False, "true": True, "false": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"expected on or off, got {text!r}")
+    return values[text.lower()]
 
 
 def _layers_or_refuse(text: str) -> tuple[int, ...]:

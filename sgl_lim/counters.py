@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lim_kernels.count_step import TOTALS, Ledger, count_step
+from lim_kernels.prefix_groups import PrefixGroups
 from sgl_lim.methods import Method, Role
 
 
@@ -11,6 +12,8 @@ class Counters:
     """Totals since the server started.
 
     `tokens_attended` and `tokens_dense` count KV tokens read by all layers of all rows, ours and a dense decode's.
+    `tokens_shared` counts those of them that a layer found read already, for another row of the prefix group, and
+    `rows_grouped` the rows in prefix groups, step by step.
     `requests` counts requests that decoded (one that was retracted and resumed counts again).
     """
 
@@ -53,12 +56,15 @@ class Counters:
         source = generations.pin_memory() if self._generations.is_cuda else generations
         self._generations.copy_(source, non_blocking=True)
 
-    def record(self, rows: Tensor, seq_lens: Tensor) -> None:
+    def record(
+        self, rows: Tensor, seq_lens: Tensor, groups: PrefixGroups | None = None, grouped_roles: tuple[Role, ...] = ()
+    ) -> None:
         """Count one decode step; may be captured in a graph.
 
         Args:
             rows: int32 or int64 [B], rows of the request pool; row 0 only pads a captured graph.
             seq_lens: int32 or int64 [B].
+            groups: the batch's prefix groups; grouped_roles: roles of the layers that read a group once.
         """
         count_step(
             self._ledger,
@@ -69,11 +75,13 @@ class Counters:
             num_layers=sum(self._layers.values()),
             sparse_layers=self._layers[Role.SPARSE],
             selection_layers=self._layers[Role.SELECT],
+            groups=groups,
+            grouped_layers=sum(self._layers[role] for role in grouped_roles),
         )
 
     @property
     def totals(self) -> Tensor:
-        """int64 [6] on the device, as `named` takes them."""
+        """int64 [8] on the device, as `named` takes them."""
         return self._ledger.totals
 
     def read(self) -> dict[str, int]:

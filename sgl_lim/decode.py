@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lim_kernels import decode_with_scores, sparse_decode
+from lim_kernels import decode_with_scores, find_prefix_groups, grouped_decode, sparse_decode
+from lim_kernels.prefix_groups import PrefixGroups
 from sgl_lim.methods import Method, Role
 
 Reduce = Callable[[Tensor, str], Tensor]
@@ -22,13 +23,21 @@ class DecodeStep:
 
     slots: Tensor  # int32 [B, L] on the pool's device: KV slot of each position
     seq_lens: Tensor  # int32 [B] on the pool's device, the current token included
+    groups: PrefixGroups | None = None
+    """Which rows share leading slots, where full layers are to read them once."""
     set_slots: Tensor | None = None  # int32 [B, K]: the set in force, filled by a selection layer
     set_counts: Tensor | None = None  # int32 [B]
 
 
-def begin_step(method: Method, slots: Tensor, seq_lens: Tensor) -> DecodeStep:
-    """Start a step from a snapshot of the rows; a method whose set needs no scores has it at once."""
+def begin_step(method: Method, slots: Tensor, seq_lens: Tensor, granule: int | None = None) -> DecodeStep:
+    """Start a step from a snapshot of the rows; a method whose set needs no scores has it at once.
+
+    Args:
+        granule: shared prefixes are found in multiples of so many tokens; None: they are not looked for.
+    """
     step = DecodeStep(slots=slots, seq_lens=seq_lens)
+    if granule is not None and len(seq_lens) > 1:
+        step.groups = find_prefix_groups(slots, seq_lens, granule=granule)
     chosen = method.initial_set(seq_lens, slots.shape[1])
     if chosen is not None:
         positions, step.set_counts = chosen
@@ -42,6 +51,7 @@ class HeadShare:
     """Which query heads this rank holds, and how its scores meet those of the other ranks."""
 
     first_head: int
+    own_heads: int
     num_heads: int
     reduce: Reduce | None
 
@@ -89,6 +99,8 @@ def attend(
         # No row can exceed the budget: the set is the whole context, and nobody asks for logits.
         if role is Role.SELECT:
             step.set_slots, step.set_counts = step.slots, step.seq_lens
+        if step.groups is not None:
+            return grouped_decode(q, k_cache, v_cache, step.slots, step.seq_lens, step.groups, **sizes)[0]
         return sparse_decode(q, k_cache, v_cache, step.slots, step.seq_lens, **sizes)[0]
     batch = q.shape[0]
     rows_at_once = rows_at_once or batch
@@ -96,9 +108,15 @@ def attend(
     for first in range(0, batch, rows_at_once):
         rows = slice(first, first + rows_at_once)
         slots, seq_lens = step.slots[rows], step.seq_lens[rows]
-        out, lse, logits = decode_with_scores(
-            q[rows], k_cache, v_cache, slots, seq_lens, score_beyond=method.budget, **sizes
-        )
+        operands = q[rows], k_cache, v_cache, slots, seq_lens
+        if step.groups is not None and rows_at_once >= batch:
+            out, lse, scored = grouped_decode(*operands, step.groups, scored=True, score_beyond=method.budget, **sizes)
+            assert scored is not None
+            logits = scored
+            del scored
+        else:
+            # Groups may reach over the rows that fit together.
+            out, lse, logits = decode_with_scores(*operands, score_beyond=method.budget, **sizes)
         scores = method.score(logits, seq_lens, lse=lse, first_head=heads.first_head, num_heads=heads.num_heads)
         # The logits' memory serves the next rows.
         del logits

@@ -22,6 +22,8 @@ HELP = {
     "tokens_attended": "KV tokens read in decode, over all layers",
     "tokens_dense": "KV tokens a dense decode would have read, over all layers",
     "selections": "Token sets chosen, over rows and selection layers",
+    "tokens_shared": "KV tokens not read again, because they were read for another row of a prefix group",
+    "rows_grouped": "Rows that were in a prefix group, summed over decode steps",
     "requests": "Requests that decoded",
     "requests_dense": "Requests that never exceeded the token budget",
 }
@@ -105,6 +107,7 @@ def settings(lim: "SparseDecode") -> dict[str, Any]:
         "selection_layers_from": lim.layers_from,
         "layer_roles": [role.value for role in lim.roles],
         "dense_backend": lim.dense_backend,
+        "prefix_groups": lim.granule is not None,
     }
 
 
@@ -116,7 +119,8 @@ def summary(lim: "SparseDecode") -> str:
         f"method {named['method']}, budget {named['budget']} (recency {named['recency']}, sinks {named['sinks']}, "
         f"aggregate {named['aggregate']}), selection layers {','.join(map(str, named['selection_layers']))} "
         f"({named['selection_layers_from']}), layers dense/select/sparse "
-        f"{count['dense']}/{count['select']}/{count['sparse']}, dense backend {named['dense_backend']}"
+        f"{count['dense']}/{count['select']}/{count['sparse']}, dense backend {named['dense_backend']}, "
+        f"prefix groups {'on' if named['prefix_groups'] else 'off'}"
     )
 
 

@@ -2,8 +2,9 @@
 
 import torch
 
+from lim_kernels import find_prefix_groups
 from sgl_lim.counters import Counters
-from sgl_lim.methods import METHODS
+from sgl_lim.methods import METHODS, Role
 
 
 def record(counters, rows, generations, lens):
@@ -30,7 +31,24 @@ def test_hand_count():
         "selections": 4,
         "requests": 2,
         "requests_dense": 1,
+        "tokens_shared": 0,
+        "rows_grouped": 0,
     }
+
+
+def test_tokens_that_a_group_reads_once_are_counted_for_the_layers_that_do():
+    counters = build()
+    slots = torch.arange(1, 33, dtype=torch.int32).repeat(3, 1)
+    slots[2] += 100
+    slots[1, 24:] += 200
+    lens = torch.tensor([30, 28, 30])
+    groups = find_prefix_groups(slots, lens, granule=8)
+    counters.learn_generations(torch.ones(8, dtype=torch.int64))
+    counters.record(torch.tensor([1, 2, 3]), lens, groups, (Role.DENSE, Role.SELECT))
+    totals = counters.read()
+    assert (totals["tokens_shared"], totals["rows_grouped"]) == (3 * 24, 2)
+    counters.record(torch.tensor([1, 2, 3]), lens, groups, (Role.DENSE,))
+    assert counters.read()["tokens_shared"] == 3 * 24 + 1 * 24
 
 
 def test_request_that_outgrows_the_budget_leaves_the_dense_ones():

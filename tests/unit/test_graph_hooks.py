@@ -3,62 +3,12 @@
 A graph is imitated by keeping the step that was captured and running its attention again after each replay's metadata.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from sgl_lim.backend import SparseDecode, sparse_subclass
-from sgl_lim.counters import Counters
-from sgl_lim.decode import HeadShare, Scales, attend
-from sgl_lim.methods import METHODS, Role
-from sgl_lim.snapshot import Snapshot
+from support.fake_backend import DECODE, EXTEND, IDLE, MIXED, Composed, Dense, attention, batch_of, build
 
-ROWS, WIDTH, SLOTS, BUDGET = 6, 90, 400, 16
-DECODE, EXTEND, MIXED, IDLE = "decode", "extend", "mixed", "idle"
-
-
-class Dense:
-    """What SGLang calls on an attention backend; eager metadata is its own, as in fa3, flashinfer and triton."""
-
-    def __init__(self):
-        self.calls = []
-
-    def init_forward_metadata(self, forward_batch):
-        self.calls.append("eager")
-
-    def init_cuda_graph_state(self, max_bs, max_num_tokens):
-        self.calls.append("state")
-
-    def init_forward_metadata_out_graph(self, forward_batch, in_capture=False):
-        self.calls.append("out")
-
-    def init_forward_metadata_in_graph(self, forward_batch):
-        self.calls.append("in")
-
-
-class Composed(Dense):
-    """A dense backend whose eager metadata is composed of the other two, as in SGLang's base class."""
-
-    def init_forward_metadata(self, forward_batch):
-        self.init_forward_metadata_out_graph(forward_batch)
-        self.init_forward_metadata_in_graph(forward_batch)
-
-
-class Mode(SimpleNamespace):
-    def __getattr__(self, name):
-        return lambda: name == f"is_{self.name}" or (name == "is_extend" and self.name == MIXED)
-
-
-def batch_of(rows, lens, mode=DECODE, **more):
-    return SimpleNamespace(
-        forward_mode=Mode(name=mode),
-        batch_size=len(rows),
-        req_pool_indices=torch.tensor(rows),
-        seq_lens=torch.tensor(lens),
-        seq_lens_cpu=torch.tensor(lens),
-        **more,
-    )
+ROWS, WIDTH, SLOTS = 6, 90, 400
 
 
 @pytest.fixture
@@ -66,35 +16,6 @@ def table():
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randperm(SLOTS - 1, generator=generator)[:WIDTH] + 1 for _ in range(ROWS)]
     return torch.stack(rows).int()
-
-
-def build(table, dense=Dense, name="lessismore"):
-    method = METHODS[name](BUDGET, 0.25, 2, "union", (1,))
-    backend = dense()
-    backend.__class__ = sparse_subclass(dense)
-    backend.lim = SparseDecode(
-        method=method,
-        roles=method.layer_roles(3),
-        heads=HeadShare(first_head=0, num_heads=4, reduce=None),
-        dense_backend="dense",
-        dense_by_kernels=False,
-        layers_from="test",
-        pool=None,
-        rows=SimpleNamespace(req_to_token=table, req_generation=torch.zeros(ROWS, dtype=torch.int64), device="cpu"),
-        snapshot=Snapshot(table),
-        counters=Counters(method, 3, ROWS, table.device),
-    )
-    return backend
-
-
-def attention(backend, step, batch):
-    """Outputs of a selection and of a sparse layer of `step`."""
-    generator = torch.Generator().manual_seed(1)
-    k, v = (torch.randn(SLOTS, 2, 8, generator=generator) for _ in range(2))
-    q = torch.randn(batch, 4, 8, generator=generator)
-    roles = (Role.SELECT, Role.SPARSE) if backend.lim.method.name == "lessismore" else (Role.SPARSE,)
-    scales = Scales(scale=0.3, logit_cap=0.0)
-    return [attend(backend.lim.method, step, role, q, k, v, scales=scales, heads=backend.lim.heads) for role in roles]
 
 
 def eagerly(table, rows, lens, name="lessismore"):

@@ -6,8 +6,12 @@ from torch import Tensor
 
 from lim_kernels.count_step import reference
 from lim_kernels.dispatch import default_for, require, require_rows, resolve
+from lim_kernels.prefix_groups import PrefixGroups
 
-TOTALS = ("decode_steps", "tokens_attended", "tokens_dense", "selections", "requests", "requests_sparse")
+TOTALS = (
+    *("decode_steps", "tokens_attended", "tokens_dense", "selections", "requests", "requests_sparse"),
+    *("tokens_shared", "rows_grouped"),
+)
 _IMPLEMENTATIONS = ("reference", "triton")
 
 
@@ -15,7 +19,7 @@ _IMPLEMENTATIONS = ("reference", "triton")
 class Ledger:
     """What accounting remembers; all on one device, all written by `count_step`."""
 
-    totals: Tensor  # int64 [6], by TOTALS
+    totals: Tensor  # int64 [8], by TOTALS
     seen: Tensor  # int64 [R], generation of the tenant that decoded last on each row of the request pool; -1 is none
     sparse: Tensor  # uint8 [R], whether that tenant outgrew the budget
 
@@ -30,6 +34,8 @@ def count_step(
     num_layers: int,
     sparse_layers: int,
     selection_layers: int,
+    groups: PrefixGroups | None = None,
+    grouped_layers: int = 0,
     implementation: str | None = None,
 ) -> None:
     """Count one decode step.
@@ -39,6 +45,7 @@ def count_step(
         generations: int64 [R], tenancy of each row.
         seq_lens: int32 or int64 [B], the current token included.
         budget: token budget; num_layers, sparse_layers, selection_layers: layers of the model by role.
+        groups: the batch's prefix groups, if any layers use them; grouped_layers: how many do.
 
     Raises:
         ValueError: wrong shape, or an unknown implementation.
@@ -62,4 +69,7 @@ def count_step(
         num_layers=num_layers,
         sparse_layers=sparse_layers,
         selection_layers=selection_layers,
+        followed=None if groups is None else groups.followed,
+        own_starts=None if groups is None else groups.own_starts,
+        grouped_layers=grouped_layers,
     )

@@ -16,6 +16,9 @@ def count_step(
     num_layers: int,
     sparse_layers: int,
     selection_layers: int,
+    followed: Tensor | None,
+    own_starts: Tensor | None,
+    grouped_layers: int,
 ) -> None:
     """See `api.count_step`."""
     rows = rows.long()
@@ -26,6 +29,7 @@ def count_step(
     new = (seen[rows] != current) & real
     before = (sparse_rows[rows] != 0) & ~new
     full_layers = num_layers - sparse_layers
+    zero = totals.new_zeros(())
     totals += torch.stack(
         [
             real.any().to(torch.int64),
@@ -34,6 +38,8 @@ def count_step(
             selection_layers * sparse.sum(),
             new.sum(),
             (sparse & ~before).sum(),
+            zero if followed is None else grouped_layers * followed.sum(dtype=torch.int64),
+            zero if own_starts is None else (own_starts > 0).sum(),
         ]
     )
     seen[rows] = torch.where(real, current, seen[rows])

@@ -7,7 +7,7 @@ from torch import Tensor
 from lim_kernels.triton_support import plan_block
 
 
-@triton.jit(do_not_specialize=["batch", "budget", "num_layers", "sparse_layers", "selection_layers"])
+@triton.jit(do_not_specialize=["batch", "budget", "num_layers", "sparse_layers", "selection_layers", "grouped_layers"])
 def count_step_kernel(
     totals_ptr,
     seen_ptr,
@@ -15,11 +15,15 @@ def count_step_kernel(
     rows_ptr,
     generations_ptr,
     seq_lens_ptr,
+    followed_ptr,
+    own_starts_ptr,
     batch,
     budget,
     num_layers,
     sparse_layers,
     selection_layers,
+    grouped_layers,
+    GROUPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
     """Count all rows."""
@@ -41,6 +45,11 @@ def count_step_kernel(
     add(totals_ptr, 3, selection_layers * tl.sum(sparse.to(tl.int64), axis=0))
     add(totals_ptr, 4, tl.sum(new.to(tl.int64), axis=0))
     add(totals_ptr, 5, tl.sum((sparse & (before == 0)).to(tl.int64), axis=0))
+    if GROUPS:
+        followed = tl.load(followed_ptr + items, mask=items < batch, other=0).to(tl.int64)
+        own_starts = tl.load(own_starts_ptr + items, mask=items < batch, other=0)
+        add(totals_ptr, 6, grouped_layers * tl.sum(followed, axis=0))
+        add(totals_ptr, 7, tl.sum((own_starts > 0).to(tl.int64), axis=0))
     tl.store(seen_ptr + rows, current, mask=real)
     tl.store(sparse_rows_ptr + rows, (before | sparse).to(tl.uint8), mask=real)
 
@@ -63,6 +72,9 @@ def count_step(
     num_layers: int,
     sparse_layers: int,
     selection_layers: int,
+    followed: Tensor | None,
+    own_starts: Tensor | None,
+    grouped_layers: int,
 ) -> None:
     """See `api.count_step`."""
     count_step_kernel[(1,)](
@@ -72,11 +84,15 @@ def count_step(
         rows_ptr=rows,
         generations_ptr=generations,
         seq_lens_ptr=seq_lens,
+        followed_ptr=followed,
+        own_starts_ptr=own_starts,
         batch=len(rows),
         budget=budget,
         num_layers=num_layers,
         sparse_layers=sparse_layers,
         selection_layers=selection_layers,
+        grouped_layers=grouped_layers,
+        GROUPS=followed is not None,
         BLOCK_ROWS=plan_block(len(rows)),
         num_warps=4,
     )

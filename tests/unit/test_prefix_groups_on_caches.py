@@ -1,0 +1,101 @@
+"""Prefix groups over SGLang's real caches: after any schedule, grouped decode is what each request would get alone.
+
+`RADIX_SCHEDULES` sets how many schedules run; a failure names its seed.
+"""
+
+import os
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("sglang.srt.mem_cache.radix_cache")
+
+from lim_kernels import find_prefix_groups
+from support.fake_backend import attention, batch_of, build
+from support.prefix_tree import check_tree
+from support.radix_world import RadixWorld, random_schedule, sglang_config, shared_lengths
+
+SCHEDULES = int(os.environ.get("RADIX_SCHEDULES", "200"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _config():
+    with sglang_config():
+        yield
+
+
+def check_groups(world, granule, padding):
+    """Groups are those of the rows' shared slots, padded rows aside."""
+    batch = world.batch(padding=padding)
+    if not len(batch.seq_lens):
+        return
+    slots = batch.table[batch.req_pool_indices, : int(batch.seq_lens.max())].clone()
+    lens = batch.seq_lens
+    most = torch.minimum(lens.unsqueeze(0), lens.unsqueeze(1)) - 1  # a row's last token is its own
+    shared = shared_lengths(batch).minimum(most).fill_diagonal_(0) // granule * granule
+    check_tree(vars(find_prefix_groups(slots, batch.seq_lens, granule=granule)), shared)
+
+
+def check_decode(world, granule):
+    """A step of the whole batch gives every request the outputs of its own step, and the groups are used."""
+    batch = world.batch()
+    rows, lens = batch.req_pool_indices.tolist(), batch.seq_lens.tolist()
+    if len(rows) < 2:
+        return 0
+    together = build(world.table, granule=granule)
+    together.init_forward_metadata(batch_of(rows, lens))
+    outputs = attention(together, together.lim.step, len(rows), len(world.filled))
+    ungrouped = build(world.table, granule=None)
+    ungrouped.init_forward_metadata(batch_of(rows, lens))
+    expected = attention(ungrouped, ungrouped.lim.step, len(rows), len(world.filled))
+    for ours, theirs in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    ours, theirs = together.lim.step, ungrouped.lim.step
+    for row, count in enumerate(theirs.set_counts.tolist()):
+        assert ours.set_slots[row, :count].tolist() == theirs.set_slots[row, :count].tolist()
+    return together.lim.counters.read()["tokens_shared"]
+
+
+@pytest.mark.parametrize("page", [1, 16], ids=["page1", "page16"])
+def test_groups_hold_after_any_schedule(page):
+    shared = 0
+    for seed in range(SCHEDULES // 2):
+        draw = random.Random(seed)
+        world = RadixWorld(page, num_slots=draw.choice((96, 192, 384)), generator=draw)
+        done = []
+        try:
+            for name in random_schedule(draw, world):
+                done.append(name)
+                check_groups(world, granule=draw.choice((1, 4, 16)), padding=len(done) % 3)
+                if len(done) % 7 == 0:
+                    shared += check_decode(world, granule=draw.choice((1, 8)))
+            world.check()
+        except Exception as error:
+            raise AssertionError(f"page size {page}, seed {seed}, after {done}: {error}") from error
+    assert shared > 100 * SCHEDULES, "hardly any schedule shared a prefix, so the test says little"
+
+
+def test_a_group_dissolves_and_forms_between_two_replays():
+    """Duplicates that a prefill left are replaced by the tree's slots after the first decode step."""
+    world = RadixWorld(1, num_slots=192, generator=random.Random(0))
+    prompt = [0, 1, 2, 1] * 8
+    requests = [world.admit([*prompt, last]) for last in (0, 1, 2)]
+    backend = build(world.table, granule=4)
+    backend.init_cuda_graph_state(4, 4)
+
+    def grouped() -> list[int]:
+        batch = world.batch(shuffle=False)
+        view = batch_of(batch.req_pool_indices.tolist(), batch.seq_lens.tolist())
+        backend.init_forward_metadata_out_graph(view)
+        backend.init_forward_metadata_in_graph(view)
+        return backend.lim.step.groups.own_starts.tolist()
+
+    assert grouped() == [0, 0, 0]
+    world.commit(*requests)
+    assert grouped() == [32, 32, 32]
+    world.finish(requests[0])
+    assert grouped() == [32, 32]
+    world.abort(requests[1])
+    latest = world.admit([*prompt, 3])
+    assert latest is not None and grouped() == [32, 32]
