@@ -12,12 +12,13 @@ def plug() -> None:
     from sglang.srt.server_args import add_attention_backend_choices
 
     import lim_patches
-    from lim_patches import cli_flags, refuse_before_weights, server_info, triton_on_cpu
+    from lim_patches import cli_flags, refuse_before_weights, row_generations, server_info, triton_on_cpu
     from sgl_lim import checks, config, metrics
 
     lim_patches.use(cli_flags, add_flags=config.add_flags, take_flags=config.take_flags)
     lim_patches.use(refuse_before_weights, check=_check_before_weights)
     lim_patches.use(server_info, key=metrics.INFO_KEY, describe=metrics.describe, on_idle=metrics.on_idle)
+    lim_patches.use(row_generations)
     lim_patches.use(triton_on_cpu)
     # Last: were a hook to raise above, the backend's name would be unknown rather than half served.
     add_attention_backend_choices([checks.BACKEND])

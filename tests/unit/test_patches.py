@@ -8,7 +8,7 @@ import pytest
 import lim_patches
 from lim_patches import registry
 
-SEAMS = ("cli_flags", "refuse_before_weights", "server_info", "triton_on_cpu")
+SEAMS = ("cli_flags", "refuse_before_weights", "row_generations", "server_info", "triton_on_cpu")
 
 
 @pytest.mark.parametrize("name", SEAMS)
