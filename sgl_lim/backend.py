@@ -17,8 +17,9 @@ from sgl_lim import checks, metrics
 from sgl_lim.config import LimConfig, load
 from sgl_lim.counters import Counters
 from sgl_lim.decode import DecodeStep, HeadShare, Scales, attend, begin_step
-from sgl_lim.methods import METHODS, Method, Role
+from sgl_lim.methods import METHODS, LessIsMore, Method, Role
 from sgl_lim.presets import selection_layers_for
+from sgl_lim.set_store import SetStore
 from sgl_lim.snapshot import Snapshot
 
 SCORE_BYTES = 1 << 30
@@ -44,6 +45,9 @@ class SparseDecode:
     counters: Counters
     granule: int | None
     """Shared prefixes are found in multiples of so many tokens; None where they are not looked for."""
+    store: SetStore | None = None
+    """Sets that outlive a step, with a selection interval above 1."""
+    interval: int = 1
     step: DecodeStep | None = None
 
     def rows_at_once(self) -> int:
@@ -55,6 +59,9 @@ class SparseDecode:
         """Roles of the layers that read a prefix group once in this step."""
         if self.step is None or self.step.groups is None:
             return ()
+        if self.store is not None:
+            # Selection layers group only the rows that select; what that saves is not counted.
+            return (Role.DENSE,)
         return (Role.DENSE, Role.SELECT) if len(self.step.slots) <= self.rows_at_once() else (Role.DENSE,)
 
 
@@ -102,8 +109,13 @@ def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> Spar
         aggregate=config.aggregate,
         selection_layers=layers,
     )
-    rows = runner.req_to_token_pool
+    rows, pool = runner.req_to_token_pool, runner.token_to_kv_pool
     table = rows.req_to_token
+    store = None
+    if config.selection_interval > 1:
+        assert isinstance(method, LessIsMore)
+        num_slots = pool.size + pool.page_size
+        store = SetStore(method, config.selection_interval, table.shape[0], num_slots, table.device)
     return SparseDecode(
         method=method,
         roles=method.layer_roles(model.num_hidden_layers),
@@ -112,11 +124,13 @@ def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> Spar
         # torch_native decodes request by request; the operator takes the batch at once.
         dense_by_kernels=dense_name == "torch_native",
         layers_from=layers_from,
-        pool=runner.token_to_kv_pool,
+        pool=pool,
         rows=rows,
-        snapshot=Snapshot(table),
+        snapshot=Snapshot(table, lead=0 if store is None else method.budget),
         counters=Counters(method, model.num_hidden_layers, table.shape[0], table.device),
         granule=GRANULE if config.prefix_groups else None,
+        store=store,
+        interval=config.selection_interval,
     )
 
 
@@ -191,6 +205,7 @@ def sparse_subclass(dense: type) -> type:
                 scales=layer_scales(layer),
                 heads=lim.heads,
                 rows_at_once=lim.rows_at_once(),
+                store=lim.store,
             )
             return out.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
 
@@ -219,6 +234,8 @@ def observe(lim: SparseDecode, forward_batch: Any, *, captured: bool) -> bool:
         metrics.after_step(lim)
         return True
     mode = forward_batch.forward_mode
+    if lim.store is not None and forward_batch.out_cache_loc is not None:
+        lim.store.forget(forward_batch.out_cache_loc)
     if mode.is_mixed():
         # A row that extends by one token may be decoding, and then goes on.
         lim.counters.forget(forward_batch.req_pool_indices.long(), forward_batch.extend_seq_lens > 1)
@@ -232,7 +249,19 @@ def begin(lim: SparseDecode, forward_batch: Any) -> None:
     # A graph's lengths lie in SGLang's static buffers; an eager step's are copied before the scheduler may go on.
     seq_lens = forward_batch.seq_lens.to(torch.int32, copy=True)
     lim.step = begin_step(lim.method, lim.snapshot.slots, seq_lens, lim.granule)
-    lim.counters.record(forward_batch.req_pool_indices, lim.step.seq_lens, lim.step.groups, lim.grouped_roles())
+    acts = None
+    if lim.store is not None:
+        lim.step.extended = lim.snapshot.extended
+        lim.step.reuse = lim.store.begin(
+            forward_batch.req_pool_indices.long(),
+            lim.counters.generations,
+            lim.snapshot.extended,
+            seq_lens,
+            forward_batch.out_cache_loc,
+            lim.granule,
+        )
+        acts = lim.step.reuse.acts
+    lim.counters.record(forward_batch.req_pool_indices, seq_lens, lim.step.groups, lim.grouped_roles(), acts)
 
 
 def layer_scales(layer: Any) -> Scales:

@@ -89,6 +89,22 @@ def server_problems(config: LimConfig, server_args: Any, device: str) -> list[st
             "--enable-dp-attention (or --attn-dp-size above 1): selection across its groups is not verified; "
             "leave the flag out"
         )
+    if _is_above_one(config.selection_interval):
+        interval = f"--lim-selection-interval {config.selection_interval}"
+        if server_args.decode_attention_backend not in (None, BACKEND) or server_args.prefill_attention_backend not in (
+            None,
+            BACKEND,
+        ):
+            found.append(
+                f"{interval} has to see which KV slots a prefill writes; name this backend with --attention-backend"
+            )
+        if getattr(server_args, "enable_hierarchical_cache", False):
+            found.append(f"{interval} does not see what --enable-hierarchical-cache loads; leave one of them out")
+        if getattr(server_args, "disaggregation_mode", "null") != "null":
+            found.append(
+                f"{interval} does not see what --disaggregation-mode {server_args.disaggregation_mode} transfers; "
+                "leave the interval out"
+            )
     if getattr(server_args, "dcp_size", 1) > 1:
         found.append("--dcp-size above 1 splits a request's KV over ranks; leave it at 1")
     for flag in ("enable_two_batch_overlap", "enable_pdmux"):
@@ -126,6 +142,10 @@ def server_problems(config: LimConfig, server_args: Any, device: str) -> list[st
     else:
         found.append(f"--device {device} is not supported; use cuda or cpu")
     return found
+
+
+def _is_above_one(value: object) -> bool:
+    return isinstance(value, int) and value > 1
 
 
 def check_pool(pool: Any) -> None:

@@ -40,6 +40,7 @@ class LimConfig:
     aggregate: str = "union"
     dense_backend: str | None = None
     prefix_groups: bool = True
+    selection_interval: int = 1
 
     def problems(self) -> list[str]:
         """Reasons why these values cannot work with any model; empty if they can."""
@@ -62,6 +63,13 @@ class LimConfig:
             found.append(f"--lim-aggregate must be one of {', '.join(AGGREGATES)}, got {self.aggregate!r}")
         if not isinstance(self.prefix_groups, bool):
             found.append(f"--lim-prefix-groups must be on or off, got {self.prefix_groups!r}")
+        if not _is_int(self.selection_interval) or self.selection_interval < 1:
+            found.append(f"--lim-selection-interval must be a positive integer, got {self.selection_interval!r}")
+        elif self.selection_interval > 1 and self.method != "lessismore":
+            found.append(
+                f"--lim-selection-interval {self.selection_interval}: --lim-method {self.method} selects nothing "
+                "that could be kept; leave the interval out"
+            )
         layers = self.selection_layers
         if layers is not None:
             if (
@@ -114,6 +122,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=parse_switch,
         metavar="{on,off}",
         help="Read a prefix that several requests of a batch share once for all of them (default on).",
+    )
+    add(
+        "selection-interval",
+        type=int,
+        metavar="N",
+        help="Select every N-th decode step; in between a request's set is kept, its window moving along (default 1).",
     )
 
 

@@ -13,7 +13,8 @@ class Counters:
 
     `tokens_attended` and `tokens_dense` count KV tokens read by all layers of all rows, ours and a dense decode's.
     `tokens_shared` counts those of them that a layer found read already, for another row of the prefix group, and
-    `rows_grouped` the rows in prefix groups, step by step.
+    `rows_grouped` the rows in prefix groups, step by step. `warm_starts` counts requests that began with a set that
+    earlier selections had left on their slots.
     `requests` counts requests that decoded (one that was retracted and resumed counts again).
     """
 
@@ -57,7 +58,12 @@ class Counters:
         self._generations.copy_(source, non_blocking=True)
 
     def record(
-        self, rows: Tensor, seq_lens: Tensor, groups: PrefixGroups | None = None, grouped_roles: tuple[Role, ...] = ()
+        self,
+        rows: Tensor,
+        seq_lens: Tensor,
+        groups: PrefixGroups | None = None,
+        grouped_roles: tuple[Role, ...] = (),
+        acts: Tensor | None = None,
     ) -> None:
         """Count one decode step; may be captured in a graph.
 
@@ -65,6 +71,7 @@ class Counters:
             rows: int32 or int64 [B], rows of the request pool; row 0 only pads a captured graph.
             seq_lens: int32 or int64 [B].
             groups: the batch's prefix groups; grouped_roles: roles of the layers that read a group once.
+            acts: as in `count_step`.
         """
         count_step(
             self._ledger,
@@ -75,13 +82,19 @@ class Counters:
             num_layers=sum(self._layers.values()),
             sparse_layers=self._layers[Role.SPARSE],
             selection_layers=self._layers[Role.SELECT],
+            acts=acts,
             groups=groups,
             grouped_layers=sum(self._layers[role] for role in grouped_roles),
         )
 
     @property
+    def generations(self) -> Tensor:
+        """int64 [R] on the device, tenancy of the request pool's rows, as learnt last."""
+        return self._generations
+
+    @property
     def totals(self) -> Tensor:
-        """int64 [8] on the device, as `named` takes them."""
+        """int64 [9] on the device, as `named` takes them."""
         return self._ledger.totals
 
     def read(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from lim_kernels import decode_with_scores, find_prefix_groups, grouped_decode, sparse_decode
 from lim_kernels.prefix_groups import PrefixGroups
 from sgl_lim.methods import Method, Role
+from sgl_lim.set_store import Reuse, SetStore, no_groups
 
 Reduce = Callable[[Tensor, str], Tensor]
 """Combines scores float32 [B, L] over the ranks of a tensor-parallel group, by "max" or "logsumexp"."""
@@ -25,6 +27,10 @@ class DecodeStep:
     seq_lens: Tensor  # int32 [B] on the pool's device, the current token included
     groups: PrefixGroups | None = None
     """Which rows share leading slots, where full layers are to read them once."""
+    extended: Tensor | None = None
+    """int32 [B, K + L], `slots` with room for a set before them, where sets are reused."""
+    reuse: Reuse | None = None
+    """Which rows select in this step, where not all do."""
     set_slots: Tensor | None = None  # int32 [B, K]: the set in force, filled by a selection layer
     set_counts: Tensor | None = None  # int32 [B]
 
@@ -77,11 +83,13 @@ def attend(
     scales: Scales,
     heads: HeadShare,
     rows_at_once: int | None = None,
+    store: SetStore | None = None,
 ) -> Tensor:
     """Attention of one layer; a selection layer also puts its set in force.
 
     Args:
         q: [B, H, D]; k_cache, v_cache: [num_slots, H_kv, D] and [num_slots, H_kv, D_v], current token stored.
+        store: where sets outlive a step; needed if `step.reuse` is there.
         rows_at_once: how many rows a selection layer scores together, None for all: logits take 4·H·L bytes a row.
 
     Returns:
@@ -105,26 +113,63 @@ def attend(
     batch = q.shape[0]
     rows_at_once = rows_at_once or batch
     parts = []
+    if step.reuse is not None:
+        assert step.extended is not None
+        # Snapshots narrower than the budget end in the branch above.
+        step.extended[:, : method.budget] = step.slots.gather(1, step.reuse.prior[step.reuse.done])
     for first in range(0, batch, rows_at_once):
         rows = slice(first, first + rows_at_once)
-        slots, seq_lens = step.slots[rows], step.seq_lens[rows]
-        operands = q[rows], k_cache, v_cache, slots, seq_lens
-        if step.groups is not None and rows_at_once >= batch:
-            out, lse, scored = grouped_decode(*operands, step.groups, scored=True, score_beyond=method.budget, **sizes)
-            assert scored is not None
-            logits = scored
-            del scored
-        else:
-            # Groups may reach over the rows that fit together.
-            out, lse, logits = decode_with_scores(*operands, score_beyond=method.budget, **sizes)
-        scores = method.score(logits, seq_lens, lse=lse, first_head=heads.first_head, num_heads=heads.num_heads)
+        # Groups may reach over the rows that fit together.
+        grouped = rows_at_once >= batch
+        out, lse, logits = attend_and_score(method, step, q[rows], k_cache, v_cache, rows, grouped, sizes)
+        # Rows that do not select have nothing to choose.
+        lens = (step.seq_lens if step.reuse is None else step.reuse.sel_lens)[rows]
+        scores = method.score(logits, lens, lse=lse, first_head=heads.first_head, num_heads=heads.num_heads)
         # The logits' memory serves the next rows.
         del logits
         if heads.reduce is not None:
             scores = heads.reduce(scores, method.rank_reduction[method.aggregate])
-        parts.append((out, *method.choose(scores, seq_lens, slots)))
-    if len(parts) == 1:
-        out, step.set_slots, step.set_counts = parts[0]
-        return out
-    out, step.set_slots, step.set_counts = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        # Sets that outlive the step are kept in positions.
+        slots = step.slots[rows] if step.reuse is None else None
+        parts.append((out, *method.choose(scores, lens, slots)))
+    out, chosen, counts = parts[0]
+    if len(parts) > 1:
+        out, chosen, counts = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    if step.reuse is not None:
+        assert store is not None
+        chosen, counts = store.keep(step.reuse, chosen, counts, step.slots)
+    step.set_slots, step.set_counts = chosen, counts
     return out
+
+
+def attend_and_score(
+    method: Method,
+    step: DecodeStep,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: slice,
+    grouped: bool,
+    sizes: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A selection layer's attention for some rows: out, lse, and logits [b, H, L] of the rows that select.
+
+    Args:
+        q: [b, H, D] of these rows; grouped: whether they are the whole batch, so that its prefix groups can be used.
+    """
+    budget = method.budget
+    if step.reuse is not None and step.extended is not None:
+        # One call for both kinds of rows: those that do not select attend to the set before their slots.
+        groups = step.reuse.groups if grouped else no_groups(step.reuse.groups.own_starts[rows])
+        operands = q, k_cache, v_cache, step.extended[rows], step.reuse.ends[rows], groups
+        out, lse, logits = grouped_decode(*operands, scored=True, score_beyond=2 * budget, **sizes)
+        assert logits is not None
+        return out, lse, logits[:, :, budget:]
+    slots, seq_lens = step.slots[rows], step.seq_lens[rows]
+    if step.groups is None or not grouped:
+        return decode_with_scores(q, k_cache, v_cache, slots, seq_lens, score_beyond=budget, **sizes)
+    out, lse, logits = grouped_decode(
+        q, k_cache, v_cache, slots, seq_lens, step.groups, scored=True, score_beyond=budget, **sizes
+    )
+    assert logits is not None
+    return out, lse, logits

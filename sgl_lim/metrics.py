@@ -24,6 +24,7 @@ HELP = {
     "selections": "Token sets chosen, over rows and selection layers",
     "tokens_shared": "KV tokens not read again, because they were read for another row of a prefix group",
     "rows_grouped": "Rows that were in a prefix group, summed over decode steps",
+    "warm_starts": "Requests that began with a set that earlier selections had left on their KV slots",
     "requests": "Requests that decoded",
     "requests_dense": "Requests that never exceeded the token budget",
 }
@@ -108,6 +109,7 @@ def settings(lim: "SparseDecode") -> dict[str, Any]:
         "layer_roles": [role.value for role in lim.roles],
         "dense_backend": lim.dense_backend,
         "prefix_groups": lim.granule is not None,
+        "selection_interval": lim.interval,
     }
 
 
@@ -120,7 +122,7 @@ def summary(lim: "SparseDecode") -> str:
         f"aggregate {named['aggregate']}), selection layers {','.join(map(str, named['selection_layers']))} "
         f"({named['selection_layers_from']}), layers dense/select/sparse "
         f"{count['dense']}/{count['select']}/{count['sparse']}, dense backend {named['dense_backend']}, "
-        f"prefix groups {'on' if named['prefix_groups'] else 'off'}"
+        f"prefix groups {'on' if named['prefix_groups'] else 'off'}, selection interval {named['selection_interval']}"
     )
 
 

@@ -62,8 +62,8 @@ class Method(ABC):
         """
         raise NotImplementedError(f"method {self.name} has no selection layers")
 
-    def choose(self, scores: Tensor, seq_lens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """The set from combined scores, in KV slots int32 [B, K], and counts, as `lim_kernels.choose_tokens`."""
+    def choose(self, scores: Tensor, seq_lens: Tensor, slots: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The set from combined scores, in KV slots (or positions) int32 [B, K], and counts, as `choose_tokens`."""
         raise NotImplementedError(f"method {self.name} has no selection layers")
 
     def layer_roles(self, num_layers: int) -> tuple[Role, ...]:

@@ -50,7 +50,7 @@ class LessIsMore(Method):
             lse=lse,
         )
 
-    def choose(self, scores: Tensor, seq_lens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, scores: Tensor, seq_lens: Tensor, slots: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `lim_kernels.choose_tokens`."""
         return choose_tokens(
             scores, seq_lens, budget=self.budget, recent=self.recent, sinks=self.kept_sinks, slots=slots

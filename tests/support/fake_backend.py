@@ -8,6 +8,7 @@ from sgl_lim.backend import SparseDecode, sparse_subclass
 from sgl_lim.counters import Counters
 from sgl_lim.decode import HeadShare, Scales, attend
 from sgl_lim.methods import METHODS, Role
+from sgl_lim.set_store import SetStore
 from sgl_lim.snapshot import Snapshot
 
 BUDGET = 16
@@ -46,20 +47,22 @@ class Mode(SimpleNamespace):
         return lambda: name == f"is_{self.name}" or (name == "is_extend" and self.name == MIXED)
 
 
-def batch_of(rows, lens, mode=DECODE, **more):
+def batch_of(rows, lens, mode=DECODE, written=None, **more):
     return SimpleNamespace(
         forward_mode=Mode(name=mode),
         batch_size=len(rows),
         req_pool_indices=torch.tensor(rows),
         seq_lens=torch.tensor(lens),
         seq_lens_cpu=torch.tensor(lens),
+        out_cache_loc=torch.tensor(written if written is not None else [0] * len(rows)),
         **more,
     )
 
 
-def build(table, dense=Dense, name="lessismore", granule=4):
+def build(table, dense=Dense, name="lessismore", granule=4, interval=1, num_slots=400):
     """Our backend over the rows of `table`; three layers, the second selects."""
     method = METHODS[name](BUDGET, 0.25, 2, "union", (1,))
+    store = SetStore(method, interval, len(table), num_slots, "cpu") if interval > 1 else None
     backend = dense()
     backend.__class__ = sparse_subclass(dense)
     backend.lim = SparseDecode(
@@ -73,9 +76,11 @@ def build(table, dense=Dense, name="lessismore", granule=4):
         rows=SimpleNamespace(
             req_to_token=table, req_generation=torch.zeros(len(table), dtype=torch.int64), device="cpu"
         ),
-        snapshot=Snapshot(table),
+        snapshot=Snapshot(table, lead=BUDGET if store else 0),
         counters=Counters(method, 3, len(table), table.device),
         granule=granule,
+        store=store,
+        interval=interval,
     )
     return backend
 
@@ -87,4 +92,5 @@ def attention(backend, step, batch, num_slots=400):
     q = torch.randn(batch, 4, 8, generator=generator)
     roles = (Role.SELECT, Role.SPARSE) if backend.lim.method.name == "lessismore" else (Role.SPARSE,)
     scales = Scales(scale=0.3, logit_cap=0.0)
-    return [attend(backend.lim.method, step, role, q, k, v, scales=scales, heads=backend.lim.heads) for role in roles]
+    lim = backend.lim
+    return [attend(lim.method, step, role, q, k, v, scales=scales, heads=lim.heads, store=lim.store) for role in roles]

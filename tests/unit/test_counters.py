@@ -3,6 +3,7 @@
 import torch
 
 from lim_kernels import find_prefix_groups
+from lim_kernels.count_step import KEEP, RECALL, SELECT
 from sgl_lim.counters import Counters
 from sgl_lim.methods import METHODS, Role
 
@@ -33,7 +34,18 @@ def test_hand_count():
         "requests_dense": 1,
         "tokens_shared": 0,
         "rows_grouped": 0,
+        "warm_starts": 0,
     }
+
+
+def test_rows_that_keep_their_set_attend_to_it_in_selection_layers_too():
+    counters = build()
+    counters.learn_generations(torch.ones(8, dtype=torch.int64))
+    acts = torch.tensor([KEEP, SELECT, RECALL, SELECT], dtype=torch.uint8)
+    counters.record(torch.tensor([1, 2, 3, 4]), torch.tensor([30, 40, 50, 6]), acts=acts)
+    totals = counters.read()
+    assert totals["tokens_attended"] == (30 + 4 * 10) + (3 * 40 + 2 * 10) + (50 + 4 * 10) + 5 * 6
+    assert (totals["selections"], totals["warm_starts"]) == (2, 1)
 
 
 def test_tokens_that_a_group_reads_once_are_counted_for_the_layers_that_do():

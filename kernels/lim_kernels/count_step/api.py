@@ -10,8 +10,9 @@ from lim_kernels.prefix_groups import PrefixGroups
 
 TOTALS = (
     *("decode_steps", "tokens_attended", "tokens_dense", "selections", "requests", "requests_sparse"),
-    *("tokens_shared", "rows_grouped"),
+    *("tokens_shared", "rows_grouped", "warm_starts"),
 )
+KEEP, SELECT, RECALL = 0, 1, 2
 _IMPLEMENTATIONS = ("reference", "triton")
 
 
@@ -19,7 +20,7 @@ _IMPLEMENTATIONS = ("reference", "triton")
 class Ledger:
     """What accounting remembers; all on one device, all written by `count_step`."""
 
-    totals: Tensor  # int64 [8], by TOTALS
+    totals: Tensor  # int64 [9], by TOTALS
     seen: Tensor  # int64 [R], generation of the tenant that decoded last on each row of the request pool; -1 is none
     sparse: Tensor  # uint8 [R], whether that tenant outgrew the budget
 
@@ -34,6 +35,7 @@ def count_step(
     num_layers: int,
     sparse_layers: int,
     selection_layers: int,
+    acts: Tensor | None = None,
     groups: PrefixGroups | None = None,
     grouped_layers: int = 0,
     implementation: str | None = None,
@@ -45,6 +47,8 @@ def count_step(
         generations: int64 [R], tenancy of each row.
         seq_lens: int32 or int64 [B], the current token included.
         budget: token budget; num_layers, sparse_layers, selection_layers: layers of the model by role.
+        acts: uint8 [B], what rows longer than the budget do at selection layers: KEEP their set, SELECT one, or
+            keep one that they have just recalled (RECALL). None: all select.
         groups: the batch's prefix groups, if any layers use them; grouped_layers: how many do.
 
     Raises:
@@ -53,7 +57,8 @@ def count_step(
     op = "count_step"
     require(rows.dim() == 1 and rows.shape == seq_lens.shape, op, "rows and seq_lens [B]", list(rows.shape))
     require(generations.shape == ledger.seen.shape, op, f"generations {list(ledger.seen.shape)}", generations.shape)
-    require_rows(op, rows, generations, seq_lens)
+    require_rows(op, rows, generations, seq_lens, acts)
+    require(acts is None or acts.shape == rows.shape, op, f"acts {list(rows.shape)}", acts is not None and acts.shape)
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(rows)) == "reference":
         count = reference.count_step
     else:
@@ -69,6 +74,7 @@ def count_step(
         num_layers=num_layers,
         sparse_layers=sparse_layers,
         selection_layers=selection_layers,
+        acts=acts,
         followed=None if groups is None else groups.followed,
         own_starts=None if groups is None else groups.own_starts,
         grouped_layers=grouped_layers,

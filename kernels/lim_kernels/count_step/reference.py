@@ -16,6 +16,7 @@ def count_step(
     num_layers: int,
     sparse_layers: int,
     selection_layers: int,
+    acts: Tensor | None,
     followed: Tensor | None,
     own_starts: Tensor | None,
     grouped_layers: int,
@@ -28,18 +29,22 @@ def count_step(
     current = generations[rows]
     new = (seen[rows] != current) & real
     before = (sparse_rows[rows] != 0) & ~new
+    selecting = sparse if acts is None else sparse & (acts == 1)
+    kept = sparse & ~selecting
     full_layers = num_layers - sparse_layers
     zero = totals.new_zeros(())
     totals += torch.stack(
         [
             real.any().to(torch.int64),
-            (full_layers * lens + sparse_layers * lens.clamp(max=budget)).sum(),
+            (full_layers * lens + sparse_layers * lens.clamp(max=budget)).sum()
+            - (kept * selection_layers * (lens - budget)).sum(),
             num_layers * lens.sum(),
-            selection_layers * sparse.sum(),
+            selection_layers * selecting.sum(),
             new.sum(),
             (sparse & ~before).sum(),
             zero if followed is None else grouped_layers * followed.sum(dtype=torch.int64),
             zero if own_starts is None else (own_starts > 0).sum(),
+            zero if acts is None else (sparse & (acts == 2)).sum(),
         ]
     )
     seen[rows] = torch.where(real, current, seen[rows])

@@ -15,6 +15,7 @@ def count_step_kernel(
     rows_ptr,
     generations_ptr,
     seq_lens_ptr,
+    acts_ptr,
     followed_ptr,
     own_starts_ptr,
     batch,
@@ -23,6 +24,7 @@ def count_step_kernel(
     sparse_layers,
     selection_layers,
     grouped_layers,
+    ACTS: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
@@ -36,13 +38,18 @@ def count_step_kernel(
     current = tl.load(generations_ptr + rows, mask=real, other=0)
     new = (tl.load(seen_ptr + rows, mask=real, other=0) != current) & real
     before = (tl.load(sparse_rows_ptr + rows, mask=real, other=0) != 0) & (new == 0)
-    kept = tl.minimum(lens, budget)
-    attended = (num_layers - sparse_layers) * lens + sparse_layers * kept
+    attended = (num_layers - sparse_layers) * lens + sparse_layers * tl.minimum(lens, budget)
+    selecting = sparse
+    if ACTS:
+        acts = tl.load(acts_ptr + items, mask=items < batch, other=0)
+        selecting = sparse & (acts == 1)
+        attended -= tl.where(sparse & (acts != 1), selection_layers * (lens - budget), 0)
+        add(totals_ptr, 8, tl.sum((sparse & (acts == 2)).to(tl.int64), axis=0))
 
     add(totals_ptr, 0, tl.max(real.to(tl.int64), axis=0))
     add(totals_ptr, 1, tl.sum(attended, axis=0))
     add(totals_ptr, 2, num_layers * tl.sum(lens, axis=0))
-    add(totals_ptr, 3, selection_layers * tl.sum(sparse.to(tl.int64), axis=0))
+    add(totals_ptr, 3, selection_layers * tl.sum(selecting.to(tl.int64), axis=0))
     add(totals_ptr, 4, tl.sum(new.to(tl.int64), axis=0))
     add(totals_ptr, 5, tl.sum((sparse & (before == 0)).to(tl.int64), axis=0))
     if GROUPS:
@@ -72,6 +79,7 @@ def count_step(
     num_layers: int,
     sparse_layers: int,
     selection_layers: int,
+    acts: Tensor | None,
     followed: Tensor | None,
     own_starts: Tensor | None,
     grouped_layers: int,
@@ -84,6 +92,7 @@ def count_step(
         rows_ptr=rows,
         generations_ptr=generations,
         seq_lens_ptr=seq_lens,
+        acts_ptr=acts,
         followed_ptr=followed,
         own_starts_ptr=own_starts,
         batch=len(rows),
@@ -92,6 +101,7 @@ def count_step(
         sparse_layers=sparse_layers,
         selection_layers=selection_layers,
         grouped_layers=grouped_layers,
+        ACTS=acts is not None,
         GROUPS=followed is not None,
         BLOCK_ROWS=plan_block(len(rows)),
         num_warps=4,

@@ -25,7 +25,7 @@ def grouped_decode(
     """See `api.grouped_decode`; here every row gets its logits. `sizes` are those of `attention.attend`."""
     counts = groups.counts.tolist()
     found = [group for group, count in enumerate(counts) if count]
-    if not found:
+    if not found and not groups.own_starts.any():
         out, lse, all_logits = attend(q, k_cache, v_cache, slots, seq_lens, **sizes)
         return out, lse, all_logits if scored else None
 

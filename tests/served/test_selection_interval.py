@@ -1,0 +1,92 @@
+"""Selection every third step: is the set kept in between, and does a request begin with what its prefix remembers?"""
+
+from dataclasses import replace
+
+import pytest
+
+from support.fleet import LAYERS, MAIN, NEXT_CASES, ROLES, SELECTION_LAYERS, Fleet, LimCase, random_prompt
+from support.server import Server, ServerPool
+from support.step_checks import check_attention, exact_logits, served_set
+
+INTERVAL, TOKENS = 3, 12
+pytestmark = [pytest.mark.served, pytest.mark.parametrize("case", [MAIN, NEXT_CASES[0]], ids=str, indirect=True)]
+PROMPT = random_prompt(500, 700)
+
+
+@pytest.fixture
+def every_third(case: LimCase, fleet: Fleet, pool: ServerPool) -> Server:
+    spec = fleet.lim_spec(case)
+    args = (*spec.args, "--lim-selection-interval", str(INTERVAL))
+    return pool.get(replace(spec, name=f"{spec.name}-every-third", args=args))
+
+
+def middle(kept: list[int], case: LimCase) -> list[int]:
+    """The set without sinks and window."""
+    rule = case.rule
+    recent = rule.budget - rule.sinks - int(rule.budget * (1 - rule.recency))
+    return kept[rule.sinks : len(kept) - recent]
+
+
+def test_a_set_is_kept_between_selections(case: LimCase, fleet: Fleet, every_third: Server) -> None:
+    every_third.flush_cache()
+    before = every_third.counters()
+    with fleet.probe.recording():
+        every_third.generate_one(PROMPT, TOKENS)
+    steps = fleet.probe.steps(LAYERS)
+    assert len(steps) >= TOKENS - 1
+    chosen: dict[int, list[int]] = {}
+    for number, step in enumerate(steps):
+        for record in step:
+            layer, length = record["layer"], int(record["seq_lens"][0])
+            place = f"step {number}, layer {layer}"
+            q, k, v = record["q"][0], record["keys"][0, :length], record["values"][0, :length]
+            if record["role"] != "dense":
+                kept = served_set(record, 0, length)
+            if record["role"] == "select" and number % INTERVAL == 0:
+                exact, slack = exact_logits(q, k, record["scale"])
+                assert case.rule.explains(kept, exact, length, slack), place
+                chosen[layer] = middle(kept, case)
+                check_attention(q, k, v, record["scale"], record["out"][0], place)
+            elif record["role"] != "dense":
+                # Selection layers attend to the set as well, and it is theirs of the last selection.
+                if record["role"] == "select":
+                    assert middle(kept, case) == chosen[layer], place
+                assert kept[-1] == length - 1, place
+                check_attention(q, k[kept], v[kept], record["scale"], record["out"][0], place)
+    grown = {name: total - before[name] for name, total in every_third.counters().items()}
+    assert grown["selections"] == len(SELECTION_LAYERS) * -(-grown["decode_steps"] // INTERVAL)
+    lengths = range(len(PROMPT) + 1, len(PROMPT) + 1 + grown["decode_steps"])
+    full = [LAYERS - ROLES.count("sparse") if n % INTERVAL == 0 else ROLES.count("dense") for n in range(len(lengths))]
+    attended = [layers * n + (LAYERS - layers) * case.rule.budget for layers, n in zip(full, lengths, strict=True)]
+    assert grown["tokens_attended"] == sum(attended)
+
+
+def test_forks_and_later_turns_begin_warm(case: LimCase, every_third: Server) -> None:
+    every_third.flush_cache()
+    first = every_third.generate_one(PROMPT, TOKENS)
+    before = every_third.counters()
+    every_third.generate([[*PROMPT, *random_prompt(3 + n, 710 + n)] for n in range(3)], TOKENS)
+    every_third.generate_one([*PROMPT, *first.tokens, *random_prompt(4, 720)], TOKENS)
+    grown = {name: total - before[name] for name, total in every_third.counters().items()}
+    assert (grown["requests"], grown["warm_starts"]) == (4, 4)
+    every_third.generate_one(random_prompt(500, 730), TOKENS)
+    assert every_third.counters()["warm_starts"] == before["warm_starts"] + 4, "nothing is known of a new prompt"
+
+
+def test_a_flush_forgets_everything(case: LimCase, every_third: Server) -> None:
+    every_third.generate_one(PROMPT, TOKENS)
+    for _ in range(2):
+        every_third.flush_cache()
+        before = every_third.counters()
+        every_third.generate_one(PROMPT, TOKENS)
+        grown = {name: total - before[name] for name, total in every_third.counters().items()}
+        assert (grown["requests"], grown["warm_starts"]) == (1, 0)
+        assert grown["selections"] == len(SELECTION_LAYERS) * -(-grown["decode_steps"] // INTERVAL)
+
+
+def test_answers_do_not_depend_on_the_batch(case: LimCase, every_third: Server) -> None:
+    prompts = [random_prompt(length, 740 + length) for length in (61, 400, 613, 250)]
+    every_third.flush_cache()
+    alone = [every_third.generate_one(prompt, TOKENS).tokens for prompt in prompts]
+    every_third.flush_cache()
+    assert [answer.tokens for answer in every_third.generate(prompts, TOKENS)] == alone

@@ -1,0 +1,221 @@
+"""Sets that outlive a step: who may use which, and that nobody gets what belonged to somebody else.
+
+`RADIX_SCHEDULES` sets how many schedules run; a failure names its seed.
+"""
+
+import os
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("sglang.srt.mem_cache.radix_cache")
+
+from lim_kernels import sparse_decode
+from lim_kernels.count_step import KEEP, RECALL, SELECT
+from support.fake_backend import BUDGET, EXTEND, attention, batch_of, build
+from support.radix_world import RadixWorld, random_schedule, sglang_config
+
+SCHEDULES = int(os.environ.get("RADIX_SCHEDULES", "200"))
+SINKS, RECENT = 2, 2
+MIDDLE = BUDGET - SINKS - RECENT
+PROMPT = [0, 1, 2, 1] * 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _config():
+    with sglang_config():
+        yield
+
+
+class Driven:
+    """A backend that is shown every prefill and decode step of a world, beside a plain account of what it may know."""
+
+    def __init__(self, world, interval, granule=4):
+        self.world, self.interval = world, interval
+        self.backend = build(world.table, granule=granule, interval=interval, num_slots=len(world.filled))
+        self.backend.lim.rows.req_generation = world.generations
+        self.filled = world.filled.clone()
+        self.sets = {}  # tenancy of a row: [positions of the middle, steps since it selected, length]
+        self.selected_at = {}  # slot and tenancy: step
+        self.clock = 0
+
+    def prefilled(self):
+        """Show the backend the slots that a prefill has just written."""
+        written = (self.world.filled != self.filled).nonzero().view(-1)
+        self.filled = self.world.filled.clone()
+        if len(written):
+            self.backend.init_forward_metadata(batch_of([1], [1], mode=EXTEND, written=written.tolist()))
+
+    def expected_act(self, request, slots):
+        length = len(slots)
+        if length <= BUDGET:
+            return SELECT
+        kept = self.sets.get(self.tenancy(request))
+        if kept is not None and kept[2] == length - 1:
+            return KEEP if kept[1] + 1 < self.interval else SELECT
+        known = [self.when(slot) for slot in slots[SINKS : length - RECENT]]
+        return RECALL if sum(at is not None for at in known) >= MIDDLE else SELECT
+
+    def tenancy(self, request):
+        return request.row, int(self.world.generations[request.row])
+
+    def when(self, slot):
+        """The step in which a slot was selected last under its present owner, or None."""
+        return self.selected_at.get((slot, int(self.world.filled[slot])))
+
+    def expected_set(self, act, request, slots):
+        if act == KEEP:
+            middle = [slots[position] for position in self.sets[self.tenancy(request)][0]]
+        else:
+            candidates = slots[SINKS : len(slots) - RECENT]
+            ranked = sorted(range(len(candidates)), key=lambda n: (-(self.when(candidates[n]) or -1), n))
+            middle = [candidates[n] for n in sorted(ranked[:MIDDLE])]
+        return slots[:SINKS] + middle + slots[len(slots) - RECENT :]
+
+    def decoded(self, requests):
+        """Run a decode step of these requests, whose new tokens have slots, and compare it with the account."""
+        if not requests:
+            return []
+        self.clock += 1
+        self.filled = self.world.filled.clone()
+        lens = [request.length for request in requests]
+        rows = [self.world.table[request.row, :length].tolist() for request, length in zip(requests, lens, strict=True)]
+        self.backend.init_forward_metadata(
+            batch_of([request.row for request in requests], lens, written=[slots[-1] for slots in rows])
+        )
+        step = self.backend.lim.step
+        acts = [self.expected_act(request, slots) for request, slots in zip(requests, rows, strict=True)]
+        assert step.reuse.acts.tolist() == acts
+        self.check_memory()
+        # Recalled before any layer runs, so nothing that this step selects is in them.
+        expected = [
+            self.expected_set(act, request, slots) if act != SELECT else None
+            for act, request, slots in zip(acts, requests, rows, strict=True)
+        ]
+        outputs = attention(self.backend, step, len(requests), len(self.world.filled))
+        self.check_attention(step, rows, acts, outputs[0])
+        for n, (request, slots, act) in enumerate(zip(requests, rows, acts, strict=True)):
+            chosen = step.set_slots[n, : step.set_counts[n]].tolist()
+            if len(slots) <= BUDGET:
+                assert chosen == slots
+                continue
+            assert len(chosen) == BUDGET
+            if act != SELECT:
+                assert chosen == expected[n]
+            middle = chosen[SINKS : BUDGET - RECENT]
+            tenancy = self.tenancy(request)
+            age = self.sets[tenancy][1] + 1 if act == KEEP else 0
+            self.sets[tenancy] = [[slots.index(slot) for slot in middle], age, len(slots)]
+            if act == SELECT:
+                for slot in middle:
+                    self.selected_at[slot, int(self.world.filled[slot])] = self.clock
+        return acts
+
+    def check_memory(self):
+        """Each slot of a live request remembers its own selections and nobody else's."""
+        stamps = self.backend.lim.store._stamps[0]
+        for request in self.world.live:
+            slots = self.world.table[request.row, : request.length].tolist()
+            assert [int(stamps[slot]) for slot in slots] == [self.when(slot) or 0 for slot in slots]
+
+    def check_attention(self, step, rows, acts, out):
+        """Rows that do not select attend to their sets, in the selection layer as well."""
+        generator = torch.Generator().manual_seed(1)
+        num_slots = len(self.world.filled)
+        k, v = (torch.randn(num_slots, 2, 8, generator=generator) for _ in range(2))
+        q = torch.randn(len(rows), 4, 8, generator=generator)
+        for n, (slots, act) in enumerate(zip(rows, acts, strict=True)):
+            attended = step.set_slots[n] if act != SELECT else torch.tensor(slots)
+            exact, _ = sparse_decode(
+                q[n : n + 1].double(), k.double(), v.double(), attended[None], torch.tensor([len(attended)]), scale=0.3
+            )
+            torch.testing.assert_close(out[n : n + 1].double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def begin(interval, prompts, page=1):
+    """A world with these prompts prefilled and committed, and a backend that has seen it."""
+    world = RadixWorld(page, num_slots=384, generator=random.Random(0))
+    driven = Driven(world, interval)
+    requests = [add(driven, prompt) for prompt in prompts]
+    return world, driven, requests
+
+
+def add(driven, tokens):
+    request = driven.world.admit(tokens)
+    assert request is not None
+    driven.prefilled()
+    driven.world.commit(request)
+    return request
+
+
+def step(driven, requests):
+    driven.world.decode(requests)
+    return driven.decoded(requests)
+
+
+def test_a_row_selects_every_nth_step():
+    _, driven, requests = begin(3, [PROMPT])
+    assert [step(driven, requests)[0] for _ in range(8)] == [SELECT, KEEP, KEEP, SELECT, KEEP, KEEP, SELECT, KEEP]
+
+
+def test_rows_within_the_budget_keep_everything_and_select_once_they_outgrow_it():
+    _, driven, requests = begin(4, [PROMPT[: BUDGET - 2]])
+    assert [step(driven, requests)[0] for _ in range(5)] == [SELECT, SELECT, SELECT, KEEP, KEEP]
+
+
+def test_a_fork_begins_with_what_was_selected_on_its_prefix():
+    _, driven, (first,) = begin(4, [PROMPT])
+    step(driven, [first])
+    # It shares the prompt's slots, of which twelve were selected.
+    fork = add(driven, [*PROMPT, 2])
+    assert step(driven, [first, fork]) == [KEEP, RECALL]
+    assert [step(driven, [first, fork]) for _ in range(3)] == [[KEEP, KEEP], [KEEP, KEEP], [SELECT, KEEP]]
+    assert step(driven, [first, fork]) == [KEEP, SELECT]
+
+
+def test_a_later_turn_and_a_resumed_request_begin_with_what_is_left_of_theirs():
+    world, driven, (first,) = begin(8, [PROMPT])
+    for _ in range(3):
+        step(driven, [first])
+    tokens = list(first.tokens)
+    world.finish(first)
+    turn = add(driven, [*tokens, 1, 0])
+    assert step(driven, [turn]) == [RECALL]
+    world.retract(turn)
+    resumed = world.resume(turn)
+    driven.prefilled()
+    world.commit(resumed)
+    assert step(driven, [resumed]) == [RECALL]
+
+
+def test_nothing_is_remembered_of_slots_that_were_freed_and_filled_again():
+    world, driven, (first,) = begin(8, [PROMPT])
+    step(driven, [first])
+    world.finish(first)
+    world.flush()
+    again = add(driven, PROMPT)
+    assert step(driven, [again]) == [SELECT]
+
+
+@pytest.mark.parametrize("page", [1, 16], ids=["page1", "page16"])
+def test_any_schedule(page):
+    seen = dict.fromkeys((KEEP, SELECT, RECALL), 0)
+    for seed in range(SCHEDULES // 2):
+        draw = random.Random(seed)
+        world = RadixWorld(page, num_slots=draw.choice((96, 192, 384)), generator=draw)
+        driven, done = Driven(world, interval=draw.choice((2, 3, 5)), granule=draw.choice((1, 4))), []
+        before = {}
+        try:
+            for name in random_schedule(draw, world):
+                done.append(name)
+                grown = [request for request in world.running if before.get(request) == request.length - 1]
+                if name == "decode" and grown:
+                    for act in driven.decoded(grown):
+                        seen[act] += 1
+                else:
+                    driven.prefilled()
+                before = {request: request.length for request in world.running}
+        except Exception as error:
+            raise AssertionError(f"page size {page}, seed {seed}, after {done}: {error}") from error
+    assert min(seen.values()) > SCHEDULES / 4, f"schedules hardly do anything: {seen}"
