@@ -34,6 +34,7 @@ def expected_counts(jobs: Sequence[tuple[list[int], int]], case: LimCase) -> dic
         "selections": len(SELECTION_LAYERS) * sum(n > budget for n in lengths),
         "requests": len(jobs),
         "requests_dense": sum(max(context) <= budget for context in contexts),
+        **dict.fromkeys(("tokens_shared", "rows_grouped", "warm_starts"), 0),  # prompts that have nothing in common
     }
 
 
@@ -51,6 +52,7 @@ def test_the_start_up_line_says_what_is_on(case: LimCase, server: Server) -> Non
         "selection layers 1,3 (--lim-selection-layers)",
         "layers dense/select/sparse 1/2/3",
         "dense backend torch_native",
+        "prefix groups on, selection interval 1",
     ):
         assert said in line
 
@@ -74,6 +76,7 @@ def test_server_info_shows_the_settings(case: LimCase, server: Server) -> None:
     }
     assert block["selection_layers"] == list(SELECTION_LAYERS)
     assert block["layer_roles"] == list(ROLES)
+    assert (block["prefix_groups"], block["selection_interval"]) == (True, 1)
 
 
 def test_counters_of_requests_one_after_another_equal_a_hand_count(case: LimCase, server: Server) -> None:

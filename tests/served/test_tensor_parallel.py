@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from support.agreement import errors
-from support.fleet import LAYERS, MAIN, NEW_TOKENS, NEXT_CASES, Fleet, LimCase, prompts_beyond, prompts_within
+from support.fleet import (
+    LAYERS,
+    MAIN,
+    NEW_TOKENS,
+    NEXT_CASES,
+    Fleet,
+    LimCase,
+    prompts_beyond,
+    prompts_within,
+    random_prompt,
+)
 from support.float64_qwen3 import Float64Qwen3
 from support.server import ServerPool
 from support.step_checks import check_answers, check_steps
@@ -38,6 +48,16 @@ def test_two_ranks_choose_the_set_of_all_heads(case: LimCase, fleet: Fleet, pool
     assert steps[0][0]["q"].shape[1] == 8, "the records of one rank only"
     check_steps(case, steps)
     check_answers(case, fleet, prompts, answers, steps)
+
+    # Ranks that found other groups than one another would exchange scores of other sets, or wait for ever.
+    prefix = random_prompt(400, 800)
+    prompts = [[*prefix, *random_prompt(4 + n, 801 + n)] for n in range(4)]
+    server.generate_one(prefix, 1)
+    before = server.counters()
+    with fleet.probe.recording():
+        server.generate(prompts, TOKENS)
+    assert server.counters()["tokens_shared"] > before["tokens_shared"]
+    check_steps(case, fleet.probe.steps(LAYERS))
 
     prompts = prompts_within(case.rule.budget)
     error, _ = errors(Float64Qwen3(fleet.model("gqa"), torch.float32), prompts, server.generate(prompts, NEW_TOKENS))
