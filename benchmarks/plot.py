@@ -62,7 +62,7 @@ def ratios(rows: list[Row]) -> dict[str, dict[str, float]]:
     return dict(found)
 
 
-def throughputs(rows: list[Row], column: str = "output_tokens_per_s") -> dict[str, dict[str, float]]:
+def throughputs(rows: list[Row], column: str = "tokens_per_s") -> dict[str, dict[str, float]]:
     """Output tokens/s by server and workload. Raises SystemExit if no row has that column."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
@@ -167,7 +167,7 @@ def speedup_figure(rows: list[Row]) -> Any:
     return figure
 
 
-def throughput_figure(rows: list[Row], column: str = "output_tokens_per_s") -> Any:
+def throughput_figure(rows: list[Row], column: str = "tokens_per_s") -> Any:
     """Bars of output tokens/s by workload."""
     figure, (ax,) = new_figure(1, machines(rows))
     draw_bars(ax, throughputs(rows, column), "{:,.0f}", first_colour=0)
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
             figure.add_argument("--batch", type=int, help="of the left panel")
             figure.add_argument("--context", type=int, help="of the right panel")
         if name == "throughput":
-            figure.add_argument("--column", default="output_tokens_per_s", help="the CSV's column of tokens/s")
+            figure.add_argument("--column", default="tokens_per_s", help="the CSV's column of tokens/s")
     args = parser.parse_args(argv)
     rows = read_rows(args.csv)
     if args.figure == "decode":

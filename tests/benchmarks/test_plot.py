@@ -25,7 +25,7 @@ def steps_csv(path: Path) -> Path:
 
 
 def throughput_csv(path: Path) -> Path:
-    rows = ["server,input_len,output_len,output_tokens_per_s", "fa3,2048,512,4000", "lim,2048,512,5200.5"]
+    rows = ["server,input_len,output_len,tokens_per_s", "fa3,2048,512,4000", "lim,2048,512,5200.5"]
     path.write_text("\n".join(rows))
     return path
 
