@@ -100,6 +100,9 @@ def server_problems(config: LimConfig, server_args: Any, device: str) -> list[st
             )
         if getattr(server_args, "enable_hierarchical_cache", False):
             found.append(f"{interval} does not see what --enable-hierarchical-cache loads; leave one of them out")
+        for flag in ("enable_lmcache", "enable_flexkv", "radix_cache_backend"):
+            if getattr(server_args, flag, None):
+                found.append(f"{interval} does not see what --{flag.replace('_', '-')} loads; leave one of them out")
         if getattr(server_args, "disaggregation_mode", "null") != "null":
             found.append(
                 f"{interval} does not see what --disaggregation-mode {server_args.disaggregation_mode} transfers; "
@@ -133,7 +136,7 @@ def server_problems(config: LimConfig, server_args: Any, device: str) -> list[st
                 f"--lim-budget {config.budget} is more than union ranks on a GPU; use at most {MAX_UNION}, or "
                 "--lim-aggregate max"
             )
-        if os.environ.get("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "0").lower() in ("1", "true"):
+        if os.environ.get("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "0").lower() in ("1", "true", "yes", "y"):
             found.append(
                 "SGLANG_ENABLE_METADATA_GLUE_GRAPH records a step's preparation, which must run anew; unset it"
             )

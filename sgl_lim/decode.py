@@ -160,7 +160,8 @@ def attend_and_score(
     budget = method.budget
     if step.reuse is not None and step.extended is not None:
         # One call for both kinds of rows: those that do not select attend to the set before their slots.
-        groups = step.reuse.groups if grouped else no_groups(step.reuse.groups.own_starts[rows])
+        alone = torch.where(step.reuse.full[rows], budget, 0).int()
+        groups = step.reuse.groups if grouped else no_groups(alone)
         operands = q, k_cache, v_cache, step.extended[rows], step.reuse.ends[rows], groups
         out, lse, logits = grouped_decode(*operands, scored=True, score_beyond=2 * budget, **sizes)
         assert logits is not None

@@ -4,8 +4,8 @@ With `--lim-selection-interval n` a row selects every n-th step; in between its 
 while the recency window moves along. A row that has none (a fork, a new turn, a request that was retracted) begins with
 the tokens that were selected last on the slots it shares, if there are enough of them, and selects otherwise.
 
-Nothing here can belong to anybody else. A row's set is used only by the tenant that stored it, in the step after the
-one in which it was used last. It holds positions, because SGLang may give a row other slots for the same tokens: a
+Nothing here can belong to anybody else. A row's set is used only by the tenant that stored it, whose positions before
+the window keep their tokens. It holds positions, because SGLang may give a row other slots for the same tokens: a
 prefill's duplicates are freed, which can be after the first decode step. A slot's memory is cleared when the slot is
 written, and no slot is read that its present owner has not written. All decisions are made on the device, from tensors
 of fixed shapes.
@@ -95,8 +95,10 @@ class SetStore:
         slots = extended[:, budget:]
         long = seq_lens > budget
         tenant = tenants[rows]
-        mine = (self._tenants[rows] == tenant) & (self._lengths[rows] == seq_lens - 1) & (rows != 0)
-        ages = self._ages[rows] + 1
+        # Mixed steps, which are dense, add tokens in between; the positions of its set hold the same ones still.
+        grown = seq_lens - self._lengths[rows]
+        mine = (self._tenants[rows] == tenant) & (grown >= 1) & (rows != 0)
+        ages = self._ages[rows] + grown
         kept = long & mine & (ages < self._interval)
         prior, warm = self._recall(rows, slots, seq_lens, long & ~mine, kept)
         full = ~(kept | warm)

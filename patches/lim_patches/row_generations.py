@@ -24,9 +24,11 @@ def register() -> None:
     """Register the hook."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    def around_clear(original: Callable[..., None], pool: Any, *args: object, **kwargs: object) -> None:
-        generations = pool.req_generation.clone()
-        original(pool, *args, **kwargs)
-        pool.req_generation.copy_(generations)
+    HookRegistry.register(TARGETS[0], keep_generations, HookType.AROUND)
 
-    HookRegistry.register(TARGETS[0], around_clear, HookType.AROUND)
+
+def keep_generations(clear: Callable[..., None], pool: Any, *args: object, **kwargs: object) -> None:
+    """Run `clear` on a request pool, and give its rows the generations that they had."""
+    generations = pool.req_generation.clone()
+    clear(pool, *args, **kwargs)
+    pool.req_generation.copy_(generations)

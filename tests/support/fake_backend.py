@@ -85,7 +85,7 @@ def build(table, dense=Dense, name="lessismore", granule=4, interval=1, num_slot
     return backend
 
 
-def attention(backend, step, batch, num_slots=400):
+def attention(backend, step, batch, num_slots=400, **options):
     """Outputs of a selection and of a sparse layer of `step`; keys and values are the same in every call."""
     generator = torch.Generator().manual_seed(1)
     k, v = (torch.randn(num_slots, 2, 8, generator=generator) for _ in range(2))
@@ -93,4 +93,7 @@ def attention(backend, step, batch, num_slots=400):
     roles = (Role.SELECT, Role.SPARSE) if backend.lim.method.name == "lessismore" else (Role.SPARSE,)
     scales = Scales(scale=0.3, logit_cap=0.0)
     lim = backend.lim
-    return [attend(lim.method, step, role, q, k, v, scales=scales, heads=lim.heads, store=lim.store) for role in roles]
+    return [
+        attend(lim.method, step, role, q, k, v, scales=scales, heads=lim.heads, store=lim.store, **options)
+        for role in roles
+    ]

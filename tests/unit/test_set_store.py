@@ -13,6 +13,7 @@ pytest.importorskip("sglang.srt.mem_cache.radix_cache")
 
 from lim_kernels import sparse_decode
 from lim_kernels.count_step import KEEP, RECALL, SELECT
+from lim_patches.row_generations import keep_generations
 from support.fake_backend import BUDGET, EXTEND, attention, batch_of, build
 from support.radix_world import RadixWorld, random_schedule, sglang_config
 
@@ -24,7 +25,12 @@ PROMPT = [0, 1, 2, 1] * 8
 
 @pytest.fixture(scope="module", autouse=True)
 def _config():
-    with sglang_config():
+    """SGLang's configuration, and our hook on its request pool."""
+    from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+
+    clear = ReqToTokenPool.clear
+    with sglang_config(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReqToTokenPool, "clear", lambda pool: keep_generations(clear, pool))
         yield
 
 
@@ -52,8 +58,8 @@ class Driven:
         if length <= BUDGET:
             return SELECT
         kept = self.sets.get(self.tenancy(request))
-        if kept is not None and kept[2] == length - 1:
-            return KEEP if kept[1] + 1 < self.interval else SELECT
+        if kept is not None:
+            return KEEP if kept[1] + length - kept[2] < self.interval else SELECT
         known = [self.when(slot) for slot in slots[SINKS : length - RECENT]]
         return RECALL if sum(at is not None for at in known) >= MIDDLE else SELECT
 
@@ -105,7 +111,7 @@ class Driven:
                 assert chosen == expected[n]
             middle = chosen[SINKS : BUDGET - RECENT]
             tenancy = self.tenancy(request)
-            age = self.sets[tenancy][1] + 1 if act == KEEP else 0
+            age = self.sets[tenancy][1] + len(slots) - self.sets[tenancy][2] if act == KEEP else 0
             self.sets[tenancy] = [[slots.index(slot) for slot in middle], age, len(slots)]
             if act == SELECT:
                 for slot in middle:
@@ -187,6 +193,34 @@ def test_a_later_turn_and_a_resumed_request_begin_with_what_is_left_of_theirs():
     driven.prefilled()
     world.commit(resumed)
     assert step(driven, [resumed]) == [RECALL]
+
+
+def test_tokens_of_mixed_steps_count_towards_the_next_selection():
+    """A mixed step is dense, and this backend is not asked to decode its rows."""
+    world, driven, (first,) = begin(4, [PROMPT])
+    acts = []
+    for _ in range(6):
+        acts += step(driven, [first])
+        world.decode([first])
+        driven.prefilled()
+    assert acts == [SELECT, KEEP, SELECT, KEEP, SELECT, KEEP]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_rows_that_are_scored_some_at_a_time_attend_to_their_whole_prefix(at_once):
+    world, driven, requests = begin(2, [[*PROMPT, last] for last in (0, 1, 2)])
+    world.decode(requests)
+    rows, lens = [request.row for request in requests], [request.length for request in requests]
+    written = [int(world.table[row, length - 1]) for row, length in zip(rows, lens, strict=True)]
+    driven.backend.init_forward_metadata(batch_of(rows, lens, written=written))
+    assert driven.backend.lim.step.groups.own_starts.tolist() == [32, 32, 32]
+    outputs = attention(driven.backend, driven.backend.lim.step, 3, len(world.filled), rows_at_once=at_once)
+    alone = build(world.table, granule=None)
+    alone.init_forward_metadata(batch_of(rows, lens))
+    expected = attention(alone, alone.lim.step, 3, len(world.filled))
+    for ours, theirs in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert torch.equal(driven.backend.lim.step.set_slots, alone.lim.step.set_slots)
 
 
 def test_nothing_is_remembered_of_slots_that_were_freed_and_filled_again():

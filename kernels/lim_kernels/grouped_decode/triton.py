@@ -306,8 +306,8 @@ def grouped_decode(
         launch=launch or launch_for(q, kv_heads, dim_v),
         starts=groups.own_starts,
     )
-    tile = tile or tile_for(q, dim_v)
     group = heads // kv_heads
+    tile = tile or tile_for(q, dim_v, group)
     block_group = triton.next_power_of_2(group)
     tile_rows = max(1, tile.queries // block_group)
     wave = max(1, multiprocessors(q.device) // kv_heads)
@@ -389,8 +389,12 @@ def grouped_decode(
     return out, lse, logits
 
 
-def tile_for(q: Tensor, dim_v: int) -> Tile:
-    """How the kernel of the shared parts runs, by the bytes of a head. A table: nothing is tuned at run time."""
+def tile_for(q: Tensor, dim_v: int, group: int) -> Tile:
+    """How the kernel of the shared parts runs, by the bytes of a head. A table: nothing is tuned at run time.
+
+    At most 16 rows to a tile: results have room for whole tiles.
+    """
     row_bytes = triton.next_power_of_2(max(q.shape[2], dim_v) * q.element_size())
     block = max(16, min(128, 64 * 256 // row_bytes))
-    return Tile(queries=64 if row_bytes <= 512 else 32, block=block, warps=4, stages=3, waves=4, chunk=1024)
+    queries = min(64 if row_bytes <= 512 else 32, 16 * triton.next_power_of_2(group))
+    return Tile(queries=queries, block=block, warps=4, stages=3, waves=4, chunk=1024)
