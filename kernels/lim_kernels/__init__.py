@@ -6,12 +6,14 @@ tensors' device. A named implementation is used or refused, never replaced.
 
 from lim_kernels.count_step import count_step
 from lim_kernels.decode_with_scores import decode_with_scores
+from lim_kernels.group_selection import choose_for_groups
 from lim_kernels.grouped_decode import grouped_decode
 from lim_kernels.prefix_groups import find_prefix_groups
 from lim_kernels.select_tokens import choose_tokens, score_tokens, select_tokens
 from lim_kernels.sparse_decode import sparse_decode
 
 __all__ = [
+    "choose_for_groups",
     "choose_tokens",
     "count_step",
     "decode_with_scores",

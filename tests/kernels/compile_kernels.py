@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 import lim_kernels
 from lim_kernels import (
+    choose_for_groups,
     choose_tokens,
     count_step,
     decode_with_scores,
@@ -122,6 +123,11 @@ def launch_all(*, fp8: bool) -> None:
         lse = empty(4, 32, dtype=fp32)
         scores = score_tokens(logits, seq_lens, **sizes, aggregate=aggregate, lse=lse, **triton)
     choose_tokens(scores, seq_lens, **sizes, slots=empty(4, 32768), **triton)
+    for batch, to_slots, combine in ((4, False, "max"), (300, True, "logsumexp")):
+        slots, lens = empty(batch, 32768), empty(batch)
+        how = {"combine": combine, "slots": slots if to_slots else None}
+        groups = find_prefix_groups(slots, lens, granule=128, **triton)
+        choose_for_groups(empty(batch, 32768, dtype=fp32), lens, groups, **sizes, **how, **triton)
 
     rows = empty(4, dtype=torch.int64)
     ledger = Ledger(empty(6, dtype=torch.int64), empty(9, dtype=torch.int64), empty(9, dtype=torch.uint8))

@@ -1,0 +1,95 @@
+"""Public entry of selection for prefix groups: what is chosen, validation, dispatch."""
+
+import torch
+from torch import Tensor
+
+from lim_kernels.dispatch import default_for, require, require_rows, resolve
+from lim_kernels.group_selection import reference
+from lim_kernels.prefix_groups import PrefixGroups
+
+COMBINATIONS = ("max", "logsumexp")
+_IMPLEMENTATIONS = ("reference", "triton")
+
+
+def choose_for_groups(
+    scores: Tensor,
+    seq_lens: Tensor,
+    groups: PrefixGroups,
+    *,
+    budget: int,
+    recent: int,
+    sinks: int,
+    combine: str,
+    slots: Tensor | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`choose_tokens`, but the rows of a prefix group choose the same tokens of what they share.
+
+    Sets are ascending, so the sets of a group's rows have equal leading entries, and in slots `find_prefix_groups`
+    finds them: sparse layers then read the group's tokens once for all its rows.
+
+    A row's positions are the segments of the groups that it is in, outermost first, and then its own. A position is
+    forced if it is one of the `sinks` first, or among the `recent` last of any row of its segment. The budget goes down
+    the path: where A tokens are left at a group of positions start … end - 1, each of its rows needs some of them for
+    the `rest = seq_len - end` positions that it has beyond, and the group gets what the neediest row leaves:
+
+        need  = min(rest, A - sinks in the group, max(owed, min(fair, A - forced in the group)))
+        owed  = how many of the row's positions beyond the group are forced
+        fair  = floor(A * rest / (seq_len - start)), in proportion to the positions from here on
+        quota = min(end - start, A - largest need)
+
+    The group chooses its sinks, its other forced positions (the last ones, if not all fit), and with what is left of
+    the quota those others that have the best combined scores of its rows. At its own segment a row takes min(A, length)
+    tokens: the forced ones, and the others of its best scores. Equal scores go to the lower position.
+
+    So a row has at most `budget` tokens, and fewer only where another row of its group needs more than it has beyond.
+    Its sinks and the part of its window that is its own are always kept. All of its window is, unless the forced
+    positions of some row's path exceed the budget: they are `sinks + recent * (groups on the path + 1)` at most, and
+    about `sinks + recent` where the rows of a group are about equally long.
+
+    Args:
+        scores: float32 [B, L], larger is better; read for the candidates of rows longer than the budget.
+        seq_lens: int32 or int64 [B].
+        groups: of rows that are longer than the budget. `find_prefix_groups` gives them if it is told that the other
+            rows have length 1. A row within the budget that is in no group keeps everything.
+        budget, recent, sinks: as in `score_tokens`.
+        combine: how the scores of a group's rows become one: "max" (fitting for "max" and "union" scores), or
+            "logsumexp" (for "sum").
+        slots: int32 [B, L], KV slot of each position, to have the set in slots rather than in positions.
+
+    Returns:
+        positions int32 [B, budget], ascending, -1 after `counts[b]`, or their slots in that order, 0 after
+        `counts[b]`; counts int32 [B]. Both are those of `choose_tokens` for rows that are in no group.
+
+    Raises:
+        ValueError: wrong shape, dtype or device, an unknown combination or implementation, or a budget that does not
+            cover sinks and window.
+    """
+    op = "choose_for_groups"
+    require(scores.dim() == 2 and scores.dtype == torch.float32, op, "scores float32 [B, L]", _describe(scores))
+    batch = scores.shape[0]
+    require(scores.shape[1] < 1 << 22, op, "fewer than 4,194,304 positions", scores.shape[1])
+    require(seq_lens.shape == scores.shape[:1], op, f"seq_lens [{batch}]", list(seq_lens.shape))
+    require(groups.counts.shape == seq_lens.shape, op, f"groups of {batch} rows", list(groups.counts.shape))
+    devices = {str(tensor.device) for tensor in (scores, seq_lens, groups.counts)}
+    require(len(devices) == 1, op, "all operands on one device", sorted(devices))
+    require(
+        budget >= 1 and recent >= 0 and sinks >= 0 and recent + sinks <= budget,
+        op,
+        "budget >= recent + sinks, none negative",
+        f"budget={budget}, recent={recent}, sinks={sinks}",
+    )
+    require(combine in COMBINATIONS, op, f"combine in {COMBINATIONS}", repr(combine))
+    require_rows(op, scores, seq_lens, slots)
+    if slots is not None:
+        fits = slots.dtype == torch.int32 and slots.shape == scores.shape
+        require(fits, op, f"slots int32 {list(scores.shape)}", _describe(slots))
+    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(scores)) == "reference":
+        choose = reference.choose_for_groups
+    else:
+        from lim_kernels.group_selection.triton import choose_for_groups as choose
+    return choose(scores, seq_lens, groups, budget=budget, recent=recent, sinks=sinks, combine=combine, slots=slots)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
