@@ -30,7 +30,7 @@ def grouped_operands(case, precision, device, seed=0):
     return q, k, v, slots.to(device), seq_lens.to(device)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16-fp8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16-fp8"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_row_attends_as_if_alone(implementation, device, case, precision):
     q, k, v, slots, seq_lens = grouped_operands(case, precision, device)
