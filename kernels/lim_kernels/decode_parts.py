@@ -39,15 +39,30 @@ def chunk_size(total, fewest_items, most_items, preferred, BLOCK: tl.constexpr):
 @triton.jit
 def find_chunk(lens, chunks, item, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     """Row, first slot and end of work item `item`; the row is at least the batch for items beyond the last."""
-    rows = tl.arange(0, BLOCK_ROWS)
-    ends = tl.cumsum(chunks, axis=0)
-    row = tl.sum((ends <= item).to(tl.int32), axis=0)
-    here = rows == row
-    length = tl.sum(tl.where(here, lens, 0), axis=0)
-    count = tl.maximum(tl.sum(tl.where(here, chunks, 0), axis=0), 1)
-    index = item - tl.sum(tl.where(here, ends - chunks, 0), axis=0)
-    size = tl.cdiv(tl.cdiv(length, count), BLOCK) * BLOCK
+    row, index = locate(chunks, item, BLOCK_ROWS)
+    length = pick(lens, row, BLOCK_ROWS)
+    size = even_size(length, tl.maximum(pick(chunks, row, BLOCK_ROWS), 1), BLOCK)
     return row, index * size, tl.minimum((index + 1) * size, length)
+
+
+@triton.jit
+def locate(counts, item, BLOCK_ROWS: tl.constexpr):
+    """Whose work item `item` is where each has `counts` of them, and which of theirs; BLOCK_ROWS beyond the last."""
+    ends = tl.cumsum(counts, axis=0)
+    owner = tl.sum((ends <= item).to(tl.int32), axis=0)
+    return owner, item - pick(ends - counts, owner, BLOCK_ROWS)
+
+
+@triton.jit
+def pick(values, place, BLOCK_ROWS: tl.constexpr):
+    """One entry of [BLOCK_ROWS] values."""
+    return tl.sum(tl.where(tl.arange(0, BLOCK_ROWS) == place, values, 0), axis=0)
+
+
+@triton.jit
+def even_size(length, count, BLOCK: tl.constexpr):
+    """Slots of each of `count` chunks, a multiple of BLOCK."""
+    return tl.cdiv(tl.cdiv(length, count), BLOCK) * BLOCK
 
 
 @triton.jit
@@ -136,3 +151,62 @@ def merge_parts(
     rescale = tl.exp(peak - new_peak)
     acc = acc * rescale + tl.sum(parts * weights[:, None], axis=0)
     return acc, new_peak, norm * rescale + tl.sum(weights, axis=0)
+
+
+@triton.jit
+def store_part(
+    partial_ptr,
+    partial_lse_ptr,
+    out_rows,
+    there,
+    acc,
+    peak,
+    norm,
+    v_scale,
+    DIM_V: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr,
+):
+    """Store what `attend_chunk` returned, at rows [BLOCK_QUERIES] of the partial results, where `there`."""
+    dims_v = tl.arange(0, BLOCK_DIM_V)
+    tl.store(
+        partial_ptr + out_rows[:, None] * DIM_V + dims_v[None, :],
+        acc * (v_scale / norm)[:, None],
+        mask=there[:, None] & (dims_v < DIM_V)[None, :],
+    )
+    tl.store(partial_lse_ptr + out_rows, (peak + tl.log2(norm)) * 0.6931471805599453, mask=there)
+
+
+@triton.jit
+def merge_row(
+    partial_ptr,
+    partial_lse_ptr,
+    chunks,
+    row,
+    head,
+    HEADS: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_ITEMS: tl.constexpr,
+):
+    """One query head's result over all chunks of its row, as `merge_parts` takes and returns it."""
+    first = tl.sum(tl.where(tl.arange(0, BLOCK_ROWS) < row, chunks, 0), axis=0)
+    count = pick(chunks, row, BLOCK_ROWS)
+    acc = tl.zeros([BLOCK_DIM_V], dtype=tl.float32)
+    peak = tl.full([], -float("inf"), dtype=tl.float32)
+    norm = tl.full([], 0.0, dtype=tl.float32)
+    for start in range(0, count, BLOCK_ITEMS):
+        items = start + tl.arange(0, BLOCK_ITEMS)
+        places = (first + items).to(tl.int64) * HEADS + head
+        acc, peak, norm = merge_parts(
+            acc, peak, norm, partial_ptr, partial_lse_ptr, places, items < count, DIM_V, BLOCK_DIM_V
+        )
+    return acc, peak, norm
+
+
+@triton.jit
+def store_merged(out_ptr, lse_ptr, out_row, acc, peak, norm, DIM_V: tl.constexpr, BLOCK_DIM_V: tl.constexpr):
+    """Store a query head's result, merged of all its parts."""
+    dims_v = tl.arange(0, BLOCK_DIM_V)
+    tl.store(out_ptr + out_row * DIM_V + dims_v, (acc / norm).to(out_ptr.dtype.element_ty), mask=dims_v < DIM_V)
+    tl.store(lse_ptr + out_row, peak + tl.log(norm))

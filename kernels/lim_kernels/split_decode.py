@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lim_kernels.decode_parts import attend_chunk, find_chunk, merge_parts, plan
+from lim_kernels.decode_parts import attend_chunk, find_chunk, merge_row, plan, store_merged, store_part
 from lim_kernels.triton_support import interpreting, multiprocessors, plan_block
 
 
@@ -107,7 +107,6 @@ def split_kernel(
         end += first
     group = tl.arange(0, BLOCK_GROUP)
     dims = tl.arange(0, BLOCK_DIM)
-    dims_v = tl.arange(0, BLOCK_DIM_V)
     heads = kv_head * GROUP + group
     in_group = group < GROUP
 
@@ -145,12 +144,7 @@ def split_kernel(
         WRITE_LOGITS,
     )
     out_rows = item.to(tl.int64) * HEADS + heads
-    tl.store(
-        partial_ptr + out_rows[:, None] * DIM_V + dims_v[None, :],
-        acc * (v_scale / norm)[:, None],
-        mask=in_group[:, None] & (dims_v < DIM_V)[None, :],
-    )
-    tl.store(partial_lse_ptr + out_rows, (peak + tl.log2(norm)) * 0.6931471805599453, mask=in_group)
+    store_part(partial_ptr, partial_lse_ptr, out_rows, in_group, acc, peak, norm, v_scale, DIM_V, BLOCK_DIM_V)
 
 
 @triton.jit(do_not_specialize=["batch", "fewest_items", "most_items", "preferred"])
@@ -191,22 +185,10 @@ def merge_kernel(
         BLOCK_ROWS,
         HAS_STARTS,
     )
-    rows = tl.arange(0, BLOCK_ROWS)
-    first = tl.sum(tl.where(rows < row, chunks, 0), axis=0)
-    count = tl.sum(tl.where(rows == row, chunks, 0), axis=0)
-    dims_v = tl.arange(0, BLOCK_DIM_V)
-    acc = tl.zeros([BLOCK_DIM_V], dtype=tl.float32)
-    peak = tl.full([], -float("inf"), dtype=tl.float32)
-    norm = tl.full([], 0.0, dtype=tl.float32)
-    for start in range(0, count, BLOCK_ITEMS):
-        items = start + tl.arange(0, BLOCK_ITEMS)
-        places = (first + items).to(tl.int64) * HEADS + head
-        acc, peak, norm = merge_parts(
-            acc, peak, norm, partial_ptr, partial_lse_ptr, places, items < count, DIM_V, BLOCK_DIM_V
-        )
-    out_row = row.to(tl.int64) * HEADS + head
-    tl.store(out_ptr + out_row * DIM_V + dims_v, (acc / norm).to(out_ptr.dtype.element_ty), mask=dims_v < DIM_V)
-    tl.store(lse_ptr + out_row, peak + tl.log(norm))
+    acc, peak, norm = merge_row(
+        partial_ptr, partial_lse_ptr, chunks, row, head, HEADS, DIM_V, BLOCK_DIM_V, BLOCK_ROWS, BLOCK_ITEMS
+    )
+    store_merged(out_ptr, lse_ptr, row.to(tl.int64) * HEADS + head, acc, peak, norm, DIM_V, BLOCK_DIM_V)
 
 
 @dataclass(frozen=True)
@@ -234,12 +216,13 @@ def split(
     v_scale: float,
     logits: Tensor | None,
     score_beyond: int,
-    launch: Launch,
+    launch: Launch | None,
     starts: Tensor | None = None,
 ) -> Parts:
     """Attention of each row's chunks. Arguments as in `split_decode`; with `starts` int32 [B] from there on."""
-    batch, heads, dim = q.shape
+    batch, heads, _ = q.shape
     kv_heads, dim_v = k_cache.shape[1], v_cache.shape[2]
+    launch = launch or launch_for(q, kv_heads, dim_v)
     wave = max(1, multiprocessors(q.device) * launch.programs_per_sm // kv_heads)
     most_items = wave * launch.waves
     items = min(most_items + batch, batch * triton.cdiv(slots.shape[-1], launch.block))
@@ -264,38 +247,47 @@ def split(
         "HAS_STARTS": starts is not None,
     }
     split_kernel[(kv_heads, items)](
-        q_ptr=q,
-        k_ptr=k_cache,
-        v_ptr=v_cache,
-        slots_ptr=slots,
         partial_ptr=out,
         partial_lse_ptr=lse,
-        logits_ptr=logits,
-        scale=scale * k_scale,
-        logit_cap=logit_cap,
         v_scale=v_scale,
         score_beyond=score_beyond,
-        stride_q_row=q.stride(0),
-        stride_q_head=q.stride(1),
-        stride_k_slot=k_cache.stride(0),
-        stride_k_head=k_cache.stride(1),
-        stride_v_slot=v_cache.stride(0),
-        stride_v_head=v_cache.stride(1),
-        stride_slots_row=slots.stride(0),
         stride_slots_head=slots.stride(1) if slots.dim() == 3 else 0,
-        stride_logits_row=0 if logits is None else logits.stride(0),
-        stride_logits_head=0 if logits is None else logits.stride(1),
-        DIM=dim,
         BLOCK_GROUP=max(16, triton.next_power_of_2(group)),
-        BLOCK_DIM=max(16, triton.next_power_of_2(dim)),
-        HAS_CAP=logit_cap > 0,
-        WRITE_LOGITS=logits is not None,
-        UPCAST=q.dtype == torch.float32 or interpreting(),
         num_warps=launch.warps,
         num_stages=launch.stages,
+        **attended(q, k_cache, v_cache, slots, logits, scale=scale * k_scale, logit_cap=logit_cap),
         **cut,
     )
     return Parts(out, lse, cut)
+
+
+def attended(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, logits: Tensor | None, *, scale: float, logit_cap: float
+) -> dict[str, Any]:
+    """Arguments of every kernel that attends to a chunk: operands, strides, and what follows from them."""
+    return {
+        "q_ptr": q,
+        "k_ptr": k_cache,
+        "v_ptr": v_cache,
+        "slots_ptr": slots,
+        "logits_ptr": logits,
+        "scale": scale,
+        "logit_cap": logit_cap,
+        "stride_q_row": q.stride(0),
+        "stride_q_head": q.stride(1),
+        "stride_k_slot": k_cache.stride(0),
+        "stride_k_head": k_cache.stride(1),
+        "stride_v_slot": v_cache.stride(0),
+        "stride_v_head": v_cache.stride(1),
+        "stride_slots_row": slots.stride(0),
+        "stride_logits_row": 0 if logits is None else logits.stride(0),
+        "stride_logits_head": 0 if logits is None else logits.stride(1),
+        "DIM": q.shape[2],
+        "BLOCK_DIM": max(16, triton.next_power_of_2(q.shape[2])),
+        "HAS_CAP": logit_cap > 0,
+        "WRITE_LOGITS": logits is not None,
+        "UPCAST": q.dtype == torch.float32 or interpreting(),
+    }
 
 
 def split_decode(
@@ -336,7 +328,7 @@ def split_decode(
         v_scale=v_scale,
         logits=logits,
         score_beyond=score_beyond,
-        launch=launch or launch_for(q, k_cache.shape[1], v_cache.shape[2]),
+        launch=launch,
     )
     out, lse = empty_results(q, v_cache.shape[2])
     merge_kernel[(q.shape[1], q.shape[0])](

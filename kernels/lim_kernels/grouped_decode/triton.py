@@ -13,10 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lim_kernels.decode_parts import attend_chunk, chunk_size, merge_parts, plan
+from lim_kernels.decode_parts import (
+    attend_chunk,
+    chunk_size,
+    even_size,
+    locate,
+    merge_parts,
+    merge_row,
+    pick,
+    plan,
+    store_merged,
+    store_part,
+)
 from lim_kernels.prefix_groups import MAX_LEVELS, PrefixGroups
-from lim_kernels.split_decode import Launch, empty_results, launch_for, split
-from lim_kernels.triton_support import interpreting, multiprocessors, padded_empty, plan_block
+from lim_kernels.split_decode import Launch, attended, empty_results, split
+from lim_kernels.triton_support import multiprocessors, padded_empty, plan_block
 
 
 @dataclass(frozen=True)
@@ -57,12 +68,6 @@ def plan_groups(
     tiles = tl.cdiv(counts, TILE_ROWS)
     size = chunk_size(tl.sum(lens * tiles, axis=0), fewest_items, most_items, preferred, BLOCK)
     return lens, tiles, tl.cdiv(lens, size)
-
-
-@triton.jit
-def pick(values, group, BLOCK_ROWS: tl.constexpr):
-    """One group's entry of [BLOCK_ROWS] values."""
-    return tl.sum(tl.where(tl.arange(0, BLOCK_ROWS) == group, values, 0), axis=0)
 
 
 @triton.jit(do_not_specialize=["batch", "score_beyond", "fewest_items", "most_items", "preferred"])
@@ -116,22 +121,17 @@ def group_kernel(
     lens, tiles, chunks = plan_groups(
         counts_ptr, starts_ptr, ends_ptr, batch, fewest_items, most_items, preferred, TILE_ROWS, BLOCK, BLOCK_ROWS
     )
-    ends = tl.cumsum(tiles * chunks, axis=0)
-    group = tl.sum((ends <= item).to(tl.int32), axis=0)
+    group, index = locate(tiles * chunks, item, BLOCK_ROWS)
     if group >= batch:
         return
     # Tiles of one chunk follow one another, so that all but the first find it in L2.
     num_tiles = pick(tiles, group, BLOCK_ROWS)
-    num_chunks = pick(chunks, group, BLOCK_ROWS)
-    index = item - pick(ends - tiles * chunks, group, BLOCK_ROWS)
-    chunk = index // num_tiles
-    size = tl.cdiv(tl.cdiv(pick(lens, group, BLOCK_ROWS), num_chunks), BLOCK) * BLOCK
-    begin = tl.load(starts_ptr + group) + chunk * size
+    size = even_size(pick(lens, group, BLOCK_ROWS), pick(chunks, group, BLOCK_ROWS), BLOCK)
+    begin = tl.load(starts_ptr + group) + (index // num_tiles) * size
     end = tl.minimum(begin + size, tl.load(ends_ptr + group))
 
     queries = tl.arange(0, TILE_ROWS * BLOCK_GROUP)
     dims = tl.arange(0, BLOCK_DIM)
-    dims_v = tl.arange(0, BLOCK_DIM_V)
     places = (index % num_tiles) * TILE_ROWS + queries // BLOCK_GROUP
     in_group = queries % BLOCK_GROUP
     there = (in_group < GROUP) & (places < tl.load(counts_ptr + group))
@@ -172,12 +172,7 @@ def group_kernel(
         WRITE_LOGITS,
     )
     out_rows = (item.to(tl.int64) * TILE_ROWS + queries // BLOCK_GROUP) * HEADS + heads
-    tl.store(
-        partial_ptr + out_rows[:, None] * DIM_V + dims_v[None, :],
-        acc * (v_scale / norm)[:, None],
-        mask=there[:, None] & (dims_v < DIM_V)[None, :],
-    )
-    tl.store(partial_lse_ptr + out_rows, (peak + tl.log2(norm)) * 0.6931471805599453, mask=there)
+    store_part(partial_ptr, partial_lse_ptr, out_rows, there, acc, peak, norm, v_scale, DIM_V, BLOCK_DIM_V)
 
 
 @triton.jit(do_not_specialize=["batch", "fewest_items", "most_items", "preferred", "fewest", "most", "chunk"])
@@ -223,18 +218,9 @@ def merge_path_kernel(
         lens_ptr, starts_ptr, batch, stride_lens_row, fewest_items, most_items, preferred, BLOCK, BLOCK_ROWS, HAS_STARTS
     )
     rows = tl.arange(0, BLOCK_ROWS)
-    first = tl.sum(tl.where(rows < row, chunks, 0), axis=0)
-    count = pick(chunks, row, BLOCK_ROWS)
-    dims_v = tl.arange(0, BLOCK_DIM_V)
-    acc = tl.zeros([BLOCK_DIM_V], dtype=tl.float32)
-    peak = tl.full([], -float("inf"), dtype=tl.float32)
-    norm = tl.full([], 0.0, dtype=tl.float32)
-    for start in range(0, count, BLOCK_ITEMS):
-        items = start + tl.arange(0, BLOCK_ITEMS)
-        places = (first + items).to(tl.int64) * HEADS + head
-        acc, peak, norm = merge_parts(
-            acc, peak, norm, partial_ptr, partial_lse_ptr, places, items < count, DIM_V, BLOCK_DIM_V
-        )
+    acc, peak, norm = merge_row(
+        partial_ptr, partial_lse_ptr, chunks, row, head, HEADS, DIM_V, BLOCK_DIM_V, BLOCK_ROWS, BLOCK_ITEMS
+    )
     group = tl.load(paths_ptr + row)
     if group >= 0:
         _, tiles, chunks = plan_groups(
@@ -264,9 +250,7 @@ def merge_path_kernel(
                     acc, peak, norm, shared_ptr, shared_lse_ptr, places, items < count, DIM_V, BLOCK_DIM_V
                 )
             group = tl.load(parents_ptr + group)
-    out_row = row.to(tl.int64) * HEADS + head
-    tl.store(out_ptr + out_row * DIM_V + dims_v, (acc / norm).to(out_ptr.dtype.element_ty), mask=dims_v < DIM_V)
-    tl.store(lse_ptr + out_row, peak + tl.log(norm))
+    store_merged(out_ptr, lse_ptr, row.to(tl.int64) * HEADS + head, acc, peak, norm, DIM_V, BLOCK_DIM_V)
 
 
 def grouped_decode(
@@ -287,7 +271,7 @@ def grouped_decode(
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `api.grouped_decode`; `launch` and `tile` override the launch tables."""
-    batch, heads, dim = q.shape
+    batch, heads, _ = q.shape
     kv_heads, dim_v = k_cache.shape[1], v_cache.shape[2]
     q = q if q.stride(2) == 1 else q.contiguous()
     logits = padded_empty(batch, heads, slots.shape[1], device=q.device) if scored else None
@@ -303,7 +287,7 @@ def grouped_decode(
         v_scale=v_scale,
         logits=logits,
         score_beyond=score_beyond,
-        launch=launch or launch_for(q, kv_heads, dim_v),
+        launch=launch,
         starts=groups.own_starts,
     )
     group = heads // kv_heads
@@ -316,12 +300,7 @@ def grouped_decode(
     items = most + batch + MAX_LEVELS * batch // tile_rows
     shared = torch.empty(items * tile_rows, heads, dim_v, dtype=torch.float32, device=q.device)
     shared_lse = torch.empty(items * tile_rows, heads, dtype=torch.float32, device=q.device)
-    block_rows = plan_block(batch)
     group_kernel[(kv_heads, items)](
-        q_ptr=q,
-        k_ptr=k_cache,
-        v_ptr=v_cache,
-        slots_ptr=slots,
         lens_ptr=seq_lens,
         counts_ptr=groups.counts,
         starts_ptr=groups.starts,
@@ -329,39 +308,23 @@ def grouped_decode(
         members_ptr=groups.members,
         partial_ptr=shared,
         partial_lse_ptr=shared_lse,
-        logits_ptr=logits,
         batch=batch,
-        scale=scale * k_scale,
-        logit_cap=logit_cap,
         v_scale=v_scale,
         score_beyond=score_beyond,
         fewest_items=wave,
         most_items=most,
         preferred=tile.chunk,
-        stride_q_row=q.stride(0),
-        stride_q_head=q.stride(1),
-        stride_k_slot=k_cache.stride(0),
-        stride_k_head=k_cache.stride(1),
-        stride_v_slot=v_cache.stride(0),
-        stride_v_head=v_cache.stride(1),
-        stride_slots_row=slots.stride(0),
-        stride_logits_row=0 if logits is None else logits.stride(0),
-        stride_logits_head=0 if logits is None else logits.stride(1),
         HEADS=heads,
         GROUP=group,
-        DIM=dim,
         DIM_V=dim_v,
         BLOCK=tile.block,
         BLOCK_GROUP=block_group,
         TILE_ROWS=tile_rows,
-        BLOCK_DIM=max(16, triton.next_power_of_2(dim)),
         BLOCK_DIM_V=max(16, triton.next_power_of_2(dim_v)),
-        BLOCK_ROWS=block_rows,
-        HAS_CAP=logit_cap > 0,
-        WRITE_LOGITS=scored,
-        UPCAST=q.dtype == torch.float32 or interpreting(),
+        BLOCK_ROWS=plan_block(batch),
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **attended(q, k_cache, v_cache, slots, logits, scale=scale * k_scale, logit_cap=logit_cap),
     )
     out, lse = empty_results(q, dim_v)
     merge_path_kernel[(heads, batch)](
