@@ -6,7 +6,6 @@ the greedy sampler leaves its tokens on the device. Other backends may wait; the
 """
 
 import time
-import traceback
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import failures
 import numpy as np
 import torch
 from machine import machine_line
@@ -277,10 +277,5 @@ def work(job: dict[str, Any]) -> None:
 
 
 def reason(error: Exception) -> str:
-    """A line for the column `error`; the traceback goes to the log."""
-    if isinstance(error, NoRoom):
-        return str(error)
-    traceback.print_exception(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+    """A line for the column `error`; a case without room is no failure, and has no traceback."""
+    return str(error) if isinstance(error, NoRoom) else failures.reason(error)

@@ -1,13 +1,13 @@
 """The sections of `kernels.py`: what is checked against the reference, then timed, and the CSV rows of it."""
 
 import argparse
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 import torch
+from failures import reason
 from kernel_operands import (
     CACHES,
     COPIED_BYTES,
@@ -304,11 +304,3 @@ def layer_deviation(calls: list[Any], operands: Operands, selection: Selection, 
 def composed_note(fa3_us: float) -> str:
     """What attention by FA3 and a separate pass over the keys, half of what FA3 reads, would take at least."""
     return f"FA3 then a pass over the keys: at least {1.5 * fa3_us:.1f} us (derived as 1.5 x FA3, not measured)"
-
-
-def reason(error: Exception) -> str:
-    """A line for the column `error`; the traceback goes to the log."""
-    traceback.print_exception(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
