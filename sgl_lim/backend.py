@@ -48,7 +48,6 @@ class SparseDecode:
     """Shared prefixes are found in multiples of so many tokens; None where they are not looked for."""
     store: SetStore | None = None
     """Sets that outlive a step, with a selection interval above 1."""
-    interval: int = 1
     step: DecodeStep | None = None
 
     def rows_at_once(self) -> int:
@@ -131,7 +130,6 @@ def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> Spar
         counters=Counters(method, model.num_hidden_layers, table.shape[0], table.device),
         granule=GRANULE if config.prefix_groups else None,
         store=store,
-        interval=config.selection_interval,
     )
 
 
@@ -252,7 +250,6 @@ def begin(lim: SparseDecode, forward_batch: Any) -> None:
     lim.step = begin_step(lim.method, lim.snapshot.slots, seq_lens, lim.granule)
     acts = None
     if lim.store is not None:
-        lim.step.extended = lim.snapshot.extended
         lim.step.reuse = lim.store.begin(
             forward_batch.req_pool_indices.long(),
             lim.counters.generations,

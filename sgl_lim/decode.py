@@ -27,8 +27,6 @@ class DecodeStep:
     seq_lens: Tensor  # int32 [B] on the pool's device, the current token included
     groups: PrefixGroups | None = None
     """Which rows share leading slots, where full layers are to read them once."""
-    extended: Tensor | None = None
-    """int32 [B, K + L], `slots` with room for a set before them, where sets are reused."""
     reuse: Reuse | None = None
     """Which rows select in this step, where not all do."""
     set_slots: Tensor | None = None  # int32 [B, K]: the set in force, filled by a selection layer
@@ -114,9 +112,8 @@ def attend(
     rows_at_once = rows_at_once or batch
     parts = []
     if step.reuse is not None:
-        assert step.extended is not None
         # Snapshots narrower than the budget end in the branch above.
-        step.extended[:, : method.budget] = step.slots.gather(1, step.reuse.prior[step.reuse.done])
+        step.reuse.extended[:, : method.budget] = step.slots.gather(1, step.reuse.prior[step.reuse.done])
     for first in range(0, batch, rows_at_once):
         rows = slice(first, first + rows_at_once)
         # Groups may reach over the rows that fit together.
@@ -157,20 +154,15 @@ def attend_and_score(
     Args:
         q: [b, H, D] of these rows; grouped: whether they are the whole batch, so that its prefix groups can be used.
     """
-    budget = method.budget
-    if step.reuse is not None and step.extended is not None:
+    budget, reuse, lead = method.budget, step.reuse, 0
+    slots, seq_lens, groups = step.slots[rows], step.seq_lens[rows], step.groups if grouped else None
+    if reuse is not None:
         # One call for both kinds of rows: those that do not select attend to the set before their slots.
-        alone = torch.where(step.reuse.full[rows], budget, 0).int()
-        groups = step.reuse.groups if grouped else no_groups(alone)
-        operands = q, k_cache, v_cache, step.extended[rows], step.reuse.ends[rows], groups
-        out, lse, logits = grouped_decode(*operands, scored=True, score_beyond=2 * budget, **sizes)
-        assert logits is not None
-        return out, lse, logits[:, :, budget:]
-    slots, seq_lens = step.slots[rows], step.seq_lens[rows]
-    if step.groups is None or not grouped:
+        lead, slots, seq_lens = budget, reuse.extended[rows], reuse.ends[rows]
+        groups = reuse.groups if grouped else no_groups(torch.where(reuse.full[rows], budget, 0).int())
+    if groups is None:
         return decode_with_scores(q, k_cache, v_cache, slots, seq_lens, score_beyond=budget, **sizes)
-    out, lse, logits = grouped_decode(
-        q, k_cache, v_cache, slots, seq_lens, step.groups, scored=True, score_beyond=budget, **sizes
-    )
+    operands = q, k_cache, v_cache, slots, seq_lens, groups
+    out, lse, logits = grouped_decode(*operands, scored=True, score_beyond=lead + budget, **sizes)
     assert logits is not None
-    return out, lse, logits
+    return out, lse, logits[:, :, lead:]

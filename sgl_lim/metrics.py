@@ -109,7 +109,7 @@ def settings(lim: "SparseDecode") -> dict[str, Any]:
         "layer_roles": [role.value for role in lim.roles],
         "dense_backend": lim.dense_backend,
         "prefix_groups": lim.granule is not None,
-        "selection_interval": lim.interval,
+        "selection_interval": 1 if lim.store is None else lim.store.interval,
     }
 
 

@@ -36,8 +36,10 @@ class Reuse:
     """uint8 [B], the same as `count_step` takes it."""
     sel_lens: Tensor
     """int32 [B], lengths of those rows, 1 for the others, which have nothing to choose."""
+    extended: Tensor
+    """int32 [B, K + L], room for a set, then the KV slot of each position (`Snapshot.extended`)."""
     ends: Tensor
-    """int32 [B], end of what a row attends to in the extended slots (`Snapshot.extended`)."""
+    """int32 [B], end of what a row attends to in the extended slots."""
     groups: PrefixGroups
     """Groups of the rows that attend to everything, by position in the extended slots."""
     prior: list[Tensor]
@@ -58,7 +60,8 @@ class SetStore:
     def __init__(
         self, method: LessIsMore, interval: int, num_rows: int, num_slots: int, device: torch.device | str
     ) -> None:
-        self._method, self._interval = method, interval
+        self.interval = interval
+        self._method = method
         layers = len(method.selection_layers)
         self._sets = torch.zeros(layers, num_rows, method.budget, dtype=torch.int32, device=device)
         self._tenants = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
@@ -99,13 +102,13 @@ class SetStore:
         grown = seq_lens - self._lengths[rows]
         mine = (self._tenants[rows] == tenant) & (grown >= 1) & (rows != 0)
         ages = self._ages[rows] + grown
-        kept = long & mine & (ages < self._interval)
+        kept = long & mine & (ages < self.interval)
         prior, warm = self._recall(rows, slots, seq_lens, long & ~mine, kept)
         full = ~(kept | warm)
         self._tenants[rows] = tenant
         self._lengths[rows] = seq_lens
         # A row that was within the budget has stored no set that could be used.
-        self._ages[rows] = torch.where(kept, ages, torch.where(long, 0, self._interval)).int()
+        self._ages[rows] = torch.where(kept, ages, torch.where(long, 0, self.interval)).int()
 
         groups = no_groups(torch.zeros_like(seq_lens))
         if granule is not None and len(rows) > 1:
@@ -120,6 +123,7 @@ class SetStore:
             rows=rows,
             full=full,
             sel_lens=torch.where(full, seq_lens, 1).int(),
+            extended=extended,
             ends=torch.where(full, seq_lens + budget, budget).int(),
             acts=torch.where(warm, RECALL, torch.where(kept, KEEP, SELECT)).to(torch.uint8),
             groups=shifted,

@@ -80,16 +80,20 @@ def build(table, dense=Dense, name="lessismore", granule=4, interval=1, num_slot
         counters=Counters(method, 3, len(table), table.device),
         granule=granule,
         store=store,
-        interval=interval,
     )
     return backend
 
 
-def attention(backend, step, batch, num_slots=400, **options):
-    """Outputs of a selection and of a sparse layer of `step`; keys and values are the same in every call."""
+def operands(batch, num_slots=400):
+    """Queries of a step and the pool's keys and values, the same in every call."""
     generator = torch.Generator().manual_seed(1)
     k, v = (torch.randn(num_slots, 2, 8, generator=generator) for _ in range(2))
-    q = torch.randn(batch, 4, 8, generator=generator)
+    return torch.randn(batch, 4, 8, generator=generator), k, v
+
+
+def attention(backend, step, batch, num_slots=400, **options):
+    """Outputs of a selection and of a sparse layer of `step`, on `operands`."""
+    q, k, v = operands(batch, num_slots)
     roles = (Role.SELECT, Role.SPARSE) if backend.lim.method.name == "lessismore" else (Role.SPARSE,)
     scales = Scales(scale=0.3, logit_cap=0.0)
     lim = backend.lim

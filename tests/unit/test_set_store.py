@@ -14,7 +14,7 @@ pytest.importorskip("sglang.srt.mem_cache.radix_cache")
 from lim_kernels import sparse_decode
 from lim_kernels.count_step import KEEP, RECALL, SELECT
 from lim_patches.row_generations import keep_generations
-from support.fake_backend import BUDGET, EXTEND, attention, batch_of, build
+from support.fake_backend import BUDGET, EXTEND, attention, batch_of, build, operands
 from support.radix_world import RadixWorld, random_schedule, sglang_config
 
 SCHEDULES = int(os.environ.get("RADIX_SCHEDULES", "200"))
@@ -127,10 +127,7 @@ class Driven:
 
     def check_attention(self, step, rows, acts, out):
         """Rows that do not select attend to their sets, in the selection layer as well."""
-        generator = torch.Generator().manual_seed(1)
-        num_slots = len(self.world.filled)
-        k, v = (torch.randn(num_slots, 2, 8, generator=generator) for _ in range(2))
-        q = torch.randn(len(rows), 4, 8, generator=generator)
+        q, k, v = operands(len(rows), len(self.world.filled))
         for n, (slots, act) in enumerate(zip(rows, acts, strict=True)):
             attended = step.set_slots[n] if act != SELECT else torch.tensor(slots)
             exact, _ = sparse_decode(
