@@ -12,7 +12,6 @@ TOTALS = (
     *("decode_steps", "tokens_attended", "tokens_dense", "selections", "requests", "requests_sparse"),
     *("tokens_shared", "rows_grouped", "warm_starts"),
 )
-KEEP, SELECT, RECALL = 0, 1, 2
 _IMPLEMENTATIONS = ("reference", "triton")
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+KEEP, SELECT, RECALL = 0, 1, 2
+
 
 def count_step(
     totals: Tensor,
@@ -29,7 +31,7 @@ def count_step(
     current = generations[rows]
     new = (seen[rows] != current) & real
     before = (sparse_rows[rows] != 0) & ~new
-    selecting = sparse if acts is None else sparse & (acts == 1)
+    selecting = sparse if acts is None else sparse & (acts == SELECT)
     kept = sparse & ~selecting
     full_layers = num_layers - sparse_layers
     zero = totals.new_zeros(())
@@ -44,7 +46,7 @@ def count_step(
             (sparse & ~before).sum(),
             zero if followed is None else grouped_layers * followed.sum(dtype=torch.int64),
             zero if own_starts is None else (own_starts > 0).sum(),
-            zero if acts is None else (sparse & (acts == 2)).sum(),
+            zero if acts is None else (sparse & (acts == RECALL)).sum(),
         ]
     )
     seen[rows] = torch.where(real, current, seen[rows])

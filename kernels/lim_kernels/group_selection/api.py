@@ -1,11 +1,11 @@
 """Public entry of selection for prefix groups: what is chosen, validation, dispatch."""
 
-import torch
 from torch import Tensor
 
-from lim_kernels.dispatch import default_for, require, require_rows, resolve
+from lim_kernels.dispatch import default_for, require, resolve
 from lim_kernels.group_selection import reference
 from lim_kernels.prefix_groups import PrefixGroups
+from lim_kernels.select_tokens.api import check_scores, check_sizes
 
 COMBINATIONS = ("max", "logsumexp")
 _IMPLEMENTATIONS = ("reference", "triton")
@@ -66,24 +66,13 @@ def choose_for_groups(
             cover sinks and window.
     """
     op = "choose_for_groups"
-    require(scores.dim() == 2 and scores.dtype == torch.float32, op, "scores float32 [B, L]", _describe(scores))
+    check_scores(op, scores, seq_lens, slots)
     batch = scores.shape[0]
-    require(scores.shape[1] < 1 << 22, op, "fewer than 4,194,304 positions", scores.shape[1])
-    require(seq_lens.shape == scores.shape[:1], op, f"seq_lens [{batch}]", list(seq_lens.shape))
     require(groups.counts.shape == seq_lens.shape, op, f"groups of {batch} rows", list(groups.counts.shape))
     devices = {str(tensor.device) for tensor in (scores, seq_lens, groups.counts)}
     require(len(devices) == 1, op, "all operands on one device", sorted(devices))
-    require(
-        budget >= 1 and recent >= 0 and sinks >= 0 and recent + sinks <= budget,
-        op,
-        "budget >= recent + sinks, none negative",
-        f"budget={budget}, recent={recent}, sinks={sinks}",
-    )
+    check_sizes(op, budget, recent, sinks)
     require(combine in COMBINATIONS, op, f"combine in {COMBINATIONS}", repr(combine))
-    require_rows(op, scores, seq_lens, slots)
-    if slots is not None:
-        fits = slots.dtype == torch.int32 and slots.shape == scores.shape
-        require(fits, op, f"slots int32 {list(scores.shape)}", _describe(slots))
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(scores)) == "reference":
         choose = reference.choose_for_groups
     else:

@@ -99,13 +99,7 @@ def choose_tokens(
         `counts[b]`; counts int32 [B] = min(seq_lens, budget). A row no longer than the budget returns all it has.
     """
     op = "choose_tokens"
-    require(scores.dim() == 2 and scores.dtype == torch.float32, op, "scores float32 [B, L]", _describe(scores))
-    require(scores.shape[1] < 1 << 22, op, "fewer than 4,194,304 positions", scores.shape[1])
-    require(seq_lens.shape == scores.shape[:1], op, f"seq_lens [{scores.shape[0]}]", list(seq_lens.shape))
-    require_rows(op, scores, seq_lens, slots)
-    if slots is not None:
-        fits = slots.dtype == torch.int32 and slots.shape == scores.shape
-        require(fits, op, f"slots int32 {list(scores.shape)}", _describe(slots))
+    check_scores(op, scores, seq_lens, slots)
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(scores)) == "reference":
         choose = reference.choose_tokens
     else:
@@ -143,6 +137,27 @@ def select_tokens(
     return choose_tokens(scores, seq_lens, budget=budget, recent=recent, sinks=sinks, implementation=implementation)
 
 
+def check_scores(op: str, scores: Tensor, seq_lens: Tensor, slots: Tensor | None) -> None:
+    """Check what operators that choose by scores take. Raises ValueError."""
+    require(scores.dim() == 2 and scores.dtype == torch.float32, op, "scores float32 [B, L]", _describe(scores))
+    require(scores.shape[1] < 1 << 22, op, "fewer than 4,194,304 positions", scores.shape[1])
+    require(seq_lens.shape == scores.shape[:1], op, f"seq_lens [{scores.shape[0]}]", list(seq_lens.shape))
+    require_rows(op, scores, seq_lens, slots)
+    if slots is not None:
+        fits = slots.dtype == torch.int32 and slots.shape == scores.shape
+        require(fits, op, f"slots int32 {list(scores.shape)}", _describe(slots))
+
+
+def check_sizes(op: str, budget: int, recent: int, sinks: int) -> None:
+    """Check that a budget covers sinks and window. Raises ValueError."""
+    require(
+        budget >= 1 and recent >= 0 and sinks >= 0 and recent + sinks <= budget,
+        op,
+        "budget >= recent + sinks, none negative",
+        f"budget={budget}, recent={recent}, sinks={sinks}",
+    )
+
+
 def _check(logits: Tensor, seq_lens: Tensor, budget: int, recent: int, sinks: int, aggregate: str) -> None:
     op = "select_tokens"
     require(logits.dim() == 3 and logits.dtype == torch.float32, op, "logits float32 [B, H, L]", _describe(logits))
@@ -153,12 +168,7 @@ def _check(logits: Tensor, seq_lens: Tensor, budget: int, recent: int, sinks: in
         _describe(seq_lens),
     )
     require(seq_lens.device == logits.device, op, f"seq_lens on {logits.device}", seq_lens.device)
-    require(
-        budget >= 1 and recent >= 0 and sinks >= 0 and recent + sinks <= budget,
-        op,
-        "budget >= recent + sinks, none negative",
-        f"budget={budget}, recent={recent}, sinks={sinks}",
-    )
+    check_sizes(op, budget, recent, sinks)
     require_rows(op, logits, seq_lens)
     require(aggregate in AGGREGATES, op, f"aggregate in {AGGREGATES}", repr(aggregate))
 
