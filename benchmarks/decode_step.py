@@ -1,8 +1,9 @@
 """Latency of one decode step of SGLang backends by batch and context, prefill skipped, first backend the baseline.
 
 Each backend runs in a process of its own: one model load, all cases. A case `BxC` is B requests of C tokens each that
-share nothing. Their KV slots are allocated as a prefill would, the pool holds normal noise, and no prefill is computed.
-A step is one forward pass with greedy sampling, timed in two ways that see the same tokens:
+share nothing; `4x16384/8x256` is 4 prefixes of 16384 tokens and behind each 8 requests with 256 tokens of their own, to
+any depth. Their KV slots are allocated as a prefill would, the pool holds normal noise, and no prefill is computed. A
+step is one forward pass with greedy sampling, timed in two ways that see the same tokens:
 
 - alone (`step_ms`, `p20_ms`, `p80_ms`, `ratio`, `tokens_per_s`): on the host, between two device synchronisations. What
   the host prepares before the device can begin counts in full, and so does its noise.
@@ -15,12 +16,13 @@ The query of step i (from 0, `--warmup` steps first) attends to C + i + 1 tokens
 to C + warmup + steps. Dummy weights are SGLang's, seeded, except that norms multiply by 1: as loaded, they scale
 queries to nearly nothing, all tokens score alike, and neither a selection nor an error in it would show.
 
-Before anything is timed, every backend decodes two steps of two requests, within every budget, with the same weights,
-tokens, keys and values; its logits must be the first backend's up to rounding. Beyond the budget they must be finite.
+Before anything is timed, every backend decodes two steps of two requests that share nothing and of two that share a
+prefix, within every budget, with the same weights, tokens, keys and values; its logits must be the first backend's up
+to rounding. Beyond the budget they must be finite.
 A backend that fails has no speed. Which tokens a selection picks beyond the budget is not checked here.
 
     python benchmarks/decode_step.py --model-path M --backends fa3 lessismore:budget=2048,aggregate=max \\
-        --cases 1x2048 16x32768 64x8192 --output out/decode_step.csv --sglang-args='--mem-fraction-static 0.85'
+        --cases 1x2048 16x32768 1x32768/16x256 --output out/decode_step.csv --sglang-args='--mem-fraction-static 0.85'
 
 One device only.
 """
@@ -29,7 +31,6 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -41,17 +42,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from decode_step_worker import CHECKED_REQUESTS, Case, Outcome, work
+from decode_step_worker import Outcome, work
+from forest import Forest
 from results_file import append_rows, require_columns
 from torch import Tensor
 
 from sgl_lim.config import ENV, LimConfig
 
 LARGEST_LOGITS_ERROR = 0.05
+CHECKED_REQUESTS = 2
 ALONE = ("step_ms", "p20_ms", "p80_ms", "ratio")
 PIPELINED = ("pipelined_ms", "pipelined_p20_ms", "pipelined_p80_ms", "pipelined_ratio")
 COLUMNS = (
-    *("backend", "batch", "context", *ALONE, "tokens_per_s", *PIPELINED),
+    *("backend", "batch", "context", "prefixes", *ALONE, "tokens_per_s", *PIPELINED),
     *("logits_error_within_budget", "slots", "steps", "error", "command", "machine"),
 )
 
@@ -100,14 +103,6 @@ def _scalar(text: str) -> int | float | str:
     return text
 
 
-def parse_case(text: str) -> Case:
-    """`16x32768` as (16, 32768): requests, tokens of context each."""
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"expected REQUESTSxTOKENS such as 16x32768, got {text!r}")
-    batch, context = text.split("x")
-    return int(batch), int(context)
-
-
 def run_worker(backend: Backend, job: dict[str, Any], timeout: float) -> Outcome:
     """Run one backend's worker, its output on our stderr."""
     environment = {k: v for k, v in os.environ.items() if k != ENV} | backend.environment
@@ -127,7 +122,7 @@ def run_worker(backend: Backend, job: dict[str, Any], timeout: float) -> Outcome
 def worker_argv(backend: Backend, args: argparse.Namespace) -> list[str]:
     """SGLang's arguments, the same for all backends but for the backend's name; the user's come last and win."""
     cases = [args.profile] if args.profile else args.cases
-    batches = sorted({batch for batch, _ in cases} | ({CHECKED_REQUESTS} if args.check else set()))
+    batches = sorted({case.batch for case in cases} | ({CHECKED_REQUESTS} if args.check else set()))
     return [
         *("--model-path", args.model_path, "--attention-backend", backend.name),
         *("--load-format", "dummy", "--skip-tokenizer-init"),
@@ -135,6 +130,14 @@ def worker_argv(backend: Backend, args: argparse.Namespace) -> list[str]:
         *("--disable-prefill-cuda-graph", "--cuda-graph-bs-decode", *map(str, batches)),
         *shlex.split(args.sglang_args),
     ]
+
+
+def checked_cases(budget: int) -> list[str]:
+    """Batches whose logits are compared: half the budget long, without and with a shared prefix."""
+    tokens = max(1, budget // 2)
+    # Of whole pages, whatever the page size, unless the budget is tiny.
+    shared = tokens * 7 // 8 // 64 * 64 or tokens // 2
+    return [f"{CHECKED_REQUESTS}x{tokens}", *([f"1x{shared}/{CHECKED_REQUESTS}x{tokens - shared}"] if shared else [])]
 
 
 def logits_error(logits: Tensor, baseline: Tensor) -> float:
@@ -175,23 +178,23 @@ def timing(names: Sequence[str], times: Sequence[float], baseline: Sequence[floa
 
 
 def make_rows(
-    backend: Backend, outcome: Outcome, first: Outcome, cases: Sequence[Case], check: bool = True, **more: Any
+    backend: Backend, outcome: Outcome, first: Outcome, cases: Sequence[Forest], check: bool = True, **more: Any
 ) -> list[dict[str, Any]]:
     """CSV rows of one backend; `more` fills further columns. `first` may be `outcome` itself."""
     deviation, failure = judge(outcome, first) if check else (None, "")
     rows = []
     for case in cases:
         row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
-        row.update(
-            backend=backend.spec, batch=case[0], context=case[1], machine=outcome.machine or first.machine, **more
-        )
+        row.update(backend=backend.spec, batch=case.batch, context=case.context, prefixes=case.prefixes, **more)
+        row["machine"] = outcome.machine or first.machine
         row["logits_error_within_budget"] = "" if deviation is None else f"{deviation:.2g}"
-        times = outcome.times.get(case)
-        row["error"] = failure or outcome.errors.get(case) or ("" if times else outcome.error or "not run")
+        name = str(case)
+        times = outcome.times.get(name)
+        row["error"] = failure or outcome.errors.get(name) or ("" if times else outcome.error or "not run")
         if times and not row["error"]:
-            row.update(timing(ALONE, times, first.times.get(case)))
-            row.update(timing(PIPELINED, outcome.pipelined[case], first.pipelined.get(case)))
-            row["tokens_per_s"] = round(1e3 * case[0] / float(np.median(times)), 1)
+            row.update(timing(ALONE, times, first.times.get(name)))
+            row.update(timing(PIPELINED, outcome.pipelined[name], first.pipelined.get(name)))
+            row["tokens_per_s"] = round(1e3 * case.batch / float(np.median(times)), 1)
         rows.append(row)
     return rows
 
@@ -199,14 +202,14 @@ def make_rows(
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Cases down, backends across: milliseconds a step and the ratio to the first backend, alone / pipelined."""
     backends = list(dict.fromkeys(row["backend"] for row in rows))
-    cells: dict[Case, dict[str, str]] = {}
+    cells: dict[tuple[int, int, str], dict[str, str]] = {}
     for row in rows:
         cell = row["error"] or f"{row['step_ms']:.2f} / {row['pipelined_ms']:.2f}"
         if not row["error"] and row["ratio"] != "" and row["backend"] != backends[0]:
             cell += f" ({row['ratio']:.2f}x / {row['pipelined_ratio']:.2f}x)"
-        cells.setdefault((row["batch"], row["context"]), {})[row["backend"]] = cell
-    lines = [["batch", "context", *backends], ["---"] * (2 + len(backends))]
-    lines += [[str(b), str(c), *(found.get(name, "") for name in backends)] for (b, c), found in cells.items()]
+        cells.setdefault((row["batch"], row["context"], row["prefixes"]), {})[row["backend"]] = cell
+    lines = [["batch", "context", "prefixes", *backends], ["---"] * (3 + len(backends))]
+    lines += [[*map(str, case), *(found.get(name, "") for name in backends)] for case, found in cells.items()]
     table = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([*table, "", "ms a step, alone / pipelined (times as fast as the first backend)"])
 
@@ -230,14 +233,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
         required=True,
         help="fa3, lessismore:key=value,...; first: baseline",
     )
-    parser.add_argument("--cases", type=parse_case, nargs="+", default=[], metavar="BxC", help="requests x tokens each")
+    parser.add_argument("--cases", type=Forest.parse, nargs="+", default=[], metavar="BxC", help="see above")
     parser.add_argument("--steps", type=int, default=24, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument(
         "--shuffle-slots", action="store_true", help="scatter the KV slots as a long-running server does"
     )
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="compare logits first")
-    parser.add_argument("--profile", type=parse_case, metavar="BxC", help="list the kernels of one step; time nothing")
+    parser.add_argument(
+        "--profile", type=Forest.parse, metavar="BxC", help="list the kernels of one step; time nothing"
+    )
     parser.add_argument(
         "--sglang-args", default="", help="further SGLang arguments, quoted: --sglang-args='--device cpu'"
     )
@@ -271,10 +276,10 @@ def main() -> None:
             "shuffle_slots": args.shuffle_slots,
             "warmup": args.warmup,
             "steps": args.steps,
-            "cases": args.cases,
-            "profile": args.profile,
-            "check_context": max(1, min(budgets) // 2) if args.check else 0,
-            "sparse_context": 4 * backend.lim.budget if args.check and backend.lim else 0,
+            "cases": list(map(str, args.cases)),
+            "profile": args.profile and str(args.profile),
+            "checked": checked_cases(min(budgets)) if args.check else [],
+            "sparse": f"{CHECKED_REQUESTS}x{4 * backend.lim.budget}" if args.check and backend.lim else "",
         }
         outcome = run_worker(backend, job, args.timeout)
         if args.profile:

@@ -16,12 +16,10 @@ from typing import Any
 import failures
 import numpy as np
 import torch
+from forest import Forest
 from machine import machine_line
 from torch import Tensor
 
-Case = tuple[int, int]
-"""Requests, and tokens of context each."""
-CHECKED_REQUESTS = 2
 CHECKED_STEPS = 2
 
 
@@ -29,15 +27,15 @@ CHECKED_STEPS = 2
 class Outcome:
     """What a worker found, saved before the first and after every case: a crash loses only what comes after it."""
 
-    times: dict[Case, list[float]] = field(default_factory=dict)
-    """Milliseconds of each timed step, each alone."""
-    pipelined: dict[Case, list[float]] = field(default_factory=dict)
+    times: dict[str, list[float]] = field(default_factory=dict)
+    """Milliseconds of each timed step, each alone, by case as it is written."""
+    pipelined: dict[str, list[float]] = field(default_factory=dict)
     """Milliseconds of each timed step, none waited for."""
-    errors: dict[Case, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
     error: str = ""
     """Why the worker stopped early."""
     logits: Tensor | None = None
-    """Within the budget: (step, request, vocabulary), float32, on the CPU."""
+    """Within the budget, of all checked batches: (step, request, vocabulary), float32, on the CPU."""
     finite: bool = True
     kernels: list[tuple[str, int, float]] = field(default_factory=list)
     """Of one profiled step: name, launches, microseconds in all."""
@@ -118,16 +116,19 @@ class Bench:
         return [buffer(layer) for layer in layers for buffer in (pool.get_key_buffer, pool.get_value_buffer)]
 
     @torch.no_grad()
-    def start(self, case: Case, steps: int) -> tuple[Tensor, Any]:
+    def start(self, case: Forest, steps: int) -> tuple[Tensor, Any]:
         """First decode tokens and a batch whose prompts own KV slots. Raises NoRoom if `steps` more do not fit."""
-        runner, (requests, context) = self.runner, case
+        runner = self.runner
         rows, slots = runner.req_to_token_pool, runner.token_to_kv_pool_allocator
         rows.clear()
         slots.clear()
-        if context + steps > runner.model_config.context_len:
+        page = slots.page_size
+        if case.context + steps > runner.model_config.context_len:
             raise NoRoom("context")
-        pages = -(-(context + steps) // slots.page_size)
-        if requests > rows.available_size() or requests * pages * slots.page_size > slots.available_size():
+        if any(tokens % page for tokens, *_ in case.shared()):
+            raise ValueError(f"{case}: SGLang shares whole pages, which hold {page} tokens here")
+        pages = case.batch * -(-(case.own + steps) // page) + sum(tokens // page for tokens, *_ in case.shared())
+        if case.batch > rows.available_size() or pages * page > slots.available_size():
             raise NoRoom("pool")
         random = np.random.default_rng(0)
         if self.shuffle_slots:
@@ -135,13 +136,13 @@ class Bench:
             order = np.random.default_rng(1).permutation(len(slots.free_pages))
             slots.free_pages = slots.free_pages[torch.from_numpy(order).to(slots.free_pages.device)]
         vocabulary = runner.model_config.vocab_size
-        first_tokens = torch.from_numpy(random.integers(0, vocabulary, requests)).to(runner.device)
+        first_tokens = torch.from_numpy(random.integers(0, vocabulary, case.batch)).to(runner.device)
         batch = self.one_batch.ScheduleBatch.init_new(
-            reqs=[self.request(i, random.integers(0, vocabulary, context)) for i in range(requests)],
+            reqs=self.requests(case, random, vocabulary),
             req_to_token_pool=rows,
             token_to_kv_pool_allocator=slots,
             tree_cache=self.one_batch.TreeCacheNamespace(
-                page_size=slots.page_size, device=runner.device, token_to_kv_pool_allocator=slots
+                page_size=page, device=runner.device, token_to_kv_pool_allocator=slots
             ),
             model_config=runner.model_config,
             enable_overlap=False,
@@ -151,24 +152,37 @@ class Bench:
         batch.prefill_input_ids_cpu = None
         return first_tokens, batch
 
-    def request(self, number: int, prompt: np.ndarray) -> Any:
-        """A greedy request whose whole prompt is to be prefilled."""
-        request = self.one_batch.Req(
-            rid=str(number),
-            origin_input_text="",
-            origin_input_ids=array("q", prompt.astype(np.int64).tobytes()),
-            sampling_params=self.one_batch.SamplingParams(temperature=0, max_new_tokens=1),
-        )
-        request.full_untruncated_fill_ids = request.origin_input_ids
-        request.logprob_start_len = -1
-        request.set_extend_range(0, len(prompt))
-        return request
+    def requests(self, case: Forest, random: np.random.Generator, vocabulary: int) -> list[Any]:
+        """Greedy requests whose shared prefixes are in the cache, and the rest of whose prompts is to be prefilled."""
+        prompts: list[list[np.ndarray]] = [[] for _ in range(case.batch)]
+        cached: list[list[Tensor]] = [[] for _ in range(case.batch)]
+        for tokens, first, end in case.shared():
+            drawn, held = random.integers(0, vocabulary, tokens), self.runner.token_to_kv_pool_allocator.alloc(tokens)
+            for row in range(first, end):
+                prompts[row].append(drawn)
+                cached[row].append(held)
+        made = []
+        for number, (parts, held) in enumerate(zip(prompts, cached, strict=True)):
+            prompt = np.concatenate([*parts, random.integers(0, vocabulary, case.own)])
+            request = self.one_batch.Req(
+                rid=str(number),
+                origin_input_text="",
+                origin_input_ids=array("q", prompt.astype(np.int64).tobytes()),
+                sampling_params=self.one_batch.SamplingParams(temperature=0, max_new_tokens=1),
+            )
+            request.full_untruncated_fill_ids = request.origin_input_ids
+            request.logprob_start_len = -1
+            if held:
+                request.prefix_indices = torch.cat(held)
+            request.set_extend_range(case.context - case.own, case.context)
+            made.append(request)
+        return made
 
     def step(self, tokens: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         """One decode step: the sampled tokens and the logits."""
         return self.one_batch.decode(tokens, batch, self.runner)
 
-    def time_alone(self, case: Case, warmup: int, steps: int) -> list[float]:
+    def time_alone(self, case: Forest, warmup: int, steps: int) -> list[float]:
         """Milliseconds of each of `steps` steps after `warmup`, on the host between two synchronisations."""
         tokens, batch = self.start(case, warmup + steps)
         times = []
@@ -180,7 +194,7 @@ class Bench:
             times.append(1e3 * (time.perf_counter() - begin))
         return times[warmup:]
 
-    def time_pipelined(self, case: Case, warmup: int, steps: int) -> list[float]:
+    def time_pipelined(self, case: Forest, warmup: int, steps: int) -> list[float]:
         """Milliseconds from the end of one step to the end of the next, `steps` after `warmup`; none is waited for."""
         tokens, batch = self.start(case, warmup + steps)
         self.synchronize()
@@ -191,16 +205,18 @@ class Bench:
         self.synchronize()
         return self.clock.intervals(marks)[warmup:]
 
-    def logits(self, context: int, own_noise: bool) -> Tensor:
+    def logits(self, case: Forest, own_noise: bool) -> Tensor:
         """Logits of the checked steps, (step, request, vocabulary) in float32 on the CPU.
 
         `own_noise` writes keys and values by position in the prompt, so that they are the same for every backend,
         whatever the pool's size and the slots. The tokens are given, not sampled: a tie cannot part two backends.
         """
-        tokens, batch = self.start((CHECKED_REQUESTS, context), CHECKED_STEPS)
+        tokens, batch = self.start(case, CHECKED_STEPS)
         if own_noise:
             table = self.runner.req_to_token_pool.req_to_token
-            slots = table[batch.req_pool_indices, :context].reshape(-1).long()
+            # A shared slot is written once, in an order that no slot's number decides.
+            held = table[batch.req_pool_indices, : case.context].reshape(-1).tolist()
+            slots = torch.tensor(list(dict.fromkeys(held)), device=table.device)
             generator = torch.Generator().manual_seed(0)
             for buffer in self.kv_buffers():
                 noise = torch.randn(len(slots), *buffer.shape[1:], generator=generator).to(buffer.dtype)
@@ -212,7 +228,7 @@ class Bench:
             tokens = tokens.flip(0)
         return torch.stack(found)
 
-    def kernels(self, case: Case, warmup: int) -> list[tuple[str, int, float]]:
+    def kernels(self, case: Forest, warmup: int) -> list[tuple[str, int, float]]:
         """Kernels (on a CPU: operators) of one step after `warmup`: name, launches, microseconds; longest first."""
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
@@ -254,21 +270,22 @@ def work(job: dict[str, Any]) -> None:
         bench = Bench(job["argv"], job["shuffle_slots"])
         outcome.machine = machine_line()
         if job["profile"]:
-            outcome.kernels = bench.kernels(tuple(job["profile"]), job["warmup"])
-        if job["check_context"]:
-            outcome.logits = bench.logits(job["check_context"], own_noise=True)
+            outcome.kernels = bench.kernels(Forest.parse(job["profile"]), job["warmup"])
+        if job["checked"]:
+            outcome.logits = torch.cat([bench.logits(case, True) for case in map(Forest.parse, job["checked"])], dim=1)
             outcome.finite = bool(outcome.logits.isfinite().all())
-        if job["sparse_context"]:
-            outcome.finite &= bool(bench.logits(job["sparse_context"], own_noise=False).isfinite().all())
+        if job["sparse"]:
+            outcome.finite &= bool(bench.logits(Forest.parse(job["sparse"]), own_noise=False).isfinite().all())
         outcome.save(path)
-        for case in map(tuple, job["cases"]):
+        for name in job["cases"]:
+            case = Forest.parse(name)
             try:
                 alone = bench.time_alone(case, job["warmup"], job["steps"])
-                outcome.pipelined[case] = bench.time_pipelined(case, job["warmup"], job["steps"])
-                outcome.times[case] = alone
+                outcome.pipelined[name] = bench.time_pipelined(case, job["warmup"], job["steps"])
+                outcome.times[name] = alone
             except Exception as error:
-                outcome.errors[case] = reason(error)
-            if outcome.errors.get(case) == "out of memory":
+                outcome.errors[name] = reason(error)
+            if outcome.errors.get(name) == "out of memory":
                 torch.get_device_module(bench.runner.device).empty_cache()
             outcome.save(path)
     except Exception as error:

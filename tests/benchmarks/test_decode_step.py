@@ -8,16 +8,18 @@ from pathlib import Path
 import decode_step
 import pytest
 import torch
-from decode_step import make_rows, markdown, parse_backend, parse_case
+from decode_step import make_rows, markdown, parse_backend
 from decode_step_worker import Outcome
+from forest import Forest
 
-CASES = [(16, 32768), (1, 2048)]
+CASES = [Forest.parse("1x32512/16x256"), Forest.parse("1x2048")]
+NAMES = list(map(str, CASES))
 LOGITS = torch.arange(1.0, 13.0).reshape(2, 2, 3)
 
 
 def outcome(ms: float, logits: torch.Tensor | None = LOGITS, **more: object) -> Outcome:
     """A worker that timed all cases, each step at about `ms` alone and 2 ms less pipelined."""
-    times, pipelined = ({case: [x * 0.9, x, x, x, x * 1.1] for case in CASES} for x in (ms, ms - 2))
+    times, pipelined = ({name: [x * 0.9, x, x, x, x * 1.1] for name in NAMES} for x in (ms, ms - 2))
     found = {"times": times, "pipelined": pipelined, "logits": logits, "machine": "M", **more}
     return Outcome(**found)  # type: ignore[arg-type]
 
@@ -54,19 +56,18 @@ def test_wrong_specs_say_what_is_wrong(spec: str, said: str) -> None:
         parse_backend(spec)
 
 
-def test_cases() -> None:
-    assert parse_case("16x32768") == (16, 32768)
-    for wrong in ("16", "0x5", "16x", "16x32K", "-1x4"):
-        with pytest.raises(argparse.ArgumentTypeError, match="16x32768"):
-            parse_case(wrong)
+def test_the_checked_batches_are_within_the_budget_and_one_shares_whole_pages() -> None:
+    assert decode_step.checked_cases(2048) == ["2x1024", "1x896/2x128"]
+    assert decode_step.checked_cases(64) == ["2x32", "1x16/2x16"]
+    assert decode_step.checked_cases(1) == ["2x1"]
 
 
 def test_worker_arguments_differ_in_the_backend_alone_and_the_users_come_last() -> None:
-    argv = ["--model-path", "M", "--backends", "fa3", "lessismore:budget=64", "--cases", "16x8", "1x9", "16x9"]
+    argv = ["--model-path", "M", "--backends", "fa3", "lessismore:budget=64", "--cases", "16x8", "1x9", "1x5/2x3/4x9"]
     args = decode_step.parse([*argv, "--sglang-args=--device cpu"])
     dense, sparse = (decode_step.worker_argv(backend, args) for backend in args.backends)
     assert [word for word in dense if word != "fa3"] == [word for word in sparse if word != "lessismore"]
-    assert dense[-6:] == ["--cuda-graph-bs-decode", "1", "2", "16", "--device", "cpu"]
+    assert dense[-7:] == ["--cuda-graph-bs-decode", "1", "2", "8", "16", "--device", "cpu"]
     assert args.backends[1].command(sparse).startswith("""LESSISMORE_CONFIG='{"budget": 64}' --model-path M""")
 
 
@@ -82,7 +83,8 @@ def test_rows_have_times_and_the_ratio_to_the_first_backend() -> None:
     assert tuple(first[0]) == decode_step.COLUMNS
     assert [row["ratio"] for row in first + second] == [1, 1, 2.5, 2.5]
     row = second[0]
-    assert (row["batch"], row["context"], row["step_ms"], row["error"], row["machine"]) == (16, 32768, 8, "", "M")
+    assert (row["batch"], row["context"], row["prefixes"]) == (16, 32768, "1x32512")
+    assert (row["step_ms"], row["error"], row["machine"]) == (8, "", "M")
     assert row["tokens_per_s"] == 2000
     assert row["p20_ms"] == pytest.approx(7.84) and row["p80_ms"] == pytest.approx(8.16)
     assert [row["pipelined_ratio"] for row in first + second] == [1, 1, 3, 3]
@@ -134,19 +136,19 @@ def test_without_the_check_a_failed_first_backend_costs_only_the_ratio() -> None
 
 
 def test_a_failed_case_leaves_the_others() -> None:
-    found = outcome(8, errors={CASES[0]: "pool"})
-    del found.times[CASES[0]]
+    found = outcome(8, errors={NAMES[0]: "pool"})
+    del found.times[NAMES[0]]
     assert [row["error"] for row in rows(found, outcome(20))] == ["pool", ""]
 
 
 def test_a_crash_leaves_what_was_timed_before_it() -> None:
     found = outcome(8, error="the worker ended with status -11")
-    del found.times[CASES[1]]
+    del found.times[NAMES[1]]
     assert [row["error"] for row in rows(found, outcome(20))] == ["", "the worker ended with status -11"]
 
 
 def test_outcomes_survive_the_file(tmp_path: Path) -> None:
-    saved = outcome(8, errors={(2, 3): "pool"}, kernels=[("k", 2, 1.5)])
+    saved = outcome(8, errors={"2x3": "pool"}, kernels=[("k", 2, 1.5)])
     saved.save(tmp_path / "outcome.pt")
     read = Outcome(**torch.load(tmp_path / "outcome.pt"))
     assert read.times == saved.times and read.pipelined == saved.pipelined
@@ -155,13 +157,13 @@ def test_outcomes_survive_the_file(tmp_path: Path) -> None:
 
 
 def test_the_table_has_cases_down_and_backends_across() -> None:
-    found = outcome(8, errors={CASES[1]: "pool"})
-    del found.times[CASES[1]]
+    found = outcome(8, errors={NAMES[1]: "pool"})
+    del found.times[NAMES[1]]
     table = markdown(rows(outcome(20), outcome(20), spec="fa3") + rows(found, outcome(20)))
-    assert table.splitlines()[0] == "| batch | context | fa3 | triton |"
+    assert table.splitlines()[0] == "| batch | context | prefixes | fa3 | triton |"
     assert table.splitlines()[2:] == [
-        "| 16 | 32768 | 20.00 / 18.00 | 8.00 / 6.00 (2.50x / 3.00x) |",
-        "| 1 | 2048 | 20.00 / 18.00 | pool |",
+        "| 16 | 32768 | 1x32512 | 20.00 / 18.00 | 8.00 / 6.00 (2.50x / 3.00x) |",
+        "| 1 | 2048 |  | 20.00 / 18.00 | pool |",
         "",
         "ms a step, alone / pipelined (times as fast as the first backend)",
     ]

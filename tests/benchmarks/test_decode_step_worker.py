@@ -9,6 +9,7 @@ import decode_step_worker
 import pytest
 import torch
 from decode_step_worker import Bench, Clock, NoRoom, Outcome
+from forest import Forest
 
 
 class Slots:
@@ -25,6 +26,10 @@ class Slots:
 
     def available_size(self) -> int:
         return len(self.free_pages)
+
+    def alloc(self, count: int) -> torch.Tensor:
+        taken, self.free_pages = self.free_pages[:count], self.free_pages[count:]
+        return taken
 
 
 class Event:
@@ -50,6 +55,8 @@ def bench(pool: int = 100, shuffle_slots: bool = True, device: Any = torch.cpu) 
         return SimpleNamespace(**given, prepare_for_extend=lambda: None)
 
     made = Bench.__new__(Bench)
+    ranges: list[tuple[int, int]] = []
+    made.ranges = ranges  # type: ignore[attr-defined]
     made.runner = SimpleNamespace(
         req_to_token_pool=SimpleNamespace(clear=lambda: None, available_size=lambda: 4),
         token_to_kv_pool_allocator=Slots(pool),
@@ -61,7 +68,7 @@ def bench(pool: int = 100, shuffle_slots: bool = True, device: Any = torch.cpu) 
         TreeCacheNamespace=SimpleNamespace,
         SpeculativeAlgorithm=SimpleNamespace(NONE=None),
         SamplingParams=SimpleNamespace,
-        Req=lambda **given: SimpleNamespace(**given, set_extend_range=lambda begin, end: None),
+        Req=lambda **given: SimpleNamespace(**given, set_extend_range=lambda *range: ranges.append(range)),
     )
     made.shuffle_slots = shuffle_slots
     made.synchronize, made.clock = device.synchronize, Clock(device)
@@ -70,7 +77,7 @@ def bench(pool: int = 100, shuffle_slots: bool = True, device: Any = torch.cpu) 
 
 def drawn(made: Bench) -> "tuple[list[int], list[array[int]]]":
     """First decode tokens and prompts of a case."""
-    tokens, batch = made.start((3, 20), 2)
+    tokens, batch = made.start(Forest.parse("3x20"), 2)
     return tokens.tolist(), [request.origin_input_ids for request in batch.reqs]
 
 
@@ -83,15 +90,39 @@ def test_tokens_depend_neither_on_the_pool_nor_on_where_slots_lie() -> None:
 def test_shuffled_slots_are_all_of_the_pool_and_the_same_each_time() -> None:
     made, orders = bench(), []
     for _ in range(2):
-        made.start((3, 20), 2)
+        made.start(Forest.parse("3x20"), 2)
         orders.append(made.runner.token_to_kv_pool_allocator.free_pages.tolist())
     assert orders[0] == orders[1] != sorted(orders[0]) == list(range(1, 101))
 
 
-@pytest.mark.parametrize(("case", "said"), [((3, 59), "context"), ((5, 2), "pool"), ((3, 32), "pool")])
-def test_a_case_without_room_says_what_it_exceeds(case: tuple[int, int], said: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [("3x59", "context"), ("1x30/2x29", "context"), ("5x2", "pool"), ("3x32", "pool"), ("2x20/2x14", "pool")],
+)
+def test_a_case_without_room_says_what_it_exceeds(case: str, said: str) -> None:
     with pytest.raises(NoRoom, match=said):
-        bench().start(case, 2)
+        bench().start(Forest.parse(case), 2)
+
+
+def test_requests_of_a_forest_hold_the_slots_of_their_prefixes() -> None:
+    made = bench()
+    _, batch = made.start(Forest.parse("1x9/2x6/2x3"), 2)
+    prompts = [request.origin_input_ids.tolist() for request in batch.reqs]
+    cached = [request.prefix_indices.tolist() for request in batch.reqs]
+    assert {len(prompt) for prompt in prompts} == {18} and {len(held) for held in cached} == {15}
+    for held in (cached, prompts):
+        assert held[0][:15] == held[1][:15] != held[2][:15] == held[3][:15]
+        assert held[0][:9] == held[2][:9]
+    # 9 + 2 x 6 slots: none is held twice.
+    assert len({slot for held in cached for slot in held}) == 21
+    assert len({tuple(prompt) for prompt in prompts}) == 4
+    assert made.ranges == [(15, 18)] * 4  # type: ignore[attr-defined]
+
+
+def test_prefixes_that_are_no_whole_pages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Slots, "page_size", 4)
+    with pytest.raises(ValueError, match="whole pages"):
+        bench().start(Forest.parse("1x6/2x3"), 2)
 
 
 def test_pipelined_steps_are_enqueued_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,10 +136,10 @@ def test_pipelined_steps_are_enqueued_without_waiting(monkeypatch: pytest.Monkey
         return tokens, tokens
 
     monkeypatch.setattr(made, "step", step)
-    assert made.time_pipelined((2, 8), warmup=2, steps=3) == [3.0] * 3
+    assert made.time_pipelined(Forest.parse("2x8"), warmup=2, steps=3) == [3.0] * 3
     assert order == ["wait", *["step"] * 5, "wait"]
     order.clear()
-    assert len(made.time_alone((2, 8), warmup=2, steps=3)) == 3
+    assert len(made.time_alone(Forest.parse("2x8"), warmup=2, steps=3)) == 3
     assert order == ["wait", "step", "wait"] * 5
 
 
@@ -120,19 +151,19 @@ def test_a_device_without_timed_events_is_timed_on_the_host(monkeypatch: pytest.
 
 
 def test_a_case_whose_second_timing_fails_has_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def time_pipelined(case: tuple[int, int], warmup: int, steps: int) -> list[float]:
-        if case == (1, 2):
+    def time_pipelined(case: Forest, warmup: int, steps: int) -> list[float]:
+        if str(case) == "1x2":
             raise NoRoom("pool")
         return [2.0]
 
     model = SimpleNamespace(time_alone=lambda case, warmup, steps: [3.0], time_pipelined=time_pipelined)
     model.runner = SimpleNamespace(device="cpu")
     monkeypatch.setattr(decode_step_worker, "Bench", lambda argv, shuffle_slots: model)
-    job = {"argv": [], "shuffle_slots": False, "warmup": 1, "steps": 1, "cases": [[1, 2], [3, 4]], "profile": None}
+    job = {"argv": [], "shuffle_slots": False, "warmup": 1, "steps": 1, "cases": ["1x2", "3x4"], "profile": None}
     path = tmp_path / "outcome.pt"
-    decode_step_worker.work({**job, "check_context": 0, "sparse_context": 0, "outcome": str(path)})
+    decode_step_worker.work({**job, "checked": [], "sparse": "", "outcome": str(path)})
     found = Outcome(**torch.load(path))
-    assert (found.times, found.pipelined, found.errors) == ({(3, 4): [3.0]}, {(3, 4): [2.0]}, {(1, 2): "pool"})
+    assert (found.times, found.pipelined, found.errors) == ({"3x4": [3.0]}, {"3x4": [2.0]}, {"1x2": "pool"})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
