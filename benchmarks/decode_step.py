@@ -94,7 +94,9 @@ def parse_backend(spec: str) -> Backend:
     return Backend(spec, name, lim, {ENV: json.dumps(values)})
 
 
-def _scalar(text: str) -> int | float | str:
+def _scalar(text: str) -> bool | int | float | str:
+    if text in ("on", "off"):
+        return text == "on"
     for kind in (int, float):
         try:
             return kind(text)

@@ -40,6 +40,8 @@ def test_backend_specs() -> None:
         "selection_layers": [2, 12],
         "recency": 0.5,
     }
+    ungrouped = parse_backend("lessismore:prefix_groups=off").lim
+    assert ungrouped is not None and ungrouped.prefix_groups is False
 
 
 @pytest.mark.parametrize(
