@@ -1,13 +1,15 @@
 """The sections of `kernels.py`: what is checked against the reference, then timed, and the CSV rows of it."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from failures import reason
+from forest import Forest
+from kernel_forests import Cascade, attend_in_groups, draw_forest, groups_deviation, stored_tokens
 from kernel_operands import (
     CACHES,
     COPIED_BYTES,
@@ -30,19 +32,19 @@ from kernel_operands import (
 )
 from torch import Tensor
 
-from lim_kernels import decode_with_scores, sparse_decode
+from lim_kernels import decode_with_scores, find_prefix_groups, sparse_decode
 from lim_kernels.select_tokens import AGGREGATES
 
 Case = tuple[int, int]
 Row = dict[str, Any]
-SECTIONS = ("sparse_decode", "decode_with_scores", "selection", "layer")
+SECTIONS = ("sparse_decode", "decode_with_scores", "selection", "layer", "grouped")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-5}
 """Largest deviation of attention from the reference, by dtype."""
 SHARES = (0.0, 0.7)
 FLASHINFER_MOST = 2048
 COLUMNS = (
-    *("section", "op", "implementation", "batch", "context", "tokens", "aggregate"),
+    *("section", "op", "implementation", "batch", "context", "prefixes", "tokens", "aggregate"),
     *("us", "p20", "p80", "gb_per_s", "share_of_copy", "ratio_to_fa3", "deviation", "error", "note", "machine"),
 )
 
@@ -94,6 +96,14 @@ def make_row(
     return row
 
 
+def guarded(measure: Callable[[], Iterator[Row]], **cells: Any) -> Iterator[Row]:
+    """The rows of a case; what it raises ends this case alone, as a row of its own."""
+    try:
+        yield from measure()
+    except Exception as error:
+        yield make_row(Measured(error=reason(error)), **cells)
+
+
 class Bench:
     """The sections, a case at a time; what several sections need is measured once."""
 
@@ -104,18 +114,23 @@ class Bench:
         timer: Timer,
         fa3: Dense | None = None,
         top_k: TopK | None = None,
+        cascades: Mapping[str, Cascade] | None = None,
     ) -> None:
         torch.manual_seed(0)
         self.shape = Shape(args.heads, args.kv_heads, args.dim, DTYPES[args.dtype])
         self.sizes = Selection(args.budget, recent=args.budget // 4, sinks=4)
         self.limit = LIMITS[self.shape.dtype]
         self.device, self.timer, self.fa3, self.top_k = device, timer, fa3, top_k
+        self.cascades, self.granule = cascades or {}, args.granule
         self.implementation = "triton" if device.type == "cuda" else "reference"
         sets = [(batch, args.budget) for batch in args.batches]
-        self.cases = {name: sets if name == "sparse_decode" else args.cases for name in args.sections}
+        sections = [name for name in args.sections if name != "grouped"]
+        self.cases = {name: sets if name == "sparse_decode" else args.cases for name in sections}
+        self.forests: list[Forest] = args.forests if "grouped" in args.sections else []
         self.copied = Measured(times=timer.copy())
         self.copy_gb_per_s = 2 * COPIED_BYTES / min(self.copied.times) / 1e3
         drawn = {batch * tokens for cases in self.cases.values() for batch, tokens in cases}
+        drawn |= set(map(stored_tokens, self.forests))
         self.pool = Pool(self.shape, max(count * self.shape.slot_sets(count) for count in drawn), device)
         self.operands: dict[Case, Operands] = {}
         self.found: dict[tuple[str, Case], Measured] = {}
@@ -126,27 +141,27 @@ class Bench:
         copied: dict[str, Any] = {"section": "copy", "op": "copy", "implementation": "torch", "note": note}
         yield make_row(self.copied, kv_bytes=2 * COPIED_BYTES, **copied)
         for section, cases in self.cases.items():
-            for case in cases:
-                try:
-                    yield from getattr(self, f"{section}_rows")(case)
-                except Exception as error:
-                    cells = {"section": section, "op": section, "batch": case[0], "context": case[1]}
-                    yield make_row(Measured(error=reason(error)), **cells)
+            for batch, context in cases:
+                measure = partial(getattr(self, f"{section}_rows"), (batch, context))
+                yield from guarded(measure, section=section, op=section, batch=batch, context=context)
+        for forest in self.forests:
+            cells = {"batch": forest.batch, "context": forest.context, "prefixes": forest.prefixes}
+            yield from guarded(partial(self.grouped_rows, forest), section="grouped", op="grouped", **cells)
 
     def sparse_decode_rows(self, case: Case) -> Iterator[Row]:
         """Attention over a chosen set; its tokens may be anywhere, so that there is no context."""
         fa3 = self.fa3_of(case)
         calls = self.operands_of(case).calls(sparse_decode, implementation=self.implementation)
-        found = [(self.implementation, self.measure_decode(calls, case)), ("fa3", fa3)]
+        found = [(self.implementation, self.measure_decode(calls, self.operands_of(case))), ("fa3", fa3)]
         for implementation, measured in found:
             if measured:
-                cells = {"op": "sparse_decode", "implementation": implementation, "context": ""}
+                cells: dict[str, Any] = {"op": "sparse_decode", "implementation": implementation, "context": ""}
                 yield self.decode_row("sparse_decode", case, measured, fa3, **cells)
 
     def decode_with_scores_rows(self, case: Case) -> Iterator[Row]:
         """Dense attention with logits."""
         fa3, ours = self.fa3_of(case), self.ours_of(case)
-        cells = {"op": "decode_with_scores", "implementation": self.implementation}
+        cells: dict[str, Any] = {"op": "decode_with_scores", "implementation": self.implementation}
         note = composed_note(fa3.us) if fa3 and fa3.us else ""
         yield self.decode_row("decode_with_scores", case, ours, fa3, **cells, note=note)
         if fa3:
@@ -193,6 +208,40 @@ class Bench:
                         note="; ".join(notes),
                     )
 
+    def grouped_rows(self, forest: Forest) -> Iterator[Row]:
+        """Attention of a forest's rows, by what reads a shared prefix once, and by what reads it for every row."""
+        operands, case, stored = draw_forest(self.pool, forest), (forest.batch, forest.context), stored_tokens(forest)
+        ours: dict[str, Any] = {"implementation": self.implementation}
+        cells: dict[str, Any] = {"prefixes": forest.prefixes, "batch": case[0], "context": case[1]}
+        note = f"{stored} tokens stored, {forest.batch * forest.context} attended"
+        fa3 = self.measure_baseline(partial(self.fa3, operands), operands) if self.fa3 else None
+
+        finders = [
+            partial(find_prefix_groups, slots, operands.lens, granule=self.granule, **ours) for slots in operands.slots
+        ]
+        groups = finders[0]()
+        wanted = finders[0](implementation="reference")
+        finding = self.measure(finders, lambda: groups_deviation(groups, wanted), 0.0)
+        yield make_row(
+            finding, section="grouped", op="find_prefix_groups", note="once a step for all layers", **cells, **ours
+        )
+
+        read = forest.batch * forest.context - int(groups.followed.sum())
+        kernels = {
+            "grouped_decode": (operands.calls(attend_in_groups, groups=groups, **ours), f"{note}; {read} read"),
+            "sparse_decode over all slots": (operands.calls(sparse_decode, **ours), note),
+        }
+        for op, (calls, said) in kernels.items():
+            measured = self.measure_decode(calls, operands)
+            yield self.decode_row("grouped", case, measured, fa3, stored, op=op, note=said, **ours, **cells)
+        if fa3:
+            how: dict[str, Any] = {"op": "dense decode", "implementation": "fa3", "note": note}
+            yield self.decode_row("grouped", case, fa3, fa3, stored, **how, **cells)
+        for name, cascade in self.cascades.items():
+            measured = self.measure_baseline(partial(cascade, operands, forest), operands)
+            how = {"op": "cascade", "implementation": name, "note": note}
+            yield self.decode_row("grouped", case, measured, fa3, stored, **how, **cells)
+
     def select(self, drawn: list[Tensor], aggregate: str) -> Iterator[tuple[str, str, Measured]]:
         """Operator, implementation and measurement of every step of one selection from logits [B, H, L]."""
         batch, _, length = drawn[0].shape
@@ -238,9 +287,16 @@ class Bench:
         except Exception as error:
             return Measured(error=reason(error))
 
-    def measure_decode(self, calls: list[Any], case: Case) -> Measured:
+    def measure_decode(self, calls: list[Any], operands: Operands) -> Measured:
         """Attention whose calls return out, lse and possibly logits."""
-        return self.measure(calls, lambda: decode_deviation(self.operands_of(case), *calls[0]()), self.limit)
+        return self.measure(calls, lambda: decode_deviation(operands, *calls[0]()), self.limit)
+
+    def measure_baseline(self, prepare: Callable[[], list[Any]], operands: Operands) -> Measured:
+        """Attention by calls that are yet to be prepared, which may fail as well."""
+        try:
+            return self.measure_decode(prepare(), operands)
+        except Exception as error:
+            return Measured(error=reason(error))
 
     def operands_of(self, case: Case) -> Operands:
         """The case's queries and slots, the same in all sections."""
@@ -251,29 +307,28 @@ class Bench:
     def fa3_of(self, case: Case) -> Measured | None:
         """FA3's attention; None without FA3."""
         if self.fa3 and ("fa3", case) not in self.found:
-            try:
-                calls = self.fa3(self.operands_of(case))
-                self.found["fa3", case] = self.measure_decode(calls, case)
-            except Exception as error:
-                self.found["fa3", case] = Measured(error=reason(error))
+            operands = self.operands_of(case)
+            self.found["fa3", case] = self.measure_baseline(partial(self.fa3, operands), operands)
         return self.found.get(("fa3", case))
 
     def ours_of(self, case: Case) -> Measured:
         """Our dense attention with logits."""
         if ("ours", case) not in self.found:
             calls = self.operands_of(case).calls(decode_with_scores, implementation=self.implementation)
-            self.found["ours", case] = self.measure_decode(calls, case)
+            self.found["ours", case] = self.measure_decode(calls, self.operands_of(case))
         return self.found["ours", case]
 
     def within_budget(self, case: Case) -> list[str]:
         """A note where no row is longer than the budget."""
         return ["within the budget: nothing to select"] if case[1] <= self.sizes.budget else []
 
-    def decode_row(self, section: str, case: Case, measured: Measured, fa3: Measured | None, **cells: Any) -> Row:
-        """A row of attention over all tokens of a case."""
+    def decode_row(
+        self, section: str, case: Case, measured: Measured, fa3: Measured | None, stored: int = 0, **cells: Any
+    ) -> Row:
+        """A row of attention over all tokens of a case, of which `stored` are there where rows share some."""
         batch, tokens = case
         place = {"section": section, "batch": batch, "context": tokens, "tokens": tokens, **cells}
-        kv_bytes, fa3_us = self.shape.kv_bytes(batch * tokens), fa3.us if fa3 else None
+        kv_bytes, fa3_us = self.shape.kv_bytes(stored or batch * tokens), fa3.us if fa3 else None
         return make_row(measured, kv_bytes=kv_bytes, copy_gb_per_s=self.copy_gb_per_s, fa3_us=fa3_us, **place)
 
 

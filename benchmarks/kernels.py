@@ -3,6 +3,7 @@
     python benchmarks/kernels.py --output out/kernels.csv
     python benchmarks/kernels.py --sections layer --cases 16x32768 --quick
     python benchmarks/kernels.py --sections selection --no-flashinfer
+    python benchmarks/kernels.py --sections grouped --forests 1x32768/16x256 16x32768
 
 Sections, on a model layer's shape (Qwen3-8B's by default):
 - sparse_decode: attention over a budget of tokens; FA3 over the same slots.
@@ -11,13 +12,17 @@ Sections, on a model layer's shape (Qwen3-8B's by default):
   FlashInfer's top-k of the same scores where it can be compiled, which can take minutes (`--no-flashinfer`: without).
 - layer: both in one graph, as in a selection layer, against FA3's dense layer. The target is a ratio of at most 1.2 at
   16x32768.
+- grouped: dense attention of rows that share prefixes, level by level from the root: `1x4096/4x12288/8x256` is a prefix
+  of 4096 tokens, behind it 4 of 12288, behind each 8 rows with 256 of their own. Ours in groups, and finding them; ours
+  over every row's slots; FA3; FlashInfer's cascade, whose levels are planned before anything is timed.
 
 Before a kernel is timed, its output is compared with the float64 reference in at most four rows (`deviation`: relative
 for attention, of log-weights for scores, the share of tokens that differ for sets); beyond the limit it has no time.
 Times are of CUDA graphs whose calls rotate over keys and values that L2 cannot hold; slots are scattered. Selection
 reads what attention has just written, and may find it in L2 as in a layer. `gb_per_s` counts keys and values once, and
-`share_of_copy` is beside the best device copy of the same run. `ratio_to_fa3` is our time over FA3's: less is better.
-A baseline that cannot be imported has no rows. Uses about 13 GiB of device memory by default.
+`share_of_copy` is beside the best device copy of the same run; in `grouped` the shared ones count once as well, for
+all implementations. `ratio_to_fa3` is our time over FA3's: less is better.
+A baseline that cannot be imported has no rows, or rows with the error. Uses about 13 GiB of device memory by default.
 """
 
 import argparse
@@ -28,12 +33,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forest import Forest
+from kernel_forests import Cascade, flashinfer_cascades
 from kernel_operands import Dense, GraphTimer, Shape, TopK, load_fa3, load_flashinfer
 from kernel_sections import COLUMNS, DTYPES, SECTIONS, Bench, Case, Row
 from machine import machine_line
 from results_file import append_rows, require_columns
 
 QUICK_REPLAYS = 3
+_NAMES = ("section", "op", "implementation", "batch", "context", "prefixes", "aggregate")
 
 
 def markdown(rows: list[Row]) -> str:
@@ -76,13 +84,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--batches", type=positive, nargs="+", default=[1, 4, 16, 64, 256], help="rows of the section sparse_decode"
     )
+    forests = ["1x32768/16x256", "1x8192/64x256", "4x16384/8x256", "1x4096/4x12288/8x256", "16x32768"]
+    parser.add_argument(
+        "--forests",
+        type=Forest.parse,
+        nargs="+",
+        default=[Forest.parse(forest) for forest in forests],
+        metavar="NxT/NxT",
+        help="of the section grouped: levels from the root, N under each node of the level before, T tokens each",
+    )
+    parser.add_argument("--granule", type=positive, default=128, help="tokens that shared prefixes are multiples of")
     parser.add_argument("--replays", type=positive, default=11, help="of every graph; a figure is their median")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_REPLAYS} replays: for a look, not for a report")
     parser.add_argument(
         "--no-flashinfer",
         dest="flashinfer",
         action="store_false",
-        help="no FlashInfer top-k, nothing to compile for it",
+        help="no FlashInfer top-k and no cascade, nothing to compile for them",
     )
     parser.add_argument("--output", type=Path, help="CSV file to append to")
     args = parser.parse_args(argv)
@@ -105,12 +123,15 @@ def load(name: str, loader: Callable[[], Any]) -> Any:
         return None
 
 
-def load_baselines(args: argparse.Namespace, device: torch.device) -> tuple[Dense | None, TopK | None]:
-    """FA3, and FlashInfer's top-k where a section asks for it; None for what is not wanted or cannot be loaded."""
+def load_baselines(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[Dense | None, TopK | None, dict[str, Cascade]]:
+    """FA3, and FlashInfer's top-k and cascades where a section asks for them; None for what cannot be loaded."""
     shape = Shape(args.heads, args.kv_heads, args.dim, DTYPES[args.dtype])
     fa3 = load("FA3", lambda: load_fa3(shape))
-    wanted = args.flashinfer and "selection" in args.sections
-    return fa3, load("FlashInfer top-k", lambda: load_flashinfer(device)) if wanted else None
+    wanted = set(args.sections) if args.flashinfer else set()
+    top_k = load("FlashInfer top-k", lambda: load_flashinfer(device)) if "selection" in wanted else None
+    return fa3, top_k, flashinfer_cascades(shape) if "grouped" in wanted else {}
 
 
 def report(rows: Iterator[Row], machine: str, output: Path | None) -> list[Row]:
@@ -120,7 +141,7 @@ def report(rows: Iterator[Row], machine: str, output: Path | None) -> list[Row]:
         found.append({**row, "machine": machine})
         if output:
             append_rows(output, COLUMNS, found[-1:])
-        what = [row[c] for c in ("section", "op", "implementation", "batch", "context", "aggregate") if row[c] != ""]
+        what = [row[c] for c in _NAMES if row[c] != ""]
         print(*what, row["error"] or f"{row['us']} us", file=sys.stderr, flush=True)
     return found
 

@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
 SELECTION = Selection(budget=8, recent=2, sinks=1)
 TINY = [
     *("--heads", "4", "--kv-heads", "2", "--dim", "8", "--budget", "16"),
-    *("--batches", "1", "5", "--cases", "6x40", "1x100", "3x16", "--dtype"),
+    *("--batches", "1", "5", "--cases", "6x40", "1x100", "3x16"),
+    *("--forests", "1x40/3x8", "4x20", "--granule", "4", "--dtype"),
 ]
 
 
@@ -76,6 +77,7 @@ def test_every_section_runs_and_agrees_with_the_reference(dtype: str) -> None:
     assert len(of(rows, section="decode_with_scores")) == 3 * 2
     assert len(of(rows, section="selection")) == 3 * 2 * 3 * 3
     assert len(of(rows, section="layer")) == 3 * 3
+    assert len(of(rows, section="grouped")) == 2 * 4
     assert {row["ratio_to_fa3"] for row in of(rows, section="layer")} == {1.0}
     assert all(float(row["deviation"]) <= 1e-2 for row in rows if row["deviation"] != "")
     assert {row["deviation"] for row in of(rows, op="choose_tokens") + of(rows, op="top-k")} == {"0"}
@@ -350,7 +352,12 @@ def test_a_missing_baseline_is_named(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize(
     ("argv", "loaded"),
-    [([], ["fa3", "flashinfer"]), (["--no-flashinfer"], ["fa3"]), (["--sections", "layer"], ["fa3"])],
+    [
+        ([], ["fa3", "flashinfer", "cascades"]),
+        (["--no-flashinfer"], ["fa3"]),
+        (["--sections", "layer"], ["fa3"]),
+        (["--sections", "grouped"], ["fa3", "cascades"]),
+    ],
 )
 def test_flashinfer_is_loaded_only_where_it_is_wanted(
     argv: list[str], loaded: list[str], monkeypatch: pytest.MonkeyPatch
@@ -358,7 +365,9 @@ def test_flashinfer_is_loaded_only_where_it_is_wanted(
     asked: list[str] = []
     monkeypatch.setattr(kernels, "load_fa3", lambda shape: asked.append("fa3") or dense)
     monkeypatch.setattr(kernels, "load_flashinfer", lambda device: asked.append("flashinfer") or top_k)
-    assert kernels.load_baselines(parse(argv), CPU) == (dense, top_k if "flashinfer" in loaded else None)
+    monkeypatch.setattr(kernels, "flashinfer_cascades", lambda shape: asked.append("cascades") or {"cascade": 1})
+    wanted = top_k if "flashinfer" in loaded else None, {"cascade": 1} if "cascades" in loaded else {}
+    assert kernels.load_baselines(parse(argv), CPU) == (dense, *wanted)
     assert asked == loaded
 
 
