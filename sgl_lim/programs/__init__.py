@@ -1,4 +1,4 @@
-"""Reasoning programs over a SGLang endpoint: solve and self-consistency, graded, resumable, with a summary.
+"""Reasoning programs over a SGLang endpoint, graded and resumable: solve, self-consistency, tree of thought.
 
 Run them with `python -m sgl_lim.programs --help`. Only `reasoning` imports SGLang.
 """

@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any
 
@@ -21,6 +21,7 @@ from sgl_lim.programs.runner import EndpointLost, Invocation, run_items
 from sgl_lim.programs.summary import summarize, table
 
 OK, FAILED, USAGE = 0, 1, 2
+_NAMES = {"solve": "solve", "self-consistency": "self_consistency", "tree": "tree_of_thought"}  # as functions
 
 
 class _Exit(Exception):
@@ -72,6 +73,7 @@ def _prepare(chosen: Options, argv: list[str]) -> _Run:
             grader.expected(problem)
         before = server_stats.parse_server_info(endpoint.server_info(chosen.endpoint))
         max_tokens = limits.max_tokens(chosen, source.problems, before.max_input_tokens)
+        limits.check_tree(chosen, max_tokens)
     except (ProblemError, limits.LimitError) as error:
         raise _Exit(USAGE, str(error)) from error
     except (GradingError, endpoint.EndpointError) as error:
@@ -79,8 +81,9 @@ def _prepare(chosen: Options, argv: list[str]) -> _Run:
     settings = {
         "model": before.model,
         "attention": dict(before.attention),
-        "program": "solve" if chosen.samples is None else "self_consistency",
+        "program": _NAMES[chosen.program],
         "samples": chosen.samples,
+        "tree": None if chosen.tree is None else asdict(chosen.tree),
         "problems": dict(source.spec),
         "chat_template": _chat_template(chosen, before.model),
         "max_tokens": max_tokens,
@@ -126,6 +129,7 @@ def _ask(run: _Run) -> Callable[[str], list[Generation]]:
     return reasoning.make_ask(
         _connect(run.options.endpoint, template),
         num_samples=run.options.samples,
+        tree=run.options.tree,
         chat=template is not None,
         max_new_tokens=settings["max_tokens"],
         temperature=settings["temperature"],

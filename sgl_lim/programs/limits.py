@@ -43,6 +43,20 @@ def max_tokens(options: Options, problems: Sequence[Problem], context: int | Non
     return wanted or min(_MATH_TOKENS, room)
 
 
+def check_tree(options: Options, tokens: int) -> None:
+    """Whether thoughts leave room for an answer within `tokens`, the run's `max_new_tokens`.
+
+    Raises:
+        LimitError: they do not.
+    """
+    tree = options.tree
+    if tree is not None and tree.path_tokens >= tokens:
+        raise LimitError(
+            f"--thought-tokens: {tree.depth} rounds of {tree.thought_tokens} tokens leave nothing of the {tokens} that "
+            "a generation may have, thoughts and answer together; lower it or --depth, or raise --max-tokens"
+        )
+
+
 def _longest_prompt(options: Options, problems: Sequence[Problem], *, exact_only: bool) -> int | None:
     """Tokens of the longest prompt; if the server cannot count, bytes bound it from above, or None if `exact_only`."""
     prompts = [problem.prompt for problem in problems]

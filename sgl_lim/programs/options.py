@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sgl_lim.programs.problems import DEFAULT_PROMPT_TEMPLATE, PLACEHOLDER
+from sgl_lim.programs.tree import TreeShape
 from sgl_lim.tasks.chains import MAX_STEPS, NUM_NODES
 
-_SELF_CONSISTENCY = "self-consistency"
+_SOLVE, _SELF_CONSISTENCY, _TREE = "solve", "self-consistency", "tree"
 _SAMPLES, _FACTS, _STEPS = 8, 330, 48
-_TEMPERATURE, _TOP_P = 0.6, 0.95  # of self-consistency, as reasoning models' cards advise; solve is greedy
+_SHAPE = {"branches": 8, "keep": 2, "depth": 2, "thought_tokens": 128}
+_TEMPERATURE, _TOP_P = 0.6, 0.95  # of what branches, as reasoning models' cards advise; solve is greedy
 
 _EXAMPLES = """
 examples:
   %(prog)s --chains 32 --output out/chains.jsonl
   %(prog)s --program self-consistency --samples 8 --problems aime2024.jsonl --chat-template chatml \\
       --output out/aime.jsonl --summary out/aime.json
+  %(prog)s --program tree --branches 8 --keep 2 --depth 2 --thought-tokens 1024 --problems aime2024.jsonl \\
+      --chat-template chatml --output out/tree.jsonl
 
 The output has one line a problem. Run the same command again to resume: answered problems are skipped, failed
 ones are asked again, and a file with results of other settings is refused.
@@ -29,7 +33,9 @@ class Options:
     """A valid command line. Either `chains` or `problems` is set."""
 
     endpoint: str  # without a trailing slash
-    samples: int | None  # None: solve
+    program: str
+    samples: int | None  # of self-consistency
+    tree: TreeShape | None  # of tree
     chains: int | None
     facts: int
     steps: int
@@ -58,16 +64,20 @@ def parse(argv: list[str]) -> Options:
     args = parser.parse_args(argv)
     _check_sources(parser, args)
     chat = args.chat or args.chat_template is not None
-    consistent = args.program == _SELF_CONSISTENCY
-    if args.samples is not None and not consistent:
-        parser.error(f"argument --samples: only with --program {_SELF_CONSISTENCY}")
-    if consistent and args.temperature == 0:
-        parser.error(f"argument --temperature: must be above 0 with --program {_SELF_CONSISTENCY} (equal samples else)")
+    branching = args.program != _SOLVE
+    samples = _of_program(parser, args, _SELF_CONSISTENCY, {"samples": _SAMPLES})
+    shape = _of_program(parser, args, _TREE, _SHAPE)
+    if shape and shape["branches"] % shape["keep"]:
+        parser.error(f"argument --branches: must be a multiple of --keep ({shape['keep']}), got {shape['branches']}")
+    if branching and args.temperature == 0:
+        parser.error(f"argument --temperature: must be above 0 with --program {args.program} (equal branches else)")
     if args.summary is not None and args.summary.resolve() == args.output.resolve():
         parser.error("argument --summary: is the file of --output; name another")
     return Options(
         endpoint=args.endpoint,
-        samples=(args.samples or _SAMPLES) if consistent else None,
+        program=args.program,
+        samples=samples.get("samples"),
+        tree=TreeShape(**shape) if shape else None,
         chains=args.chains,
         facts=args.facts or _FACTS,
         steps=args.steps or _STEPS,
@@ -78,13 +88,25 @@ def parse(argv: list[str]) -> Options:
         chat=chat,
         chat_template=args.chat_template,
         max_tokens=args.max_tokens,
-        temperature=(_TEMPERATURE if consistent else 0.0) if args.temperature is None else args.temperature,
-        top_p=(_TOP_P if consistent else 1.0) if args.top_p is None else args.top_p,
+        temperature=(_TEMPERATURE if branching else 0.0) if args.temperature is None else args.temperature,
+        top_p=(_TOP_P if branching else 1.0) if args.top_p is None else args.top_p,
         top_k=args.top_k,
         concurrency=args.concurrency,
         output=args.output,
         summary=args.summary,
     )
+
+
+def _of_program(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, program: str, defaults: dict[str, int]
+) -> dict[str, int]:
+    """Values of the flags that only `program` has; none for another program, which must not be given them."""
+    given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
+    if args.program == program:
+        return {**defaults, **given}
+    for name in given:
+        parser.error(f"argument --{name.replace('_', '-')}: only with --program {program}")
+    return {}
 
 
 def _check_sources(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -113,8 +135,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--endpoint", type=_url, default="http://127.0.0.1:30000", metavar="URL", help="default: %(default)s")
-    add("--program", choices=("solve", _SELF_CONSISTENCY), default="solve", help="default: %(default)s")
+    add("--program", choices=(_SOLVE, _SELF_CONSISTENCY, _TREE), default=_SOLVE, help="default: %(default)s")
     add("--samples", type=_integer(2), metavar="N", help=f"branches of {_SELF_CONSISTENCY} (default: {_SAMPLES})")
+    tree = parser.add_argument_group("with --program tree")
+    for name, low, what in (
+        ("branches", 2, "thoughts of a round, a multiple of --keep"),
+        ("keep", 1, "most probable paths that a round leaves"),
+        ("depth", 1, "rounds before the answer"),
+        ("thought-tokens", 1, "most tokens of a thought"),
+    ):
+        default = _SHAPE[name.replace("-", "_")]
+        tree.add_argument(f"--{name}", type=_integer(low), metavar="N", help=f"{what} (default: {default})")
 
     source = parser.add_argument_group("problems (one of)").add_mutually_exclusive_group(required=True)
     source.add_argument("--chains", type=_integer(1), metavar="N", help="N generated chains, graded exactly")
@@ -151,16 +182,17 @@ def _parser() -> argparse.ArgumentParser:
         "--max-tokens",
         type=_integer(1),
         metavar="N",
-        help="of a generation (default: 8 a step and 8 for chains, else 32768 or what the server's context leaves)",
+        help="of a generation, with the thoughts before it (default: 8 a step and 8 for chains, else 32768 or what "
+        "the server's context leaves)",
     )
     sampling.add_argument(
         "--temperature",
         type=_number(0.0, 2.0),
         metavar="T",
-        help=f"default: 0 for solve, {_TEMPERATURE} for {_SELF_CONSISTENCY}",
+        help=f"default: 0 for solve, {_TEMPERATURE} for what branches",
     )
     sampling.add_argument(
-        "--top-p", type=_number(0.0, 1.0), metavar="P", help=f"default: 1 for solve, {_TOP_P} for {_SELF_CONSISTENCY}"
+        "--top-p", type=_number(0.0, 1.0), metavar="P", help=f"default: 1 for solve, {_TOP_P} for what branches"
     )
     sampling.add_argument("--top-k", type=_integer(-1), default=-1, metavar="N", help="default: -1, no limit")
 

@@ -24,7 +24,7 @@ class Progress:
 
     def __call__(self, row: Row) -> None:
         self._done += 1
-        self._tokens += sum(sample.completion_tokens for sample in row.samples)
+        self._tokens += row.output_tokens
         if row.error is None:
             self._answered += 1
             self._correct += row.correct

@@ -1,6 +1,8 @@
 """The reasoning programs, in SGLang's frontend language. Importing this imports SGLang (seconds)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import sglang as sgl
@@ -8,6 +10,7 @@ from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.lang.interpreter import ProgramState
 
 from sgl_lim.programs.records import Generation
+from sgl_lim.programs.tree import TreeShape
 
 
 class GenerationError(RuntimeError):
@@ -50,6 +53,55 @@ def self_consistency(s: ProgramState, prompt: str, num_samples: int, chat: bool 
         branches.join()  # ends the branches' threads, which would outlive an error otherwise
 
 
+@sgl.function
+def tree_of_thought(
+    s: ProgramState, prompt: str, shape: TreeShape, answer_tokens: int, chat: bool = False
+) -> list[Generation]:
+    """Think in branches, keep the most probable paths, think on from each, and answer after the best of the last round.
+
+    A path's score is the mean log-probability of its tokens, as the server sampled them: it costs no further request
+    and needs no model that can judge. Give a temperature above 0, or the branches are equal. A thought that the model
+    ends by itself is a whole answer: it competes with the other paths, and nobody thinks on from it.
+
+    Args:
+        s, prompt, chat: as in `solve`.
+        shape: branches, rounds and lengths.
+        answer_tokens: most tokens of the answer that follows the thoughts.
+
+    Returns:
+        One generation: the text of the best path and its answer, `other_tokens` on all other branches, and the prompt
+        tokens and cached ones of all requests together.
+
+    Raises:
+        GenerationError: a request failed.
+    """
+    _ask(s, prompt, chat)
+    if chat:
+        s += sgl.assistant_begin()
+    s.sync()
+    asked: list[Generation] = []
+    with ExitStack() as forks:
+        paths = [_Path(s)]
+        for _ in range(shape.depth):
+            paths = _think_on(paths, shape, forks, asked)
+        best = paths[0]
+        if not best.ended:
+            state = best.state
+            state += sgl.gen("answer", max_tokens=answer_tokens)
+            asked.append(_generation(state))
+            best = best.followed_by(asked[-1], state, ())
+    return [
+        Generation(
+            text=best.text,
+            prompt_tokens=sum(generation.prompt_tokens for generation in asked),
+            completion_tokens=best.tokens,
+            cached_tokens=sum(generation.cached_tokens for generation in asked),
+            finish_reason=best.finish_reason,
+            other_tokens=sum(generation.completion_tokens for generation in asked) - best.tokens,
+        )
+    ]
+
+
 def connect(url: str, chat_template: str | None = None) -> RuntimeEndpoint:
     """The endpoint as a backend for `run`.
 
@@ -68,19 +120,26 @@ def chat_templates() -> list[str]:
 
 
 def make_ask(
-    backend: RuntimeEndpoint, *, num_samples: int | None, chat: bool, **sampling: Any
+    backend: RuntimeEndpoint, *, num_samples: int | None, chat: bool, tree: TreeShape | None = None, **sampling: Any
 ) -> Callable[[str], list[Generation]]:
     """A function from a prompt to its generations, for any thread.
 
     Args:
         backend: from `connect`.
-        num_samples: branches of `self_consistency`; None for `solve`.
+        num_samples: branches of `self_consistency`; None for the other programs.
         chat: use the backend's chat template.
-        sampling: `max_new_tokens`, `temperature`, `top_p`, … as of `SglFunction.run`.
+        tree: shape of `tree_of_thought`; None for the other programs.
+        sampling: `max_new_tokens`, `temperature`, `top_p`, … as of `SglFunction.run`; the former is for a generation
+            as it is graded, the thoughts before an answer included.
     """
 
     def ask(prompt: str) -> list[Generation]:
-        if num_samples is None:
+        if tree is not None:
+            left = sampling["max_new_tokens"] - tree.path_tokens
+            state = tree_of_thought.run(
+                prompt=prompt, shape=tree, answer_tokens=left, chat=chat, backend=backend, **sampling
+            )
+        elif num_samples is None:
             state = solve.run(prompt=prompt, chat=chat, backend=backend, **sampling)
         else:
             state = self_consistency.run(prompt=prompt, num_samples=num_samples, chat=chat, backend=backend, **sampling)
@@ -109,15 +168,61 @@ def _raise_error(s: ProgramState) -> None:
     raise GenerationError(str(message) or type(error).__name__) from error
 
 
-def _generation(s: ProgramState) -> Generation:
-    """Wait for the state's `answer`."""
+@dataclass(frozen=True)
+class _Path:
+    """What was thought from the prompt on, and the state to think on from."""
+
+    state: ProgramState
+    text: str = ""
+    tokens: int = 0
+    finish_reason: str = "length"  # of the last thought
+    logprobs: tuple[float, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the model came to an end by itself."""
+        return self.finish_reason != "length"
+
+    @property
+    def score(self) -> float:
+        """Mean log-probability of the tokens."""
+        return sum(self.logprobs) / len(self.logprobs)
+
+    def followed_by(self, generation: Generation, state: ProgramState, logprobs: Sequence[float]) -> "_Path":
+        """This path and one generation more."""
+        text, tokens = self.text + generation.text, self.tokens + generation.completion_tokens
+        return _Path(state, text, tokens, generation.finish_reason, (*self.logprobs, *logprobs))
+
+
+def _think_on(paths: list[_Path], shape: TreeShape, forks: ExitStack, asked: list[Generation]) -> list[_Path]:
+    """One round: the best `shape.keep` of what grows from `paths`, best first. `asked` gets every thought."""
+    growing = [path for path in paths if not path.ended]
+    found = [path for path in paths if path.ended]
+    branches = []
+    for path in growing:
+        group = path.state.fork(shape.branches // len(growing))
+        forks.callback(group.join)
+        for state in group.states:
+            state += sgl.gen("thought", max_tokens=shape.thought_tokens, return_logprob=True)
+        branches.append((path, group.states))
+    for path, states in branches:
+        _raise_error(path.state)
+        for state in states:
+            asked.append(_generation(state, "thought"))
+            logprobs = [logprob for logprob, *_ in state.get_meta_info("thought")["output_token_logprobs"]]
+            found.append(path.followed_by(asked[-1], state, logprobs))
+    return sorted(found, key=lambda path: path.score, reverse=True)[: shape.keep]
+
+
+def _generation(s: ProgramState, name: str = "answer") -> Generation:
+    """Wait for what the state generates under `name`."""
     _raise_error(s)
-    meta = s.get_meta_info("answer")
+    meta = s.get_meta_info(name)
     finish = meta["finish_reason"]
     if finish["type"] == "abort":
         raise GenerationError(f"the server aborted the request: {finish.get('message') or 'no reason given'}")
     return Generation(
-        text=s["answer"],
+        text=s[name],
         prompt_tokens=meta["prompt_tokens"],
         completion_tokens=meta["completion_tokens"],
         cached_tokens=meta["cached_tokens"],

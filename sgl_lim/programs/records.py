@@ -25,6 +25,7 @@ class Generation:
     completion_tokens: int
     cached_tokens: int  # of the prompt, found in the prefix cache
     finish_reason: str  # "stop" or "length"
+    other_tokens: int = 0  # generated on the way on branches that this text is not of
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Sample:
     whole_chain: bool | None = None
     words_matching: int | None = None
     words_total: int | None = None
+    other_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Row:
     answer: str | None = None  # the majority's with several samples
     correct: bool = False
     samples: tuple[Sample, ...] = field(default=())
+
+    @property
+    def output_tokens(self) -> int:
+        """All that was generated for it."""
+        return sum(sample.completion_tokens + sample.other_tokens for sample in self.samples)
 
     def to_json(self) -> str:
         """One line without its newline, ASCII only: a model's text may hold what UTF-8 cannot."""

@@ -71,7 +71,7 @@ def run_items(
                 records.append(row)
                 del pending[future]
                 items += 1
-                output_tokens += sum(sample.completion_tokens for sample in row.samples)
+                output_tokens += row.output_tokens
                 on_row(row)
     finally:
         executor.shutdown(wait=False, cancel_futures=True)

@@ -68,6 +68,7 @@ def summarize(
             "max": max(lengths, default=None),
             "total": sum(lengths),
         },
+        "other_branch_tokens": sum(sample.other_tokens for sample in samples),
         "samples": len(samples),
         "samples_cut_off": sum(sample.finish_reason == "length" for sample in samples),
         "prefix_cache_hit_share": _rate(
@@ -102,6 +103,8 @@ def table(summary: Mapping[str, Any]) -> str:
     if summary["word_accuracy"] is not None:
         lines.append(("whole chains", f"{summary['whole_chain_accuracy']:.3f}"))
         lines.append(("word accuracy", f"{summary['word_accuracy']:.4f}"))
+    if summary["other_branch_tokens"]:
+        lines.append(("on other branches", f"{summary['other_branch_tokens']:,} tokens"))
     lines += [
         (
             "generation tokens",

@@ -16,6 +16,7 @@ class StubEndpoint:
     """`answer` maps a prompt to its reply and runs in the request's thread; everything may change while it runs."""
 
     answer: Callable[[str], Reply] = lambda prompt: "answer 0"
+    logprob: Callable[[str], float] = lambda text: -1.0  # of each token of a reply
     finish_reason: dict[str, Any] = field(default_factory=lambda: {"type": "stop"})
     counters: dict[str, int] | None = None  # None: dense
     startup_time: float = 1.0
@@ -97,6 +98,8 @@ class StubEndpoint:
             "cached_tokens": prompt_tokens // 2,
             "finish_reason": self.finish_reason,
         }
+        if request.get("return_logprob"):
+            meta["output_token_logprobs"] = [[self.logprob(text), 7, None] for _ in text.split()]
         return 200, {"text": text, "meta_info": meta}
 
 

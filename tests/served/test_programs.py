@@ -142,6 +142,18 @@ def test_self_consistency_votes(cli: Cli) -> None:
         assert row.answer is None if not votes else votes[str(row.answer)] == max(votes.values())
 
 
+def test_a_tree_shares_every_path_that_it_thinks_on_from(cli: Cli) -> None:
+    flush_cache(cli.url)
+    shape = ["--branches", "4", "--keep", "2", "--depth", "2", "--thought-tokens", "20"]
+    summary, printed = cli.run("--program", "tree", *shape, chains=2)
+    assert summary["answered"] == 2 and "on other branches" in printed
+    assert summary["prefix_cache_hit_share"] >= 0.9
+    for row in rows(cli.output):
+        (sample,) = row.samples
+        assert sample.completion_tokens <= MAX_TOKENS and sample.text == " " + " ".join(sample.text.split())
+        assert sample.other_tokens >= 3 * 20, "the branches that were not kept"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_run_is_resumed(cli: Cli, number: signal.Signals) -> None:
     chains = 8
