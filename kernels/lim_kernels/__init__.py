@@ -6,7 +6,7 @@ tensors' device. A named implementation is used or refused, never replaced.
 
 from lim_kernels.count_step import count_step
 from lim_kernels.decode_with_scores import decode_with_scores
-from lim_kernels.group_selection import choose_for_groups
+from lim_kernels.group_selection import choose_for_groups, groups_of_sets
 from lim_kernels.grouped_decode import grouped_decode
 from lim_kernels.prefix_groups import find_prefix_groups
 from lim_kernels.select_tokens import choose_tokens, score_tokens, select_tokens
@@ -19,6 +19,7 @@ __all__ = [
     "decode_with_scores",
     "find_prefix_groups",
     "grouped_decode",
+    "groups_of_sets",
     "score_tokens",
     "select_tokens",
     "sparse_decode",

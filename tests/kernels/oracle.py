@@ -1,8 +1,6 @@
 """Brute-force oracles in plain Python and float64, written from the paper's words and independent of `lim_kernels`."""
 
 import math
-from fractions import Fraction
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -51,42 +49,3 @@ def attention(
         lse.append(torch.logsumexp(logits, 0))
         out.append(torch.softmax(logits, 0) @ values[:, owner].double())
     return torch.stack(out), torch.stack(lse)
-
-
-def grouped_parts(
-    row: int, lens: list[int], shared: list[list[int]], levels: int, *, budget: int, recent: int, sinks: int
-) -> list[tuple[list[int], range, list[int], int]]:
-    """Of one row, by `choose_for_groups`: rows, positions, forced positions and number of tokens of each segment.
-
-    Args:
-        shared: [B][B], leading tokens that two rows share; levels: how many different lengths of a row count.
-    """
-
-    def cuts_of(one: int) -> list[int]:
-        return [0, *sorted({n for n in shared[one] if n})[:levels], lens[one]]
-
-    def rows_to(one: int, end: int) -> list[int]:
-        return [other for other in range(len(lens)) if other == one or (end < lens[one] and shared[one][other] >= end)]
-
-    def forced_in(one: int, start: int, end: int) -> list[int]:
-        windows = [lens[other] - recent for other in rows_to(one, end)]
-        return [p for p in range(start, end) if p < sinks or p >= min(windows)]
-
-    def owed_from(one: int, begin: int) -> int:
-        return sum(len(forced_in(one, s, e)) for s, e in pairwise(cuts_of(one)) if s >= begin)
-
-    parts, left = [], budget
-    for start, end in pairwise(cuts_of(row)):
-        rows, forced = rows_to(row, end), forced_in(row, start, end)
-        first = [p for p in forced if p < sinks]
-        needs = []
-        for one in rows:
-            fair = math.floor(Fraction(left * (lens[one] - end), lens[one] - start))
-            need = max(owed_from(one, end), min(fair, left - len(forced)))
-            needs.append(min(lens[one] - end, left - len(first), need))
-        count = min(end - start, left - max(needs))
-        others = [p for p in forced if p >= sinks]
-        kept = others[max(0, len(others) - (count - len(first))) :]
-        parts.append((rows, range(start, end), first + kept, count))
-        left -= count
-    return parts

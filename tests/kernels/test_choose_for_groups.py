@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lim_kernels import choose_for_groups, choose_tokens, find_prefix_groups
+from lim_kernels import choose_for_groups, choose_tokens, find_prefix_groups, groups_of_sets
 from lim_kernels.prefix_groups import MAX_LEVELS
-from oracle import grouped_parts
 from prefix_rows import prefix_rows, shared_by_comparison
+from support.group_oracle import grouped_parts
+from support.prefix_tree import groups_of, members_of
 from test_select_tokens_triton import SCORES, SIZES, candidates_of
 
 EXAMPLES = {"reference": 400, "triton": 25}
@@ -116,6 +117,46 @@ def test_rows_choose_as_specified(implementation, device, combine):
         in_slots, same = (result.cpu() for result in choose_for_groups(*call, **how, slots=slots.to(device)))
         expected = slots.gather(1, sets.clamp(min=0).long()).masked_fill(sets < 0, 0)
         assert torch.equal(in_slots, expected) and torch.equal(same, counts)
+
+    check()
+
+
+def check_set_groups(found, counts, sets, set_counts, groups, smallest):
+    """Groups of sets against the sets: each group's tokens, and those of too small groups before it, are one part."""
+    assert counts.tolist() == set_counts.tolist()
+    found, whole = ({name: field.cpu() for name, field in vars(tree).items()} for tree in (found, groups))
+    used = set()
+    for row, kept in enumerate(sets.tolist()):
+        parts, begin, followed = [], 0, 0
+        for group in reversed(groups_of(whole, row)):
+            end = sum(0 <= position < int(whole["ends"][group]) for position in kept)
+            if end - begin >= smallest:
+                members = members_of(whole, group)
+                assert members_of(found, group) == members
+                assert all(sets[other, begin:end].tolist() == kept[begin:end] for other in members)
+                followed = end if members[0] < row else followed
+                parts.append((group, begin, end))
+                begin = end
+        ours = [(g, int(found["starts"][g]), int(found["ends"][g])) for g in reversed(groups_of(found, row))]
+        assert ours == parts
+        assert (int(found["own_starts"][row]), int(found["followed"][row])) == (begin, followed)
+        used |= {group for group, _, _ in parts}
+    assert {group for group, count in enumerate(found["counts"].tolist()) if count} == used
+
+
+def test_sets_form_the_groups_that_are_foretold(implementation, device):
+    @settings(max_examples=EXAMPLES[implementation], deadline=None)
+    @given(batches(), st.sampled_from([1, 2, 7]))
+    def check(case, smallest):
+        slots, seq_lens, granule, sizes, scores = case
+        groups = groups_of_long(slots.to(device), seq_lens.to(device), granule, sizes["budget"])
+        found, counts = groups_of_sets(
+            seq_lens.to(device), groups, **sizes, smallest=smallest, implementation=implementation
+        )
+        sets, set_counts = choose_for_groups(
+            scores.to(device), seq_lens.to(device), groups, **sizes, combine="max", implementation="reference"
+        )
+        check_set_groups(found, counts, sets.cpu(), set_counts, groups, smallest)
 
     check()
 
@@ -246,6 +287,30 @@ def test_bad_operands_are_named(change, message):
     groups = find_prefix_groups(slots, seq_lens, granule=4)
     with pytest.raises(ValueError, match=message):
         choose_for_groups(groups=groups, **call | change)
+
+
+def test_small_groups_fall_to_those_within_them(implementation, device):
+    slots, seq_lens = (part.to(device) for part in tree_of_three(5000))
+    groups = groups_of_long(slots, seq_lens, 50, WIDE["budget"])
+    # 301 set tokens of rows 0-4 and 149 more of rows 1-3, as in the test above.
+    for smallest, own_starts in ((149, [301, 450, 450, 450, 301]), (150, [301] * 5), (302, [0, 450, 450, 450, 0])):
+        found, _ = groups_of_sets(seq_lens, groups, **WIDE, smallest=smallest, implementation=implementation)
+        assert found.own_starts.tolist() == [*own_starts, 0, 0, 0]
+    assert sorted(found.counts.tolist()) == [0] * 7 + [3] and found.parents.max() == -1
+
+
+def test_bad_operands_of_set_groups_are_named():
+    slots, seq_lens = torch.ones(2, 9, dtype=torch.int32), torch.tensor([9, 5], dtype=torch.int32)
+    groups = find_prefix_groups(slots, seq_lens, granule=4)
+    sizes = {"budget": 4, "recent": 1, "sinks": 1}
+    with pytest.raises(ValueError, match=r"seq_lens \[2\]"):
+        groups_of_sets(seq_lens[:1], groups, **sizes)
+    with pytest.raises(ValueError, match="smallest at least 1"):
+        groups_of_sets(seq_lens, groups, **sizes, smallest=0)
+    with pytest.raises(ValueError, match=r"budget >= recent \+ sinks"):
+        groups_of_sets(seq_lens, groups, **sizes | {"budget": 1})
+    with pytest.raises(ValueError, match="implementation among"):
+        groups_of_sets(seq_lens, groups, **sizes, implementation="cuda")
 
 
 def test_groups_of_other_rows_are_refused():

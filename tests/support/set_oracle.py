@@ -77,12 +77,12 @@ class SetRule:
         kept = set(served)
         if len(kept) != self.budget or not kept.issuperset(self.forced(length)):
             return False
-        low, high = self._places(logits[:, :length].double(), error[:, :length].double(), length)
+        low, high = self.places(logits[:, :length].double(), error[:, :length].double(), length)
         candidates = set(self.candidates(length))
         worst_kept = max(low[t] for t in candidates & kept)
         return worst_kept <= min(high[t] for t in candidates - kept)
 
-    def _places(self, rows: Tensor, error: Tensor, length: int) -> tuple[list[float], list[float]]:
+    def places(self, rows: Tensor, error: Tensor, length: int) -> tuple[list[float], list[float]]:
         """First and last place each token may have; a smaller place is chosen first."""
         if self.aggregate != "union":
             # A logit's error moves a weight by its exponential, and again through the row's normaliser.

@@ -80,5 +80,42 @@ def choose_for_groups(
     return choose(scores, seq_lens, groups, budget=budget, recent=recent, sinks=sinks, combine=combine, slots=slots)
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"
+def groups_of_sets(
+    seq_lens: Tensor,
+    groups: PrefixGroups,
+    *,
+    budget: int,
+    recent: int,
+    sinks: int,
+    smallest: int = 1,
+    implementation: str | None = None,
+) -> tuple[PrefixGroups, Tensor]:
+    """Which rows have equal leading entries in the sets that `choose_for_groups` gives them.
+
+    Sets are ascending, so what a group chooses lies at the same places of all its rows' sets, and how much it chooses
+    follows from lengths alone: this is known before any scores are, for all selection layers of a step. With it,
+    `grouped_decode` over the sets reads a group's tokens once.
+
+    Args:
+        seq_lens, groups, budget, recent, sinks: as in `choose_for_groups`.
+        smallest: a group of fewer set tokens is not worth a part of its own, and each of its rows, or the next group
+            on the way to it, takes them for its own.
+
+    Returns:
+        Groups by place in the sets, under the numbers of `groups`; and int32 [B], tokens in each row's set.
+
+    Raises:
+        ValueError: wrong shape or device, an unknown implementation, or a budget that does not cover sinks and window.
+    """
+    op = "groups_of_sets"
+    fits = seq_lens.dim() == 1 and groups.counts.shape == seq_lens.shape
+    require(fits, op, f"seq_lens [{len(groups.counts)}]", list(seq_lens.shape))
+    require(seq_lens.device == groups.counts.device, op, f"seq_lens on {groups.counts.device}", seq_lens.device)
+    require(smallest >= 1, op, "smallest at least 1 token", smallest)
+    check_sizes(op, budget, recent, sinks)
+    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(seq_lens)) == "reference":
+        find = reference.groups_of_sets
+    else:
+        from lim_kernels.group_selection.triton_plan import groups_of_sets as find
+    fields, counts = find(seq_lens, groups, budget=budget, recent=recent, sinks=sinks, smallest=smallest)
+    return PrefixGroups(**fields), counts

@@ -22,6 +22,8 @@ class Segment:
     """How many of the first positions are sinks."""
     tail: int
     """How many of the others, the last ones, are in the window of a row."""
+    group: int = -1
+    """The group's number, -1 for a row's own."""
 
 
 def choose_for_groups(
@@ -37,20 +39,9 @@ def choose_for_groups(
 ) -> tuple[Tensor, Tensor]:
     """See `api.choose_for_groups`."""
     batch = scores.shape[0]
-    lens = seq_lens.tolist()
-    segments = cut(lens, groups, recent=recent, sinks=sinks)
-    # Of each row: forced positions of the segments from the present one on, and tokens chosen of those before it.
-    owed, counts = [0] * batch, [0] * batch
-    for part in segments:
-        for row in part.rows:
-            owed[row] += part.head + part.tail
+    counts = [0] * batch
     sets = torch.full((batch, budget), -1 if slots is None else 0, dtype=torch.int32, device=scores.device)
-    for part in segments:
-        for row in part.rows:
-            owed[row] -= part.head + part.tail
-        quota = share(
-            part, budget - counts[part.rows[0]], [lens[row] for row in part.rows], [owed[r] for r in part.rows]
-        )
+    for part, quota in plan(seq_lens.tolist(), groups, budget=budget, recent=recent, sinks=sinks):
         combined = scores[part.rows, part.start : part.end]
         combined = combined.amax(0) if combine == "max" else combined.logsumexp(0)
         positions = part.start + best(combined, quota, part.head, min(part.tail, quota - part.head))
@@ -61,17 +52,70 @@ def choose_for_groups(
     return sets, torch.tensor(counts, dtype=torch.int32, device=scores.device)
 
 
+def groups_of_sets(
+    seq_lens: Tensor, groups: PrefixGroups, *, budget: int, recent: int, sinks: int, smallest: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """See `api.groups_of_sets`; the fields of `PrefixGroups` by name."""
+    batch = len(seq_lens)
+    counts, starts, ends, parents = [0] * batch, [0] * batch, [0] * batch, [-1] * batch
+    # Of each row: where its own part begins after the groups so far, the last of them, and how far others lead.
+    own_starts, paths, followed, taken = [0] * batch, [-1] * batch, [0] * batch, [0] * batch
+    for part, quota in plan(seq_lens.tolist(), groups, budget=budget, recent=recent, sinks=sinks):
+        first, group = part.rows[0], part.group
+        end = taken[first] + quota
+        if group >= 0 and end - own_starts[first] >= smallest:
+            counts[group], starts[group], ends[group] = len(part.rows), own_starts[first], end
+            parents[group] = paths[first]
+            for row in part.rows:
+                own_starts[row], paths[row] = end, group
+                followed[row] = end if row != first else followed[row]
+        for row in part.rows:
+            taken[row] = end
+    fields = {
+        "counts": counts,
+        "starts": starts,
+        "ends": ends,
+        "parents": parents,
+        "own_starts": own_starts,
+        "paths": paths,
+        "followed": followed,
+    }
+    made = {name: torch.tensor(values, dtype=torch.int32, device=seq_lens.device) for name, values in fields.items()}
+    return {**made, "members": groups.members}, torch.tensor(taken, dtype=torch.int32, device=seq_lens.device)
+
+
+def plan(lens: list[int], groups: PrefixGroups, *, budget: int, recent: int, sinks: int) -> list[tuple[Segment, int]]:
+    """All segments in the order of `cut`, and how many tokens each takes."""
+    segments = cut(lens, groups, recent=recent, sinks=sinks)
+    # Of each row: forced positions of the segments from the present one on, and tokens taken by those before it.
+    owed, taken = [0] * len(lens), [0] * len(lens)
+    for part in segments:
+        for row in part.rows:
+            owed[row] += part.head + part.tail
+    planned = []
+    for part in segments:
+        for row in part.rows:
+            owed[row] -= part.head + part.tail
+        quota = share(
+            part, budget - taken[part.rows[0]], [lens[row] for row in part.rows], [owed[r] for r in part.rows]
+        )
+        planned.append((part, quota))
+        for row in part.rows:
+            taken[row] += quota
+    return planned
+
+
 def cut(lens: list[int], groups: PrefixGroups, *, recent: int, sinks: int) -> list[Segment]:
     """All segments, those of outer groups before those in them, rows' own ones last."""
     fields = (groups.members, groups.counts, groups.starts, groups.ends)
-    found = zip(*(field.tolist() for field in fields), strict=True)
-    shared = sorted(((start, end, rows[:count]) for rows, count, start, end in found if count))
-    own = [(start, lens[row], [row]) for row, start in enumerate(groups.own_starts.tolist())]
+    found = enumerate(zip(*(field.tolist() for field in fields), strict=True))
+    shared = sorted((start, end, rows[:count], group) for group, (rows, count, start, end) in found if count)
+    own = [(start, lens[row], [row], -1) for row, start in enumerate(groups.own_starts.tolist())]
     segments = []
-    for start, end, rows in shared + own:
+    for start, end, rows, group in shared + own:
         head = max(0, min(sinks, end) - start)
         window = end - (min(lens[row] for row in rows) - recent)
-        segments.append(Segment(rows, start, end, head, tail=max(0, min(window, end - start - head))))
+        segments.append(Segment(rows, start, end, head, max(0, min(window, end - start - head)), group))
     return segments
 
 

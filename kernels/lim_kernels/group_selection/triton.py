@@ -1,154 +1,24 @@
 """Selection for prefix groups in Triton: the passes of `choose_tokens` over the parts of rows.
 
 A row's own segment is a span, and so is each group's, with scores that its rows have combined. How many tokens each of
-them takes follows from lengths alone and is planned first. Groups choose into rows of their own, at the places which
-the tokens have in the sets of all their rows, and are copied there last. Which groups there are is known on the device
-alone: what exists for groups only is launched always, and ends at once where there are none.
+them takes is planned first (`triton_plan`). Groups choose into rows of their own, at the places which the tokens have
+in the sets of all their rows, and are copied there last. Which groups there are is known on the device alone: what
+exists for groups only is launched always, and ends at once where there are none.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lim_kernels.group_selection.triton_plan import plan_spans
 from lim_kernels.prefix_groups import MAX_LEVELS, PrefixGroups
-from lim_kernels.select_tokens.triton_choose import SPAN_FIELDS, choose_in_spans, store_span
+from lim_kernels.select_tokens.triton_choose import choose_in_spans
 from lim_kernels.triton_support import multiprocessors, padded_empty, plan_block, readable_width
 
 _TILE = 16  # rows whose scores are combined at once
 _BLOCK = 256
 _WAVES = 4
 _COPIED = 1024
-
-
-@triton.jit
-def load_group(
-    lens_ptr,
-    counts_ptr,
-    starts_ptr,
-    ends_ptr,
-    members_ptr,
-    group,
-    batch,
-    recent,
-    sinks,
-    BLOCK_ROWS: tl.constexpr,
-):
-    """Positions of a group, how many of its first and last ones are forced, its rows and what they have beyond."""
-    start = tl.load(starts_ptr + group)
-    end = tl.load(ends_ptr + group)
-    places = tl.arange(0, BLOCK_ROWS)
-    there = places < tl.load(counts_ptr + group)
-    rows = tl.load(members_ptr + group.to(tl.int64) * batch + places, mask=there, other=0)
-    # [BLOCK_ROWS]
-    rests = tl.load(lens_ptr + rows, mask=there, other=0).to(tl.int32) - end
-    shortest = tl.min(tl.where(there, rests, 0x7FFFFFFF), axis=0)
-    head = tl.maximum(tl.minimum(sinks, end) - start, 0)
-    tail = tl.minimum(end - start - head, tl.maximum(recent - shortest, 0))
-    return start, end, head, tail, rows, there, tl.where(there, rests, 0)
-
-
-@triton.jit(do_not_specialize=["batch", "recent", "sinks"])
-def force_kernel(
-    lens_ptr,
-    counts_ptr,
-    starts_ptr,
-    ends_ptr,
-    parents_ptr,
-    members_ptr,
-    own_starts_ptr,
-    paths_ptr,
-    forced_ptr,
-    batch,
-    recent,
-    sinks,
-    BLOCK_ROWS: tl.constexpr,
-):
-    """How many positions are forced in one row, or in one group and those around it."""
-    span = tl.program_id(0)
-    group = span - batch
-    total = tl.full([], 0, dtype=tl.int32)
-    if span < batch:
-        own_start = tl.load(own_starts_ptr + span)
-        end = tl.load(lens_ptr + span).to(tl.int32)
-        total += tl.minimum(end - own_start, tl.maximum(tl.minimum(sinks, end) - own_start, 0) + recent)
-        group = tl.load(paths_ptr + span)
-    elif tl.load(counts_ptr + group) == 0:
-        group = -1
-    while group >= 0:
-        _start, _end, head, tail, _rows, _there, _rests = load_group(
-            lens_ptr, counts_ptr, starts_ptr, ends_ptr, members_ptr, group, batch, recent, sinks, BLOCK_ROWS
-        )
-        total += head + tail
-        group = tl.load(parents_ptr + group)
-    tl.store(forced_ptr + span, total)
-
-
-@triton.jit(do_not_specialize=["batch", "budget", "recent", "sinks"])
-def plan_kernel(
-    lens_ptr,
-    counts_ptr,
-    starts_ptr,
-    ends_ptr,
-    parents_ptr,
-    members_ptr,
-    own_starts_ptr,
-    paths_ptr,
-    forced_ptr,
-    spans_ptr,
-    batch,
-    budget,
-    recent,
-    sinks,
-    LEVELS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
-    """The span of one row's own segment, or of one group; an empty one where there is no such group."""
-    span = tl.program_id(0)
-    group = span - batch
-    exists = tl.load(counts_ptr + group, mask=span >= batch, other=0) > 0
-    lowest = tl.where(exists, group, tl.load(paths_ptr + span, mask=span < batch, other=-1))
-    levels = tl.arange(0, LEVELS)
-    path = tl.full([LEVELS], -1, dtype=tl.int32)
-    depth = 0
-    at = lowest
-    while at >= 0:
-        path = tl.where(levels == depth, at, path)
-        depth += 1
-        at = tl.load(parents_ptr + at)
-    # From the outermost group on: how many tokens are taken before it, and what it takes.
-    offset = tl.full([], 0, dtype=tl.int32)
-    begin = tl.full([], 0, dtype=tl.int32)
-    end = tl.full([], 0, dtype=tl.int32)
-    head = tl.full([], 0, dtype=tl.int32)
-    tail = tl.full([], 0, dtype=tl.int32)
-    count = tl.full([], 0, dtype=tl.int32)
-    while depth > 0:
-        depth -= 1
-        offset += count
-        at = tl.max(tl.where(levels == depth, path, -1), axis=0)
-        begin, end, head, tail, rows, there, rests = load_group(
-            lens_ptr, counts_ptr, starts_ptr, ends_ptr, members_ptr, at, batch, recent, sinks, BLOCK_ROWS
-        )
-        owed = tl.load(forced_ptr + rows, mask=there, other=0) - tl.load(forced_ptr + batch + at)
-        available = budget - offset
-        fair = (available.to(tl.int64) * rests // (rests + end - begin)).to(tl.int32)
-        wanted = tl.maximum(owed, tl.minimum(fair, available - head - tail))
-        needs = tl.minimum(tl.minimum(rests, available - head), wanted)
-        count = tl.minimum(end - begin, available - tl.max(needs, axis=0))
-        tail = tl.minimum(tail, count - head)
-    row = tl.where(span < batch, span, 0)
-    if span < batch:
-        offset += count
-        begin = tl.load(own_starts_ptr + span)
-        end = tl.load(lens_ptr + span).to(tl.int32)
-        count = tl.minimum(budget - offset, end - begin)
-        head = tl.maximum(tl.minimum(sinks, end) - begin, 0)
-        tail = tl.minimum(recent, count - head)
-        group = -1
-    elif exists:
-        row = tl.load(members_ptr + group.to(tl.int64) * batch)
-    store_span(spans_ptr, span, row, begin, end, begin + head, end - tail, count, offset, group)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -252,21 +122,7 @@ def choose_for_groups(
         "BLOCK_ROWS": plan_block(batch),
     }
     path = {"parents_ptr": groups.parents, "paths_ptr": groups.paths}
-    # Rows first, then groups.
-    forced = torch.empty(2 * batch, dtype=torch.int32, device=scores.device)
-    spans = torch.empty(2 * batch, SPAN_FIELDS, dtype=torch.int32, device=scores.device)
-    planned = {
-        "lens_ptr": seq_lens,
-        "own_starts_ptr": groups.own_starts,
-        "forced_ptr": forced,
-        "recent": recent,
-        "sinks": sinks,
-        "num_warps": 1,
-        **path,
-        **found,
-    }
-    force_kernel[(2 * batch,)](**planned)
-    plan_kernel[(2 * batch,)](spans_ptr=spans, budget=budget, LEVELS=triton.next_power_of_2(MAX_LEVELS), **planned)
+    spans = plan_spans(seq_lens, groups, budget=budget, recent=recent, sinks=sinks)
     combined = padded_empty(batch, length, device=scores.device)
     # Half of the rows' blocks at most: a group has two rows or more.
     most = triton.cdiv(length, _BLOCK) * batch // 2 + MAX_LEVELS * batch

@@ -31,8 +31,9 @@ def grouped_decode(
 
     Args:
         q, k_cache, v_cache, slots, seq_lens, scale, logit_cap, k_scale, v_scale: as in `decode_with_scores`.
-        groups: of these slots and lengths, by `find_prefix_groups`. A row attends to its groups' positions and, from
-            `own_starts[b]` on, to its own: where a caller sets that, to a part of its slots.
+        groups: of these slots and lengths, by `find_prefix_groups`, or of sets, by `groups_of_sets`. A row attends to
+            its groups' positions and, from `own_starts[b]` on, to its own: where a caller sets that, to a part of its
+            slots. A row that is in a group may have none of its own.
         scored: whether logits are wanted.
         score_beyond: rows of at most so many slots need no logits, and may get none.
 

@@ -31,9 +31,12 @@ def grouped_decode(
 
     own_starts = groups.own_starts.long()
     own_lens = seq_lens.long() - own_starts
-    positions = own_starts.unsqueeze(1) + torch.arange(int(own_lens.max()), device=slots.device)
+    positions = own_starts.unsqueeze(1) + torch.arange(max(1, int(own_lens.max())), device=slots.device)
     own_slots = slots.gather(1, positions.clamp(max=slots.shape[1] - 1))
-    out, lse, own_logits = attend(q, k_cache, v_cache, own_slots, own_lens, **sizes)
+    # A set may be its group's alone.
+    nothing = (own_lens == 0).unsqueeze(1)
+    out, lse, own_logits = attend(q, k_cache, v_cache, own_slots, own_lens.clamp(min=1), **sizes)
+    out, lse = out.masked_fill(nothing.unsqueeze(2), 0.0), lse.masked_fill(nothing, float("-inf"))
     logits: Tensor | None = None
     if scored:
         logits = lse.new_full((*lse.shape, slots.shape[1] + 1), float("-inf"))
