@@ -151,8 +151,9 @@ def launch_all(*, fp8: bool) -> None:
     ledger = Ledger(empty(6, dtype=torch.int64), empty(9, dtype=torch.int64), empty(9, dtype=torch.uint8))
     layers = {"num_layers": 32, "sparse_layers": 28, "selection_layers": 2}
     groups = find_prefix_groups(empty(4, 4096), seq_lens, granule=128, **triton)
-    groups_of_sets(seq_lens, groups, **sizes, smallest=32, **triton)
-    for shared in ({}, {"groups": groups, "grouped_layers": 4}):
+    in_sets, set_counts = groups_of_sets(seq_lens, groups, **sizes, smallest=32, **triton)
+    grouped = {"groups": groups, "grouped_layers": 4}
+    for shared in ({}, grouped, {**grouped, "set_groups": in_sets, "set_counts": set_counts}):
         count_step(ledger, rows, empty(9, dtype=torch.int64), seq_lens, budget=2048, **layers, **shared, **triton)
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lim_kernels import count_step, find_prefix_groups
+from lim_kernels import count_step, find_prefix_groups, groups_of_sets
 from lim_kernels.count_step import TOTALS, Ledger
 
 ROWS = 7
@@ -99,6 +99,32 @@ def test_what_groups_share_is_added_up(implementation, device):
     assert totals["rows_grouped"] == 2 * 3
 
 
+def test_what_sparse_layers_share_is_added_up(implementation, device):
+    ledger = Ledger(
+        torch.zeros(len(TOTALS), dtype=torch.int64, device=device),
+        torch.full((ROWS,), -1, dtype=torch.int64, device=device),
+        torch.zeros(ROWS, dtype=torch.uint8, device=device),
+    )
+    slots = torch.arange(1, 65, dtype=torch.int32, device=device).repeat(4, 1)
+    slots[1, 32:] += 100
+    slots[2, 48:] += 200
+    slots[3] = 0  # a padded row
+    lens = torch.tensor([60, 34, 64, 1], device=device)
+    groups = find_prefix_groups(slots, lens, granule=16, implementation=implementation)
+    sizes = {"budget": 16, "implementation": implementation}
+    in_sets, counts = groups_of_sets(lens, groups, recent=4, sinks=2, **sizes)
+    # Of three rows' 32 tokens as many are chosen as leave row 2 its fair share, floor(16 * 32 / 64), for its other 32;
+    # of the 16 more that rows 0 and 2 share floor(8 * 16 / 32). Row 1 has two tokens beyond.
+    assert in_sets.followed.tolist() == [0, 8, 12, 0] and counts.tolist() == [16, 10, 16, 1]
+    rows, tenants = torch.tensor([1, 2, 3, 0], device=device), torch.ones(ROWS, dtype=torch.int64, device=device)
+    layers = {"num_layers": 5, "sparse_layers": 2, "selection_layers": 1, "grouped_layers": 3}
+    for _ in range(2):
+        count_step(ledger, rows, tenants, lens, **layers, groups=groups, set_groups=in_sets, set_counts=counts, **sizes)
+    totals = dict(zip(TOTALS, ledger.totals.tolist(), strict=True))
+    assert totals["tokens_shared"] == 2 * (3 * (32 + 48) + 2 * (8 + 12))
+    assert totals["tokens_attended"] == 2 * (3 * (60 + 34 + 64) + 2 * (16 + 10 + 16))
+
+
 def test_bad_operands_are_named():
     ledger = Ledger(torch.zeros(len(TOTALS)), torch.zeros(4), torch.zeros(4))
     sizes = {"budget": 64, "num_layers": 2, "sparse_layers": 1, "selection_layers": 1}
@@ -107,5 +133,7 @@ def test_bad_operands_are_named():
         count_step(ledger, ones, torch.zeros(4), ones[:1], **sizes)
     with pytest.raises(ValueError, match=r"generations \[4\]"):
         count_step(ledger, ones, torch.zeros(3), ones, **sizes)
+    with pytest.raises(ValueError, match="set_groups and set_counts beside groups"):
+        count_step(ledger, ones, torch.zeros(4), ones, **sizes, set_counts=ones)
     with pytest.raises(ValueError, match="implementation among"):
         count_step(ledger, ones, torch.zeros(4), ones, **sizes, implementation="numpy")

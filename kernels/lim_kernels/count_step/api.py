@@ -37,6 +37,8 @@ def count_step(
     acts: Tensor | None = None,
     groups: PrefixGroups | None = None,
     grouped_layers: int = 0,
+    set_groups: PrefixGroups | None = None,
+    set_counts: Tensor | None = None,
     implementation: str | None = None,
 ) -> None:
     """Count one decode step.
@@ -49,6 +51,8 @@ def count_step(
         acts: uint8 [B], what rows longer than the budget do at selection layers: KEEP their set, SELECT one, or
             keep one that they have just recalled (RECALL). None: all select.
         groups: the batch's prefix groups, if any layers use them; grouped_layers: how many do.
+        set_groups, set_counts: as `groups_of_sets` gives them, where sparse layers read the tokens of groups once.
+            None: they do not, and sets have as many tokens as the budget allows.
 
     Raises:
         ValueError: wrong shape, or an unknown implementation.
@@ -58,6 +62,10 @@ def count_step(
     require(generations.shape == ledger.seen.shape, op, f"generations {list(ledger.seen.shape)}", generations.shape)
     require_rows(op, rows, generations, seq_lens, acts)
     require(acts is None or acts.shape == rows.shape, op, f"acts {list(rows.shape)}", acts is not None and acts.shape)
+    given = [part is not None for part in (set_groups, set_counts)]
+    require(given in ([False] * 2, [groups is not None] * 2), op, "set_groups and set_counts beside groups", given)
+    require(set_counts is None or set_counts.shape == rows.shape, op, f"set_counts {list(rows.shape)}", set_counts)
+    require_rows(op, set_counts)
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(rows)) == "reference":
         count = reference.count_step
     else:
@@ -77,4 +85,6 @@ def count_step(
         followed=None if groups is None else groups.followed,
         own_starts=None if groups is None else groups.own_starts,
         grouped_layers=grouped_layers,
+        set_followed=None if set_groups is None else set_groups.followed,
+        set_counts=set_counts,
     )

@@ -22,6 +22,8 @@ def count_step(
     followed: Tensor | None,
     own_starts: Tensor | None,
     grouped_layers: int,
+    set_followed: Tensor | None,
+    set_counts: Tensor | None,
 ) -> None:
     """See `api.count_step`."""
     rows = rows.long()
@@ -34,17 +36,18 @@ def count_step(
     selecting = sparse if acts is None else sparse & (acts == SELECT)
     kept = sparse & ~selecting
     full_layers = num_layers - sparse_layers
+    sets = lens.clamp(max=budget) if set_counts is None else set_counts * real
     zero = totals.new_zeros(())
     totals += torch.stack(
         [
             real.any().to(torch.int64),
-            (full_layers * lens + sparse_layers * lens.clamp(max=budget)).sum()
-            - (kept * selection_layers * (lens - budget)).sum(),
+            (full_layers * lens + sparse_layers * sets).sum() - (kept * selection_layers * (lens - budget)).sum(),
             num_layers * lens.sum(),
             selection_layers * selecting.sum(),
             new.sum(),
             (sparse & ~before).sum(),
-            zero if followed is None else grouped_layers * followed.sum(dtype=torch.int64),
+            (zero if followed is None else grouped_layers * followed.sum(dtype=torch.int64))
+            + (zero if set_followed is None else sparse_layers * set_followed.sum(dtype=torch.int64)),
             zero if own_starts is None else (own_starts > 0).sum(),
             zero if acts is None else (sparse & (acts == RECALL)).sum(),
         ]

@@ -22,6 +22,8 @@ def count_step_kernel(
     acts_ptr,
     followed_ptr,
     own_starts_ptr,
+    set_followed_ptr,
+    set_counts_ptr,
     batch,
     budget,
     num_layers,
@@ -30,6 +32,7 @@ def count_step_kernel(
     grouped_layers,
     ACTS: tl.constexpr,
     GROUPS: tl.constexpr,
+    SETS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
     """Count all rows."""
@@ -42,7 +45,10 @@ def count_step_kernel(
     current = tl.load(generations_ptr + rows, mask=real, other=0)
     new = (tl.load(seen_ptr + rows, mask=real, other=0) != current) & real
     before = (tl.load(sparse_rows_ptr + rows, mask=real, other=0) != 0) & (new == 0)
-    attended = (num_layers - sparse_layers) * lens + sparse_layers * tl.minimum(lens, budget)
+    sets = tl.minimum(lens, budget)
+    if SETS:
+        sets = tl.where(real, tl.load(set_counts_ptr + items, mask=items < batch, other=0).to(tl.int64), 0)
+    attended = (num_layers - sparse_layers) * lens + sparse_layers * sets
     selecting = sparse
     if ACTS:
         acts = tl.load(acts_ptr + items, mask=items < batch, other=0)
@@ -59,7 +65,11 @@ def count_step_kernel(
     if GROUPS:
         followed = tl.load(followed_ptr + items, mask=items < batch, other=0).to(tl.int64)
         own_starts = tl.load(own_starts_ptr + items, mask=items < batch, other=0)
-        add(totals_ptr, 6, grouped_layers * tl.sum(followed, axis=0))
+        shared = grouped_layers * tl.sum(followed, axis=0)
+        if SETS:
+            followed = tl.load(set_followed_ptr + items, mask=items < batch, other=0).to(tl.int64)
+            shared += sparse_layers * tl.sum(followed, axis=0)
+        add(totals_ptr, 6, shared)
         add(totals_ptr, 7, tl.sum((own_starts > 0).to(tl.int64), axis=0))
     tl.store(seen_ptr + rows, current, mask=real)
     tl.store(sparse_rows_ptr + rows, (before | sparse).to(tl.uint8), mask=real)
@@ -87,6 +97,8 @@ def count_step(
     followed: Tensor | None,
     own_starts: Tensor | None,
     grouped_layers: int,
+    set_followed: Tensor | None,
+    set_counts: Tensor | None,
 ) -> None:
     """See `api.count_step`."""
     count_step_kernel[(1,)](
@@ -99,6 +111,8 @@ def count_step(
         acts_ptr=acts,
         followed_ptr=followed,
         own_starts_ptr=own_starts,
+        set_followed_ptr=set_followed,
+        set_counts_ptr=set_counts,
         batch=len(rows),
         budget=budget,
         num_layers=num_layers,
@@ -107,6 +121,7 @@ def count_step(
         grouped_layers=grouped_layers,
         ACTS=acts is not None,
         GROUPS=followed is not None,
+        SETS=set_counts is not None,
         BLOCK_ROWS=plan_block(len(rows)),
         num_warps=4,
     )
