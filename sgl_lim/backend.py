@@ -108,6 +108,7 @@ def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> Spar
         sinks=config.sinks,
         aggregate=config.aggregate,
         selection_layers=layers,
+        prefix_selection=config.prefix_selection,
     )
     rows, pool = runner.req_to_token_pool, runner.token_to_kv_pool
     table = rows.req_to_token
@@ -259,7 +260,9 @@ def begin(lim: SparseDecode, forward_batch: Any) -> None:
             lim.granule,
         )
         acts = lim.step.reuse.acts
-    lim.counters.record(forward_batch.req_pool_indices, seq_lens, lim.step.groups, lim.grouped_roles(), acts)
+    lim.counters.record(
+        forward_batch.req_pool_indices, seq_lens, lim.step.groups, lim.grouped_roles(), acts, lim.step.shared
+    )
 
 
 def layer_scales(layer: Any) -> Scales:

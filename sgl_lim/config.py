@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lim_kernels.select_tokens import AGGREGATES
-from sgl_lim.methods import METHODS
+from sgl_lim.methods import METHODS, PREFIX_SELECTIONS
 
 ENV = "LESSISMORE_CONFIG"
 
@@ -41,6 +41,7 @@ class LimConfig:
     dense_backend: str | None = None
     prefix_groups: bool = True
     selection_interval: int = 1
+    prefix_selection: str = "request"
 
     def problems(self) -> list[str]:
         """Reasons why these values cannot work with any model; empty if they can."""
@@ -70,6 +71,7 @@ class LimConfig:
                 f"--lim-selection-interval {self.selection_interval}: --lim-method {self.method} selects nothing "
                 "that could be kept; leave the interval out"
             )
+        found += self._prefix_selection_problems()
         layers = self.selection_layers
         if layers is not None:
             if (
@@ -80,6 +82,31 @@ class LimConfig:
                 found.append(f"--lim-selection-layers must be layer indices such as 2,12, got {layers!r}")
             elif any(b <= a for a, b in itertools.pairwise(layers)):
                 found.append(f"--lim-selection-layers must increase, got {','.join(map(str, layers))}")
+        return found
+
+    def _prefix_selection_problems(self) -> list[str]:
+        if self.prefix_selection not in PREFIX_SELECTIONS:
+            return [
+                f"--lim-prefix-selection must be one of {', '.join(PREFIX_SELECTIONS)}, got {self.prefix_selection!r}"
+            ]
+        if self.prefix_selection != "group":
+            return []
+        found = []
+        if self.method in METHODS and self.method != "lessismore":
+            found.append(
+                f"--lim-prefix-selection group: --lim-method {self.method} selects nothing that rows could agree on; "
+                "leave the flag out"
+            )
+        if self.prefix_groups is False:
+            found.append(
+                "--lim-prefix-selection group needs the groups that --lim-prefix-groups off does not look for; "
+                "leave one of them out"
+            )
+        if _is_int(self.selection_interval) and self.selection_interval > 1:
+            found.append(
+                "--lim-prefix-selection group: requests that share a prefix select at different steps with "
+                f"--lim-selection-interval {self.selection_interval}; leave one of them out"
+            )
         return found
 
 
@@ -122,6 +149,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=parse_switch,
         metavar="{on,off}",
         help="Read a prefix that several requests of a batch share once for all of them (default on).",
+    )
+    add(
+        "prefix-selection",
+        type=str,
+        choices=PREFIX_SELECTIONS,
+        help="Who chooses the tokens of a shared prefix: each request for itself, or all of a group together, so that "
+        f"sparse layers read them once as well (default {defaults.prefix_selection}).",
     )
     add(
         "selection-interval",

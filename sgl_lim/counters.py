@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lim_kernels.count_step import TOTALS, Ledger, count_step
 from lim_kernels.prefix_groups import PrefixGroups
-from sgl_lim.methods import Method, Role
+from sgl_lim.methods import Method, Role, SharedSets
 
 
 class Counters:
@@ -64,6 +64,7 @@ class Counters:
         groups: PrefixGroups | None = None,
         grouped_roles: tuple[Role, ...] = (),
         acts: Tensor | None = None,
+        shared: SharedSets | None = None,
     ) -> None:
         """Count one decode step; may be captured in a graph.
 
@@ -72,6 +73,7 @@ class Counters:
             seq_lens: int32 or int64 [B].
             groups: the batch's prefix groups; grouped_roles: roles of the layers that read a group once.
             acts: as in `count_step`.
+            shared: the sets' groups, where sparse layers read them once.
         """
         count_step(
             self._ledger,
@@ -85,6 +87,8 @@ class Counters:
             acts=acts,
             groups=groups,
             grouped_layers=sum(self._layers[role] for role in grouped_roles),
+            set_groups=None if shared is None else shared.in_sets,
+            set_counts=None if shared is None else shared.counts,
         )
 
     @property

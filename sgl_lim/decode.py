@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lim_kernels import decode_with_scores, find_prefix_groups, grouped_decode, sparse_decode
 from lim_kernels.prefix_groups import PrefixGroups
-from sgl_lim.methods import Method, Role
+from sgl_lim.methods import Method, Role, SharedSets
 from sgl_lim.set_store import Reuse, SetStore, no_groups
 
 Reduce = Callable[[Tensor, str], Tensor]
@@ -27,6 +27,8 @@ class DecodeStep:
     seq_lens: Tensor  # int32 [B] on the pool's device, the current token included
     groups: PrefixGroups | None = None
     """Which rows share leading slots, where full layers are to read them once."""
+    shared: SharedSets | None = None
+    """Which rows choose what they share together, where not each for itself."""
     reuse: Reuse | None = None
     """Which rows select in this step, where not all do."""
     set_slots: Tensor | None = None  # int32 [B, K]: the set in force, filled by a selection layer
@@ -42,6 +44,7 @@ def begin_step(method: Method, slots: Tensor, seq_lens: Tensor, granule: int | N
     step = DecodeStep(slots=slots, seq_lens=seq_lens)
     if granule is not None and len(seq_lens) > 1:
         step.groups = find_prefix_groups(slots, seq_lens, granule=granule)
+        step.shared = method.share_sets(slots, seq_lens, granule)
     chosen = method.initial_set(seq_lens, slots.shape[1])
     if chosen is not None:
         positions, step.set_counts = chosen
@@ -100,7 +103,10 @@ def attend(
     if role is Role.SPARSE:
         if step.set_slots is None or step.set_counts is None:
             raise RuntimeError("a sparse layer ran before a selection layer of the same step")
-        return sparse_decode(q, k_cache, v_cache, step.set_slots, step.set_counts, **sizes)[0]
+        operands = q, k_cache, v_cache, step.set_slots, step.set_counts
+        if step.shared is not None:
+            return grouped_decode(*operands, step.shared.in_sets, **sizes)[0]
+        return sparse_decode(*operands, **sizes)[0]
     if role is Role.DENSE or method.budget >= step.slots.shape[1]:
         # No row can exceed the budget: the set is the whole context, and nobody asks for logits.
         if role is Role.SELECT:
@@ -110,7 +116,9 @@ def attend(
         return sparse_decode(q, k_cache, v_cache, step.slots, step.seq_lens, **sizes)[0]
     batch = q.shape[0]
     rows_at_once = rows_at_once or batch
-    parts = []
+    # Rows that do not select have nothing to choose.
+    lens = step.seq_lens if step.reuse is None else step.reuse.sel_lens
+    outs, parts = [], []
     if step.reuse is not None:
         # Snapshots narrower than the budget end in the branch above.
         step.reuse.extended[:, : method.budget] = step.slots.gather(1, step.reuse.prior[step.reuse.done])
@@ -119,19 +127,17 @@ def attend(
         # Groups may reach over the rows that fit together.
         grouped = rows_at_once >= batch
         out, lse, logits = attend_and_score(method, step, q[rows], k_cache, v_cache, rows, grouped, sizes)
-        # Rows that do not select have nothing to choose.
-        lens = (step.seq_lens if step.reuse is None else step.reuse.sel_lens)[rows]
-        scores = method.score(logits, lens, lse=lse, first_head=heads.first_head, num_heads=heads.num_heads)
+        scores = method.score(logits, lens[rows], lse=lse, first_head=heads.first_head, num_heads=heads.num_heads)
         # The logits' memory serves the next rows.
         del logits
         if heads.reduce is not None:
             scores = heads.reduce(scores, method.rank_reduction[method.aggregate])
-        # Sets that outlive the step are kept in positions.
-        slots = step.slots[rows] if step.reuse is None else None
-        parts.append((out, *method.choose(scores, lens, slots)))
-    out, chosen, counts = parts[0]
-    if len(parts) > 1:
-        out, chosen, counts = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        outs.append(out)
+        parts.append(scores)
+    # Rows that choose together need not have been scored together, and scores are few beside logits.
+    out, scores = (tensors[0] if len(tensors) == 1 else torch.cat(tensors) for tensors in (outs, parts))
+    # Sets that outlive the step are kept in positions.
+    chosen, counts = method.choose(scores, lens, step.slots if step.reuse is None else None, step.shared)
     if step.reuse is not None:
         assert store is not None
         chosen, counts = store.keep(step.reuse, chosen, counts, step.slots)

@@ -109,6 +109,7 @@ def settings(lim: "SparseDecode") -> dict[str, Any]:
         "layer_roles": [role.value for role in lim.roles],
         "dense_backend": lim.dense_backend,
         "prefix_groups": lim.granule is not None,
+        "prefix_selection": method.prefix_selection,
         "selection_interval": 1 if lim.store is None else lim.store.interval,
     }
 
@@ -122,7 +123,8 @@ def summary(lim: "SparseDecode") -> str:
         f"aggregate {named['aggregate']}), selection layers {','.join(map(str, named['selection_layers']))} "
         f"({named['selection_layers_from']}), layers dense/select/sparse "
         f"{count['dense']}/{count['select']}/{count['sparse']}, dense backend {named['dense_backend']}, "
-        f"prefix groups {'on' if named['prefix_groups'] else 'off'}, selection interval {named['selection_interval']}"
+        f"prefix groups {'on' if named['prefix_groups'] else 'off'}, "
+        f"prefix selection {named['prefix_selection']}, selection interval {named['selection_interval']}"
     )
 
 

@@ -7,6 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lim_kernels.prefix_groups import PrefixGroups
+
+PREFIX_SELECTIONS = ("request", "group")
+
 
 class Role(Enum):
     """What a layer does in a decode step."""
@@ -20,6 +24,18 @@ class Role(Enum):
 
 
 @dataclass(frozen=True)
+class SharedSets:
+    """Which rows of a step choose the same tokens of the prefix that they share."""
+
+    groups: PrefixGroups
+    """Rows that choose together, by position."""
+    in_sets: PrefixGroups
+    """The same rows by place in their sets: where those are equal."""
+    counts: Tensor
+    """int32 [B], tokens in each row's set."""
+
+
+@dataclass(frozen=True)
 class Method(ABC):
     """One selection method with its parameters.
 
@@ -29,6 +45,7 @@ class Method(ABC):
         sinks: leading tokens always kept.
         aggregate: how heads agree, where the method ranks tokens.
         selection_layers: increasing layer indices; layers before the first are dense.
+        prefix_selection: "request", each row chooses for itself; "group", rows that share a prefix choose it together.
     """
 
     name: ClassVar[str]
@@ -39,6 +56,7 @@ class Method(ABC):
     sinks: int
     aggregate: str
     selection_layers: tuple[int, ...]
+    prefix_selection: str = "request"
 
     @abstractmethod
     def role(self, layer: int) -> Role:
@@ -62,8 +80,23 @@ class Method(ABC):
         """
         raise NotImplementedError(f"method {self.name} has no selection layers")
 
-    def choose(self, scores: Tensor, seq_lens: Tensor, slots: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The set from combined scores, in KV slots (or positions) int32 [B, K], and counts, as `choose_tokens`."""
+    def share_sets(self, slots: Tensor, seq_lens: Tensor, granule: int) -> SharedSets | None:
+        """The rows that choose together in this step, or None if each chooses for itself.
+
+        Args:
+            slots: int32 [B, L]; seq_lens: int32 [B].
+            granule: shared prefixes are found in multiples of so many tokens.
+        """
+        return None
+
+    def choose(
+        self, scores: Tensor, seq_lens: Tensor, slots: Tensor | None, shared: SharedSets | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The set from combined scores, in KV slots (or positions) int32 [B, K], and counts, as `choose_tokens`.
+
+        Args:
+            shared: of these rows, by `share_sets`.
+        """
         raise NotImplementedError(f"method {self.name} has no selection layers")
 
     def layer_roles(self, num_layers: int) -> tuple[Role, ...]:

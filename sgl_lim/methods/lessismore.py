@@ -3,10 +3,11 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from lim_kernels import choose_tokens, score_tokens
-from sgl_lim.methods.base import Method, Role
+from lim_kernels import choose_for_groups, choose_tokens, find_prefix_groups, groups_of_sets, score_tokens
+from sgl_lim.methods.base import Method, Role, SharedSets
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,38 @@ class LessIsMore(Method):
             lse=lse,
         )
 
-    def choose(self, scores: Tensor, seq_lens: Tensor, slots: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See `lim_kernels.choose_tokens`."""
-        return choose_tokens(
-            scores, seq_lens, budget=self.budget, recent=self.recent, sinks=self.kept_sinks, slots=slots
+    def share_sets(self, slots: Tensor, seq_lens: Tensor, granule: int) -> SharedSets | None:
+        """The prefix groups of the rows that have to choose, with prefix selection by group."""
+        if self.prefix_selection != "group" or slots.shape[1] <= self.budget:
+            return None
+        groups = find_prefix_groups(slots, torch.where(seq_lens > self.budget, seq_lens, 1), granule=granule)
+        # Sets are shorter than what they are chosen from, and a part of a few tokens costs more than it saves.
+        in_sets, counts = groups_of_sets(
+            seq_lens,
+            groups,
+            budget=self.budget,
+            recent=self.recent,
+            sinks=self.kept_sinks,
+            smallest=max(1, granule // 4),
+        )
+        return SharedSets(groups, in_sets, counts)
+
+    def choose(
+        self, scores: Tensor, seq_lens: Tensor, slots: Tensor | None, shared: SharedSets | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `lim_kernels.choose_tokens`, and `choose_for_groups` for rows that choose together."""
+        if shared is None:
+            return choose_tokens(
+                scores, seq_lens, budget=self.budget, recent=self.recent, sinks=self.kept_sinks, slots=slots
+            )
+        return choose_for_groups(
+            scores,
+            seq_lens,
+            shared.groups,
+            budget=self.budget,
+            recent=self.recent,
+            sinks=self.kept_sinks,
+            # The scores of rows are combined as those of ranks.
+            combine=self.rank_reduction[self.aggregate],
+            slots=slots,
         )

@@ -52,7 +52,7 @@ def test_the_start_up_line_says_what_is_on(case: LimCase, server: Server) -> Non
         "selection layers 1,3 (--lim-selection-layers)",
         "layers dense/select/sparse 1/2/3",
         "dense backend torch_native",
-        "prefix groups on, selection interval 1",
+        "prefix groups on, prefix selection request, selection interval 1",
     ):
         assert said in line
 

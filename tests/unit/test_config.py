@@ -62,7 +62,15 @@ def test_unreadable_environment_is_refused(monkeypatch, text, message):
         config.load()
 
 
-@pytest.mark.parametrize("flag", [("--lim-budget", "12.5"), ("--lim-selection-layers", "a,b"), ("--lim-method", "x")])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ("--lim-budget", "12.5"),
+        ("--lim-selection-layers", "a,b"),
+        ("--lim-method", "x"),
+        ("--lim-prefix-selection", "all"),
+    ],
+)
 def test_parser_names_the_flag(flag, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(*flag)
@@ -94,6 +102,30 @@ def test_parser_names_the_flag(flag, capsys):
 def test_impossible_values_are_named(values, flag):
     problems = LimConfig(**values).problems()
     assert len(problems) == 1 and problems[0].startswith(flag)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"prefix_selection": "batch"}, "must be one of request, group, got 'batch'"),
+        ({"prefix_selection": True}, "must be one of request, group, got True"),
+        ({"prefix_selection": "group", "prefix_groups": False}, "--lim-prefix-groups off"),
+        ({"prefix_selection": "group", "selection_interval": 4}, "--lim-selection-interval 4"),
+        ({"prefix_selection": "group", "method": "window"}, "--lim-method window selects nothing"),
+        ({"prefix_selection": "group", "method": "full"}, "--lim-method full selects nothing"),
+    ],
+    ids=str,
+)
+def test_selection_by_group_is_refused_where_it_cannot_work(values, reason):
+    problems = LimConfig(**values).problems()
+    assert len(problems) == 1 and problems[0].startswith("--lim-prefix-selection") and reason in problems[0]
+
+
+def test_selection_by_group_arrives_from_flag_and_environment(monkeypatch):
+    assert parse("--lim-prefix-selection", "group") == LimConfig(prefix_selection="group")
+    assert config.load().problems() == []
+    monkeypatch.setenv(config.ENV, json.dumps({"prefix_selection": "group", "budget": 128}))
+    assert parse("--lim-prefix-selection", "request") == LimConfig(budget=128)
 
 
 def test_all_reasons_are_told_at_once():
