@@ -92,7 +92,7 @@ class LimConfig:
         if self.prefix_selection != "group":
             return []
         found = []
-        if self.method in METHODS and self.method != "lessismore":
+        if isinstance(self.method, str) and self.method in METHODS and self.method != "lessismore":
             found.append(
                 f"--lim-prefix-selection group: --lim-method {self.method} selects nothing that rows could agree on; "
                 "leave the flag out"

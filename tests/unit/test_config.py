@@ -91,6 +91,7 @@ def test_parser_names_the_flag(flag, capsys):
         ({"aggregate": "mean"}, "--lim-aggregate"),
         ({"method": "magic"}, "--lim-method"),
         ({"method": []}, "--lim-method"),
+        ({"method": [], "prefix_selection": "group"}, "--lim-method"),
         ({"selection_layers": 2}, "--lim-selection-layers"),
         ({"selection_layers": ()}, "--lim-selection-layers"),
         ({"selection_layers": (2, 2)}, "--lim-selection-layers"),
