@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,6 +18,12 @@ def machine_line() -> str:
         except PackageNotFoundError:
             parts.append(f"no {package}")
     return "; ".join([*parts, f"commit {_commit()}"])
+
+
+def machine_line_apart() -> str:
+    """The machine line from a process of its own: this one must hold no memory of the device beside the servers."""
+    command = [sys.executable, "-c", "from machine import machine_line; print(machine_line())"]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _device(torch) -> str:  # type: ignore[no-untyped-def]

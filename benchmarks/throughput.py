@@ -20,15 +20,10 @@ whole answer.
 
 import argparse
 import json
-import shlex
 import signal
-import subprocess
 import sys
-import tempfile
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +32,10 @@ from bench_client import run_bench_serving
 from closed_loop import LoadError, random_requests, run_load
 from figures import Figures, figures
 from load_spec import LoadSpec, add_load_flags, chosen_loads, positive
-from own_server import ServerFailed, launch_command, own_server
-from results_file import append_rows, require_columns
+from machine import machine_line_apart
+from own_server import ServerFailed
+from results_file import append_rows, markdown, ratio, require_columns, rounded
+from targets import add_target_flags, chosen_targets, endpoint, flush_cache, log_folder
 
 from sgl_lim.programs.endpoint import EndpointError, server_info
 from sgl_lim.programs.server_stats import attended_fraction, parse_server_info
@@ -55,27 +52,13 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class Target:
-    """One server to measure: an endpoint that runs, or the arguments that start one."""
-
-    name: str
-    url: str | None = None
-    arguments: tuple[str, ...] = ()
-
-    @property
-    def command(self) -> str:
-        """How a person starts the server; blank for one that runs already."""
-        return "" if self.url else launch_command(self.arguments)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Put every load on every server; the exit status is 1 if one has no row."""
     args = parse_arguments(argv)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if args.output:
         require_columns(args.output, COLUMNS)
-    logs = args.logs or Path(tempfile.mkdtemp(prefix="throughput-"))
+    logs = log_folder(args)
     machine = machine_line_apart()
     check = AnswerCheck(
         prompts=args.check,
@@ -109,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Load by load, so that servers stand beside one another.
     measured = [row for of_load in rows for row in of_load]
     if measured:
-        print(markdown(measured))
+        print(markdown(measured, COLUMNS))
     return int(len(measured) < len(args.targets) * len(args.loads))
 
 
@@ -206,62 +189,10 @@ def figure_cells(result: Figures, base: Figures | None) -> Row:
     }
 
 
-@contextmanager
-def endpoint(target: Target, logs: Path, timeout: float) -> Iterator[str]:
-    """The target's URL; a server of its own runs as long as the context."""
-    if target.url:
-        yield target.url
-    else:
-        log = logs / f"{target.name}.log"
-        print(f"starting {target.name}, log {log}", file=sys.stderr)
-        with own_server(target.arguments, log, timeout=timeout) as url:
-            yield url
-
-
-def flush_cache(url: str) -> None:
-    """Empty the radix cache, so that no prompt is found there.
-
-    Raises:
-        EndpointError: the server did not, for instance because other clients' requests run.
-    """
-    try:
-        urllib.request.urlopen(f"{url}/flush_cache?timeout=60", data=b"", timeout=90).close()
-    except OSError as error:
-        raise EndpointError(f"{url}/flush_cache: {error}; do other clients use the server?") from error
-
-
-def machine_line_apart() -> str:
-    """The machine line from a process of its own: this one must hold no memory of the device beside the servers."""
-    command = [sys.executable, "-c", "from machine import machine_line; print(machine_line())"]
-    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def rounded(value: float | None, digits: int) -> float | str:
-    """A table's cell; blank where there is no value."""
-    return "" if value is None else round(value, digits)
-
-
-def ratio(value: float | None, baseline: float | None) -> float | str:
-    """`value` of `baseline`; blank where one is missing."""
-    return round(value / baseline, 2) if value is not None and baseline else ""
-
-
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of the rows; what does not fit into one stands below it."""
-    columns = [name for name in COLUMNS if name not in ("machine", "command")]
-    lines = [columns, ["---"] * len(columns), *([str(row[name]) for name in columns] for row in rows)]
-    commands = dict.fromkeys(f"{row['server']}: `{row['command']}`" for row in rows if row["command"])
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", rows[0]["machine"], *commands])
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, with `targets` made of the servers it names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("endpoints", nargs="*", metavar="NAME=URL", help="running servers; the first is the baseline")
-    parser.add_argument("--server", action="append", default=[], metavar="NAME=ARGUMENTS", help="a server to start")
-    parser.add_argument("--common", default="", metavar="ARGUMENTS", help="launch arguments of all servers to start")
-    parser.add_argument("--logs", type=Path, help="folder of the servers' logs (default: a new temporary one)")
-    parser.add_argument("--start-timeout", type=float, default=900, metavar="S")
+    add_target_flags(parser)
     parser.add_argument("--client", choices=["own", "bench_serving"], default="own")
     add_load_flags(parser)
     parser.add_argument("--token-range", type=int, nargs=2, default=(12, 512), metavar=("LO", "HI"), help="HI excluded")
@@ -277,21 +208,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--output", type=Path, help="CSV file that grows by a row for each server and load")
     args = parser.parse_args(argv)
-    if bool(args.endpoints) == bool(args.server):
-        parser.error("give running servers as NAME=URL, or servers to start with --server; one of the two")
     args.loads = chosen_loads(parser, args)
     if args.client == "bench_serving" and any(load.time_limit or load.underway for load in args.loads):
         parser.error("bench_serving knows no time limit and no underway, in --load as by flags; use --client own")
-    named = [entry.partition("=") for entry in args.endpoints or args.server]
-    names = [name for name, _, _ in named]
-    if not all(name and value for name, _, value in named) or len(set(names)) < len(names):
-        parser.error(f"expected NAME=… with a name of its own for each server, got {', '.join(names)}")
-    if args.endpoints:
-        args.targets = [Target(name, url=url.rstrip("/")) for name, _, url in named]
-    else:
-        streaming = [INCREMENTS] if args.client == "own" and INCREMENTS not in args.common else []
-        common = [*shlex.split(args.common), *streaming]
-        args.targets = [Target(name, arguments=(*common, *shlex.split(more))) for name, _, more in named]
+    streaming = [INCREMENTS] if args.client == "own" and INCREMENTS not in args.common else []
+    args.targets = chosen_targets(parser, args, more=streaming)
     return args
 
 
