@@ -1,6 +1,6 @@
 """Forests of prefixes for `kernel_sections.py`: their operands, our grouped decode, and FlashInfer's cascade."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from lim_kernels.prefix_groups import PrefixGroups
 Cascade = Callable[[Operands, Forest], list[Callable[[], tuple[Tensor]]]]
 """A baseline of attention that is told the levels: its calls, one a place of the operands; each returns (out,)."""
 
+CASCADES = ("fa2", "auto")
 _WORKSPACE_BYTES = 256 << 20
 
 
@@ -63,14 +64,14 @@ def groups_deviation(found: PrefixGroups, wanted: PrefixGroups) -> float:
     return wrong / total
 
 
-def flashinfer_cascades(shape: Shape) -> dict[str, Cascade]:
-    """FlashInfer's cascade as it comes, and with its FA2 kernels at every level.
+def flashinfer_cascades(shape: Shape, kernels: Sequence[str] = CASCADES) -> dict[str, Cascade]:
+    """FlashInfer's cascade by implementation: of its FA2 kernels at every level, and as it comes (`auto`).
 
     On Hopper its own choice are kernels of large query tiles that do not split the KV, which decode may not like; its
-    wrapper leaves no other, so the second is made of the same parts by hand. Both compile at their first plan, which
-    is never timed; an import or a compiler that fails becomes the error of their rows.
+    wrapper leaves no other, so the one of FA2 is made of the same parts by hand. Each compiles at its first plan, which
+    is never timed; an import or a compiler that fails becomes the error of its rows.
     """
-    return {"flashinfer": partial(_prepare, shape, ""), "flashinfer fa2": partial(_prepare, shape, "fa2")}
+    return {f"flashinfer {name}": partial(_prepare, shape, name) for name in kernels}
 
 
 def _prepare(shape: Shape, backend: str, operands: Operands, forest: Forest) -> list[Callable[[], tuple[Tensor]]]:
@@ -90,10 +91,10 @@ def _prepare(shape: Shape, backend: str, operands: Operands, forest: Forest) -> 
     calls: list[Callable[[], tuple[Tensor]]] = []
     for slots in operands.slots:
         wrapper: Any
-        if backend:
-            wrapper = ChosenCascade(len(forest.levels), workspace, backend)
-        else:
+        if backend == "auto":
             wrapper = MultiLevelCascadeAttentionWrapper(len(forest.levels), workspace, "NHD")
+        else:
+            wrapper = ChosenCascade(len(forest.levels), workspace, backend)
         wrapper.plan(*level_tables(slots, forest), **sizes)
         calls += [partial(_run, wrapper, operands.q, keys, values) for keys, values in operands.caches]
     return calls

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 from forest import Forest
-from kernel_forests import Cascade, flashinfer_cascades
+from kernel_forests import CASCADES, Cascade, flashinfer_cascades
 from kernel_operands import Dense, GraphTimer, Shape, TopK, load_fa3, load_flashinfer
 from kernel_sections import COLUMNS, DTYPES, SECTIONS, Bench, Case, Row
 from machine import machine_line
@@ -93,6 +93,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="NxT/NxT",
         help="of the section grouped: levels from the root, N under each node of the level before, T tokens each",
     )
+    parser.add_argument(
+        "--cascades",
+        nargs="+",
+        choices=CASCADES,
+        default=list(CASCADES),
+        help="FlashInfer's kernels for the section grouped: FA2's, which SGLang compiles as well, or its own choice, "
+        "which can take minutes to compile on Hopper",
+    )
     parser.add_argument("--granule", type=positive, default=128, help="tokens that shared prefixes are multiples of")
     parser.add_argument("--replays", type=positive, default=11, help="of every graph; a figure is their median")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_REPLAYS} replays: for a look, not for a report")
@@ -131,7 +139,7 @@ def load_baselines(
     fa3 = load("FA3", lambda: load_fa3(shape))
     wanted = set(args.sections) if args.flashinfer else set()
     top_k = load("FlashInfer top-k", lambda: load_flashinfer(device)) if "selection" in wanted else None
-    return fa3, top_k, flashinfer_cascades(shape) if "grouped" in wanted else {}
+    return fa3, top_k, flashinfer_cascades(shape, args.cascades) if "grouped" in wanted else {}
 
 
 def report(rows: Iterator[Row], machine: str, output: Path | None) -> list[Row]:

@@ -82,7 +82,7 @@ def test_a_cascade_that_is_wrong_or_fails_costs_its_own_rows(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "flashinfer.cascade", None)
     found = rows({"wrong": wrong, **flashinfer_cascades(SHAPE)}, fa3=None)
     assert {row["error"] for row in of(found, implementation="wrong")} == {"check failed"}
-    for name in ("flashinfer", "flashinfer fa2"):
+    for name in ("flashinfer auto", "flashinfer fa2"):
         errors = [row["error"] for row in of(found, implementation=name)]
         assert len(errors) == 2 and all("flashinfer" in error for error in errors)
     assert {row["error"] for row in of(found, implementation="reference")} == {""}
@@ -163,7 +163,7 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     lse.copy_(both)
 
 
-@pytest.mark.parametrize("name", ["flashinfer", "flashinfer fa2"])
+@pytest.mark.parametrize("name", ["flashinfer auto", "flashinfer fa2"])
 @pytest.mark.parametrize("text", ["1x12/2x8/3x5", "2x8/1x4", "3x7"])
 def test_the_levels_handed_to_flashinfer_are_the_forests(name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=FakeLevel, merge_state_in_place=merge)

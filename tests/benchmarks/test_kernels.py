@@ -365,7 +365,7 @@ def test_flashinfer_is_loaded_only_where_it_is_wanted(
     asked: list[str] = []
     monkeypatch.setattr(kernels, "load_fa3", lambda shape: asked.append("fa3") or dense)
     monkeypatch.setattr(kernels, "load_flashinfer", lambda device: asked.append("flashinfer") or top_k)
-    monkeypatch.setattr(kernels, "flashinfer_cascades", lambda shape: asked.append("cascades") or {"cascade": 1})
+    monkeypatch.setattr(kernels, "flashinfer_cascades", lambda shape, names: asked.append("cascades") or {"cascade": 1})
     wanted = top_k if "flashinfer" in loaded else None, {"cascade": 1} if "cascades" in loaded else {}
     assert kernels.load_baselines(parse(argv), CPU) == (dense, *wanted)
     assert asked == loaded
