@@ -81,7 +81,8 @@ def check_group_sets(
             assert len(mine) == quota and {*forced} <= {*mine}
             assert all([p for p in served[other] if p in positions] == mine for other in rows)
             chosen, left = {*mine} - {*forced}, {*positions} - {*mine} - {*forced}
-            if chosen and left:
+            # Once for all rows of a segment.
+            if row == rows[0] and chosen and left:
                 low, high = ([_combine(rule, [places[one][i] for one in rows], p) for p in positions] for i in (0, 1))
                 worst = max(low[p - positions.start] for p in chosen)
                 assert worst <= min(high[p - positions.start] for p in left)

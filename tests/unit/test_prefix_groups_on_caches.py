@@ -11,11 +11,15 @@ import torch
 
 pytest.importorskip("sglang.srt.mem_cache.radix_cache")
 
-from lim_kernels import find_prefix_groups
-from support.fake_backend import attention, batch_of, build
+from lim_kernels import find_prefix_groups, sparse_decode
+from support.fake_backend import BUDGET, attention, batch_of, build, operands
+from support.group_oracle import check_group_sets, shared_of_long
 from support.prefix_tree import check_tree
 from support.radix_world import RadixWorld, random_schedule, sglang_config, shared_lengths
+from support.set_oracle import SetRule
+from support.step_checks import exact_logits
 
+RULE = SetRule("lessismore", BUDGET, 0.25, 2, "union")
 SCHEDULES = int(os.environ.get("RADIX_SCHEDULES", "200"))
 
 
@@ -57,9 +61,32 @@ def check_decode(world, granule):
     return together.lim.counters.read()["tokens_shared"]
 
 
+def check_selection(world, granule):
+    """Where groups choose together: the rule's sets, attended to as without groups. Returns what rows had in common."""
+    batch = world.batch()
+    rows, lens = batch.req_pool_indices.tolist(), batch.seq_lens.tolist()
+    if len(rows) < 2 or max(lens) <= BUDGET:
+        return 0
+    backend = build(world.table, granule=granule, selection="group")
+    backend.init_forward_metadata(batch_of(rows, lens))
+    step = backend.lim.step
+    _, sparse = attention(backend, step, len(rows), len(world.filled))
+    q, k, v = operands(len(rows), len(world.filled))
+    ungrouped, _ = sparse_decode(q, k, v, step.set_slots, step.set_counts, scale=0.3)
+    torch.testing.assert_close(sparse, ungrouped, rtol=1e-5, atol=1e-6)
+    sets = []
+    for row, length in enumerate(lens):
+        position = {slot: place for place, slot in enumerate(step.slots[row, :length].tolist())}
+        sets.append([position[slot] for slot in step.set_slots[row, : step.set_counts[row]].tolist()])
+    exact = [exact_logits(q[row], k[step.slots[row, :length].long()], 0.3) for row, length in enumerate(lens)]
+    shared = shared_of_long(step.slots, lens, budget=BUDGET, granule=granule)
+    check_group_sets(RULE, sets, *(list(part) for part in zip(*exact, strict=True)), shared)
+    return int(step.shared.in_sets.followed.sum())
+
+
 @pytest.mark.parametrize("page", [1, 16], ids=["page1", "page16"])
 def test_groups_hold_after_any_schedule(page):
-    shared = 0
+    shared = shared_of_sets = 0
     for seed in range(SCHEDULES // 2):
         draw = random.Random(seed)
         world = RadixWorld(page, num_slots=draw.choice((96, 192, 384)), generator=draw)
@@ -70,10 +97,12 @@ def test_groups_hold_after_any_schedule(page):
                 check_groups(world, granule=draw.choice((1, 4, 16)), padding=len(done) % 3)
                 if len(done) % 7 == 0:
                     shared += check_decode(world, granule=draw.choice((1, 8)))
+                    shared_of_sets += check_selection(world, granule=draw.choice((1, 8)))
             world.check()
         except Exception as error:
             raise AssertionError(f"page size {page}, seed {seed}, after {done}: {error}") from error
     assert shared > 100 * SCHEDULES, "hardly any schedule shared a prefix, so the test says little"
+    assert shared_of_sets > 20 * SCHEDULES, "hardly any sets had anything in common"
 
 
 def test_a_group_dissolves_and_forms_between_two_replays():
