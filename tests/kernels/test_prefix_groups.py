@@ -76,6 +76,22 @@ def test_a_prefix_shorter_than_a_granule_is_no_group(implementation, device):
     assert found["counts"].tolist() == [0, 0] and found["own_starts"].tolist() == [0, 0]
 
 
+def test_groups_leave_rows_apart_out_and_count_from_behind_the_room(implementation, device):
+    slots = torch.arange(1, 65, dtype=torch.int32, device=device).repeat(5, 1)
+    slots[:, 40:] += 100 * torch.arange(5, device=device).unsqueeze(1).int()
+    lens = torch.tensor([60, 58, 50, 64, 1], device=device)
+    apart = torch.tensor([0, 1, 0, 0, 0], dtype=torch.uint8, device=device)
+    how = {"granule": 8, "implementation": implementation}
+    found = find_prefix_groups(slots, lens, lead=16, apart=apart, **how)
+    alone = find_prefix_groups(slots, lens.where(apart == 0, 1), **how)
+    assert found.own_starts.tolist() == [56, 0, 56, 56, 16]
+    assert torch.equal(found.starts, alone.starts + 16) and torch.equal(found.ends, alone.ends + 16)
+    for name in ("counts", "parents", "paths", "followed"):
+        assert torch.equal(getattr(found, name), getattr(alone, name)), name
+    none = find_prefix_groups(slots, lens, granule=65, lead=16, apart=apart, implementation=implementation)
+    assert none.own_starts.tolist() == [16, 0, 16, 16, 16] and not none.counts.any()
+
+
 def test_many_long_rows(implementation, device, native):
     slots = torch.randperm(300 * 9000, dtype=torch.int32).view(300, 9000) + 1
     slots[:250, :8000] = slots[0, :8000]
@@ -91,6 +107,7 @@ def test_many_long_rows(implementation, device, native):
         ({"slots": torch.zeros(2, 9, dtype=torch.int64)}, "slots int32"),
         ({"seq_lens": torch.ones(3, dtype=torch.int32)}, r"seq_lens \[2\]"),
         ({"granule": 0}, "granule of at least 1"),
+        ({"apart": torch.zeros(2, dtype=torch.bool)}, r"apart uint8 \[2\]"),
         ({"implementation": "cuda"}, "implementation among"),
     ],
 )

@@ -41,7 +41,13 @@ class PrefixGroups:
 
 
 def find_prefix_groups(
-    slots: Tensor, seq_lens: Tensor, *, granule: int, implementation: str | None = None
+    slots: Tensor,
+    seq_lens: Tensor,
+    *,
+    granule: int,
+    lead: int = 0,
+    apart: Tensor | None = None,
+    implementation: str | None = None,
 ) -> PrefixGroups:
     """Find the rows that share leading KV slots, by comparing slots.
 
@@ -52,7 +58,10 @@ def find_prefix_groups(
     Args:
         slots: int32 [B, L], KV slot of each position; entries at or beyond `seq_lens[b]` may hold anything.
         seq_lens: int32 or int64 [B], each 1 … L.
-        granule: shared lengths count in multiples of so many tokens, rounded down; shorter ones are none.
+        granule: shared lengths count in multiples of so many tokens, rounded down; shorter ones are none. No group
+            is found where that is more than L.
+        lead: columns before the slots in the rows that the groups' positions are to count in.
+        apart: uint8 [B], rows that are in no group and attend to those columns instead: their `own_starts` is 0.
 
     Raises:
         ValueError: wrong shape or dtype, or an unknown implementation.
@@ -61,9 +70,11 @@ def find_prefix_groups(
     require(slots.dim() == 2 and slots.dtype == torch.int32, op, "slots int32 [B, L]", f"{slots.dtype} {slots.shape}")
     require(seq_lens.shape == slots.shape[:1], op, f"seq_lens [{slots.shape[0]}]", list(seq_lens.shape))
     require(granule >= 1, op, "a granule of at least 1 token", granule)
-    require_rows(op, slots, seq_lens)
+    fits = apart is None or (apart.shape == seq_lens.shape and apart.dtype == torch.uint8)
+    require(fits, op, f"apart uint8 {list(seq_lens.shape)}", apart is not None and f"{apart.dtype} {apart.shape}")
+    require_rows(op, slots, seq_lens, apart)
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(slots)) == "reference":
         find = reference.find_prefix_groups
     else:
         from lim_kernels.prefix_groups.triton import find_prefix_groups as find
-    return PrefixGroups(**find(slots, seq_lens, granule=granule, max_levels=MAX_LEVELS))
+    return PrefixGroups(**find(slots, seq_lens, granule=granule, max_levels=MAX_LEVELS, lead=lead, apart=apart))

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 
-def find_prefix_groups(slots: Tensor, seq_lens: Tensor, *, granule: int, max_levels: int) -> dict[str, Tensor]:
+def find_prefix_groups(
+    slots: Tensor, seq_lens: Tensor, *, granule: int, max_levels: int, lead: int, apart: Tensor | None
+) -> dict[str, Tensor]:
     """See `api.find_prefix_groups`; the fields of `PrefixGroups` by name."""
     batch, device = slots.shape[0], slots.device
     rows = torch.arange(batch, device=device)
-    shared = limit_levels(shared_lengths(slots, seq_lens, granule), max_levels)
+    apart = torch.zeros_like(rows, dtype=torch.bool) if apart is None else apart != 0
+    # A row of one token has only its own.
+    shared = limit_levels(shared_lengths(slots, seq_lens.where(~apart, 1), granule), max_levels)
     before = rows.unsqueeze(0) < rows.unsqueeze(1)
     followed = shared.where(before, 0).amax(1)
     own_starts = shared.amax(1)
@@ -26,11 +30,11 @@ def find_prefix_groups(slots: Tensor, seq_lens: Tensor, *, granule: int, max_lev
     members = torch.where(inside, rows, batch).sort(1).values
     fields = {
         "counts": inside.sum(1).where(exists, 0),
-        "starts": starts.where(exists, 0),
-        "ends": ends.where(exists, 0),
+        "starts": starts.where(exists, 0) + lead,
+        "ends": ends.where(exists, 0) + lead,
         "parents": group_at(shared, starts)[1].where(exists & (starts > 0), -1),
         "members": members,
-        "own_starts": own_starts,
+        "own_starts": (own_starts + lead).where(~apart, 0),
         "paths": group_at(shared, own_starts)[1].where(own_starts > 0, -1),
         "followed": followed,
     }

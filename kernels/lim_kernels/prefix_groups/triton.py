@@ -17,10 +17,12 @@ _PROBES = 8  # points compared at once: bisection waits for memory at every step
 def shared_kernel(
     slots_ptr,
     lens_ptr,
+    apart_ptr,
     shared_ptr,
     batch,
     granule,
     stride_slots,
+    APART: tl.constexpr,
     STEPS: tl.constexpr,
     PROBES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -29,6 +31,9 @@ def shared_kernel(
     row = tl.program_id(0)
     others = tl.arange(0, BLOCK_ROWS)
     there = (others < batch) & (others != row)
+    if APART:
+        mine_apart = tl.load(apart_ptr + row)
+        there = there & (tl.load(apart_ptr + others, mask=there, other=1) == 0) & (mine_apart == 0)
     mine_ptr = slots_ptr + row.to(tl.int64) * stride_slots
     theirs_ptr = slots_ptr + others.to(tl.int64) * stride_slots
     lens = tl.minimum(tl.load(lens_ptr + others, mask=there, other=0), tl.load(lens_ptr + row)).to(tl.int32)
@@ -75,6 +80,7 @@ def group_at(shared_ptr, mine, row, depth, cap, BLOCK_ROWS: tl.constexpr):
 @triton.jit
 def tree_kernel(
     shared_ptr,
+    apart_ptr,
     counts_ptr,
     starts_ptr,
     ends_ptr,
@@ -84,6 +90,8 @@ def tree_kernel(
     paths_ptr,
     followed_ptr,
     batch,
+    lead,
+    APART: tl.constexpr,
     MAX_LEVELS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
@@ -116,15 +124,20 @@ def tree_kernel(
         if start > 0:
             parent = group_at(shared_ptr, mine, row, start, cap, BLOCK_ROWS)
     tl.store(counts_ptr + row, count)
-    tl.store(starts_ptr + row, start)
-    tl.store(ends_ptr + row, end)
+    tl.store(starts_ptr + row, start + lead)
+    tl.store(ends_ptr + row, end + lead)
     tl.store(parents_ptr + row, parent)
+    own_start += lead
+    if APART:
+        own_start = tl.where(tl.load(apart_ptr + row) == 0, own_start, 0)
     tl.store(own_starts_ptr + row, own_start)
     tl.store(paths_ptr + row, path)
     tl.store(followed_ptr + row, followed)
 
 
-def find_prefix_groups(slots: Tensor, seq_lens: Tensor, *, granule: int, max_levels: int) -> dict[str, Tensor]:
+def find_prefix_groups(
+    slots: Tensor, seq_lens: Tensor, *, granule: int, max_levels: int, lead: int, apart: Tensor | None
+) -> dict[str, Tensor]:
     """See `api.find_prefix_groups`; the fields of `PrefixGroups` by name."""
     batch, width = slots.shape
     block = plan_block(batch)
@@ -135,10 +148,12 @@ def find_prefix_groups(slots: Tensor, seq_lens: Tensor, *, granule: int, max_lev
     shared_kernel[(batch,)](
         slots_ptr=slots,
         lens_ptr=seq_lens,
+        apart_ptr=apart,
         shared_ptr=shared,
         batch=batch,
         granule=granule,
         stride_slots=slots.stride(0),
+        APART=apart is not None,
         STEPS=steps,
         PROBES=_PROBES,
         BLOCK_ROWS=block,
@@ -149,7 +164,10 @@ def find_prefix_groups(slots: Tensor, seq_lens: Tensor, *, granule: int, max_lev
     fields["members"] = torch.empty(batch, batch, dtype=torch.int32, device=slots.device)
     tree_kernel[(batch,)](
         shared_ptr=shared,
+        apart_ptr=apart,
         batch=batch,
+        lead=lead,
+        APART=apart is not None,
         MAX_LEVELS=max_levels,
         BLOCK_ROWS=block,
         num_warps=1,
