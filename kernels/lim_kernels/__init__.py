@@ -10,16 +10,20 @@ from lim_kernels.group_selection import choose_for_groups, groups_of_sets
 from lim_kernels.grouped_decode import grouped_decode
 from lim_kernels.prefix_groups import find_prefix_groups
 from lim_kernels.select_tokens import choose_tokens, score_tokens, select_tokens
+from lim_kernels.set_memory import decide_acts, keep_sets, place_sets
 from lim_kernels.sparse_decode import sparse_decode
 
 __all__ = [
     "choose_for_groups",
     "choose_tokens",
     "count_step",
+    "decide_acts",
     "decode_with_scores",
     "find_prefix_groups",
     "grouped_decode",
     "groups_of_sets",
+    "keep_sets",
+    "place_sets",
     "score_tokens",
     "select_tokens",
     "sparse_decode",

@@ -22,15 +22,19 @@ from lim_kernels import (
     choose_for_groups,
     choose_tokens,
     count_step,
+    decide_acts,
     decode_with_scores,
     find_prefix_groups,
     grouped_decode,
     groups_of_sets,
+    keep_sets,
+    place_sets,
     score_tokens,
     select_tokens,
     sparse_decode,
 )
 from lim_kernels.count_step import Ledger
+from lim_kernels.set_memory import SetMemory
 
 MULTIPROCESSORS = 132
 
@@ -90,6 +94,19 @@ def launch_grouped(batch, heads, kv_heads, dim, dtype, cache_dtype=None, **how) 
     grouped_decode(q, cache, cache, *indices, groups, scale=0.1, score_beyond=2048, implementation="triton", **how)
 
 
+def launch_set_memory(layers: int, *, interval: int, early: bool) -> None:
+    sizes = {"budget": 2048, "recent": 508, "sinks": 4, "implementation": "triton"}
+    per_row = empty(9, dtype=torch.int64), empty(9), empty(9)
+    memory = SetMemory(empty(layers, 9, 1536), empty(layers, 1 << 16), *per_row, empty(1))
+    rows, lens, extended = empty(4, dtype=torch.int64), empty(4), empty(4, 2048 + 4096)
+    slots = extended[:, 2048:]
+    decided = decide_acts(memory, rows, per_row[0], slots, lens, **sizes, interval=interval, early=early)
+    place_sets(memory, 0, rows, decided.acts, extended, lens, **sizes)
+    for layer in range(layers):
+        keep_sets(memory, layer, rows, decided.acts, extended, lens, empty(4, 2048), **sizes)
+    find_prefix_groups(slots, lens, granule=128, lead=2048, apart=decided.select_apart, implementation="triton")
+
+
 def launch_all(*, fp8: bool) -> None:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     # A few rows, and more than the device has multiprocessors.
@@ -130,13 +147,17 @@ def launch_all(*, fp8: bool) -> None:
         groups = find_prefix_groups(slots, lens, granule=128, **triton)
         choose_for_groups(empty(batch, 32768, dtype=fp32), lens, groups, **sizes, **how, **triton)
 
+    launch_set_memory(2, interval=4, early=False)
+    launch_set_memory(1, interval=1, early=True)
+
     rows = empty(4, dtype=torch.int64)
     ledger = Ledger(empty(6, dtype=torch.int64), empty(9, dtype=torch.int64), empty(9, dtype=torch.uint8))
     layers = {"num_layers": 32, "sparse_layers": 28, "selection_layers": 2}
     groups = find_prefix_groups(empty(4, 4096), seq_lens, granule=128, **triton)
     in_sets, set_counts = groups_of_sets(seq_lens, groups, **sizes, smallest=32, **triton)
     grouped = {"groups": groups, "grouped_layers": 4}
-    for shared in ({}, grouped, {**grouped, "set_groups": in_sets, "set_counts": set_counts}):
+    in_parts = {**grouped, "set_groups": in_sets, "set_counts": set_counts}
+    for shared in ({}, grouped, in_parts, {**grouped, "acts": empty(4, dtype=torch.uint8)}):
         count_step(ledger, rows, empty(9, dtype=torch.int64), seq_lens, budget=2048, **layers, **shared, **triton)
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from lim_kernels import find_prefix_groups
-from lim_kernels.count_step import KEEP, RECALL, SELECT
+from lim_kernels.acts import KEEP, RECALL, SELECT
 from sgl_lim.counters import Counters
 from sgl_lim.methods import METHODS, Role
 

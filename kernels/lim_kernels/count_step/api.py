@@ -48,8 +48,7 @@ def count_step(
         generations: int64 [R], tenancy of each row.
         seq_lens: int32 or int64 [B], the current token included.
         budget: token budget; num_layers, sparse_layers, selection_layers: layers of the model by role.
-        acts: uint8 [B], what rows longer than the budget do at selection layers: KEEP their set, SELECT one, or
-            keep one that they have just recalled (RECALL). None: all select.
+        acts: uint8 [B], bits of `lim_kernels.acts`. None: all rows longer than the budget select.
         groups: the batch's prefix groups, if any layers use them; grouped_layers: how many do.
         set_groups, set_counts: as `groups_of_sets` gives them, where sparse layers read the tokens of groups once.
             None: they do not, and sets have as many tokens as the budget allows.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-KEEP, SELECT, RECALL = 0, 1, 2
+from lim_kernels.acts import RECALL, SELECT
 
 
 def count_step(
@@ -33,7 +33,7 @@ def count_step(
     current = generations[rows]
     new = (seen[rows] != current) & real
     before = (sparse_rows[rows] != 0) & ~new
-    selecting = sparse if acts is None else sparse & (acts == SELECT)
+    selecting = sparse if acts is None else sparse & ((acts & SELECT) != 0)
     kept = sparse & ~selecting
     full_layers = num_layers - sparse_layers
     sets = lens.clamp(max=budget) if set_counts is None else set_counts * real
@@ -49,7 +49,7 @@ def count_step(
             (zero if followed is None else grouped_layers * followed.sum(dtype=torch.int64))
             + (zero if set_followed is None else sparse_layers * set_followed.sum(dtype=torch.int64)),
             zero if own_starts is None else (own_starts > 0).sum(),
-            zero if acts is None else (sparse & (acts == RECALL)).sum(),
+            zero if acts is None else (sparse & ((acts & RECALL) != 0)).sum(),
         ]
     )
     seen[rows] = torch.where(real, current, seen[rows])

@@ -4,11 +4,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lim_kernels.count_step import reference
+from lim_kernels import acts as bits
 from lim_kernels.triton_support import plan_block
 
-_SELECT = tl.constexpr(reference.SELECT)
-_RECALL = tl.constexpr(reference.RECALL)
+_SELECT = tl.constexpr(bits.SELECT)
+_RECALL = tl.constexpr(bits.RECALL)
 
 
 @triton.jit(do_not_specialize=["batch", "budget", "num_layers", "sparse_layers", "selection_layers", "grouped_layers"])
@@ -51,10 +51,10 @@ def count_step_kernel(
     attended = (num_layers - sparse_layers) * lens + sparse_layers * sets
     selecting = sparse
     if ACTS:
-        acts = tl.load(acts_ptr + items, mask=items < batch, other=0)
-        selecting = sparse & (acts == _SELECT)
-        attended -= tl.where(sparse & (acts != _SELECT), selection_layers * (lens - budget), 0)
-        add(totals_ptr, 8, tl.sum((sparse & (acts == _RECALL)).to(tl.int64), axis=0))
+        acts = tl.load(acts_ptr + items, mask=items < batch, other=0).to(tl.int32)
+        selecting = sparse & ((acts & _SELECT) != 0)
+        attended -= tl.where(sparse & ((acts & _SELECT) == 0), selection_layers * (lens - budget), 0)
+        add(totals_ptr, 8, tl.sum((sparse & ((acts & _RECALL) != 0)).to(tl.int64), axis=0))
 
     add(totals_ptr, 0, tl.max(real.to(tl.int64), axis=0))
     add(totals_ptr, 1, tl.sum(attended, axis=0))
