@@ -252,11 +252,10 @@ def begin(lim: SparseDecode, forward_batch: Any) -> None:
     acts = None
     if lim.store is not None:
         lim.step.reuse = lim.store.begin(
-            forward_batch.req_pool_indices.long(),
+            forward_batch.req_pool_indices,
             lim.counters.generations,
             lim.snapshot.extended,
             seq_lens,
-            forward_batch.out_cache_loc,
             lim.granule,
         )
         acts = lim.step.reuse.acts

@@ -10,7 +10,7 @@ from torch import Tensor
 from lim_kernels import decode_with_scores, find_prefix_groups, grouped_decode, sparse_decode
 from lim_kernels.prefix_groups import PrefixGroups
 from sgl_lim.methods import Method, Role, SharedSets
-from sgl_lim.set_store import Reuse, SetStore, no_groups
+from sgl_lim.set_store import Reuse, SetStore, read
 
 Reduce = Callable[[Tensor, str], Tensor]
 """Combines scores float32 [B, L] over the ranks of a tensor-parallel group, by "max" or "logsumexp"."""
@@ -117,11 +117,8 @@ def attend(
     batch = q.shape[0]
     rows_at_once = rows_at_once or batch
     # Rows that do not select have nothing to choose.
-    lens = step.seq_lens if step.reuse is None else step.reuse.sel_lens
+    lens = step.seq_lens if step.reuse is None else step.reuse.choose_lens
     outs, parts = [], []
-    if step.reuse is not None:
-        # Snapshots narrower than the budget end in the branch above.
-        step.reuse.extended[:, : method.budget] = step.slots.gather(1, step.reuse.prior[step.reuse.done])
     for first in range(0, batch, rows_at_once):
         rows = slice(first, first + rows_at_once)
         # Groups may reach over the rows that fit together.
@@ -140,7 +137,7 @@ def attend(
     chosen, counts = method.choose(scores, lens, step.slots if step.reuse is None else None, step.shared)
     if step.reuse is not None:
         assert store is not None
-        chosen, counts = store.keep(step.reuse, chosen, counts, step.slots)
+        chosen, counts = store.keep(step.reuse, chosen, step.seq_lens)
     step.set_slots, step.set_counts = chosen, counts
     return out
 
@@ -164,8 +161,10 @@ def attend_and_score(
     slots, seq_lens, groups = step.slots[rows], step.seq_lens[rows], step.groups if grouped else None
     if reuse is not None:
         # One call for both kinds of rows: those that do not select attend to the set before their slots.
-        lead, slots, seq_lens = budget, reuse.extended[rows], reuse.ends[rows]
-        groups = reuse.groups if grouped else no_groups(torch.where(reuse.full[rows], budget, 0).int())
+        reading = reuse.selecting
+        if not grouped:
+            reading = read(slots, seq_lens, reading.apart[rows], reading.ends[rows], None, budget)
+        lead, slots, seq_lens, groups = budget, reuse.extended[rows], reading.ends, reading.groups
     if groups is None:
         return decode_with_scores(q, k_cache, v_cache, slots, seq_lens, score_beyond=budget, **sizes)
     operands = q, k_cache, v_cache, slots, seq_lens, groups

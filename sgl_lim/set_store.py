@@ -8,42 +8,47 @@ Nothing here can belong to anybody else. A row's set is used only by the tenant 
 the window keep their tokens. It holds positions, because SGLang may give a row other slots for the same tokens: a
 prefill's duplicates are freed, which can be after the first decode step. A slot's memory is cleared when the slot is
 written, and no slot is read that its present owner has not written. All decisions are made on the device, from tensors
-of fixed shapes.
+of fixed shapes (`lim_kernels.set_memory`).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lim_kernels import choose_tokens, find_prefix_groups
-from lim_kernels.count_step import KEEP, RECALL, SELECT
+from lim_kernels import decide_acts, find_prefix_groups, keep_sets, place_sets
 from lim_kernels.prefix_groups import PrefixGroups
+from lim_kernels.set_memory import SetMemory
 from sgl_lim.methods.lessismore import LessIsMore
 
-NEVER = 0
+
+@dataclass(frozen=True)
+class Reading:
+    """What rows attend to in layers that would attend to everything: that, or the set before their slots."""
+
+    apart: Tensor
+    """uint8 [B], rows that attend to the set."""
+    ends: Tensor
+    """int32 [B], end of what a row attends to in the extended slots."""
+    groups: PrefixGroups
+    """Groups of the other rows, by position in the extended slots."""
 
 
 @dataclass
 class Reuse:
-    """What the selection layers of one step do with rows that do not select."""
+    """What the layers of one step do with rows that have a set."""
 
     rows: Tensor
-    """int64 [B], rows of the request pool."""
-    full: Tensor
-    """bool [B], rows that attend to everything: they select, or have no more tokens than the budget."""
+    """integer [B], rows of the request pool."""
     acts: Tensor
-    """uint8 [B], the same as `count_step` takes it."""
-    sel_lens: Tensor
-    """int32 [B], lengths of those rows, 1 for the others, which have nothing to choose."""
+    """uint8 [B], bits of `lim_kernels.acts`."""
+    choose_lens: Tensor
+    """int32 [B], lengths of rows that attend to everything at selection layers, 1 for others: nothing to choose."""
     extended: Tensor
     """int32 [B, K + L], room for a set, then the KV slot of each position (`Snapshot.extended`)."""
-    ends: Tensor
-    """int32 [B], end of what a row attends to in the extended slots."""
-    groups: PrefixGroups
-    """Groups of the rows that attend to everything, by position in the extended slots."""
-    prior: list[Tensor]
-    """For each selection layer int64 [B, K], the sets of rows that do not select, in positions."""
+    selecting: Reading
+    """Of selection layers."""
     done: int = 0
     """Selection layers that have run in this step."""
 
@@ -61,14 +66,17 @@ class SetStore:
         self, method: LessIsMore, interval: int, num_rows: int, num_slots: int, device: torch.device | str
     ) -> None:
         self.interval = interval
-        self._method = method
+        self._sizes: dict[str, Any] = {"budget": method.budget, "recent": method.recent, "sinks": method.kept_sinks}
         layers = len(method.selection_layers)
-        self._sets = torch.zeros(layers, num_rows, method.budget, dtype=torch.int32, device=device)
-        self._tenants = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
-        self._lengths = torch.zeros(num_rows, dtype=torch.int32, device=device)
-        self._ages = torch.zeros(num_rows, dtype=torch.int32, device=device)
-        self._stamps = torch.full((layers, num_slots), NEVER, dtype=torch.int32, device=device)
-        self._clock = torch.full((), NEVER, dtype=torch.int32, device=device)
+        per_row = torch.zeros(2, num_rows, dtype=torch.int32, device=device)
+        self.memory = SetMemory(
+            sets=torch.zeros(layers, num_rows, method.middle, dtype=torch.int32, device=device),
+            stamps=torch.zeros(layers, num_slots, dtype=torch.int32, device=device),
+            tenants=torch.full((num_rows,), -1, dtype=torch.int64, device=device),
+            lengths=per_row[0],
+            ages=per_row[1],
+            clock=torch.zeros(1, dtype=torch.int32, device=device),
+        )
 
     def forget(self, slots: Tensor) -> None:
         """Clear the memory of KV slots that are about to be written: they have a new owner.
@@ -76,121 +84,50 @@ class SetStore:
         Args:
             slots: integer [N].
         """
-        self._stamps.index_fill_(1, slots.long(), NEVER)
+        self.memory.stamps.index_fill_(1, slots.long(), 0)
 
-    def begin(
-        self, rows: Tensor, tenants: Tensor, extended: Tensor, seq_lens: Tensor, written: Tensor, granule: int | None
-    ) -> Reuse:
+    def begin(self, rows: Tensor, tenants: Tensor, extended: Tensor, seq_lens: Tensor, granule: int | None) -> Reuse:
         """Decide what each row of a decode step does, and bring the sets of those that do not select up to date.
 
         Args:
-            rows: int64 [B], rows of the request pool; row 0 only pads a captured graph.
+            rows: integer [B], rows of the request pool; row 0 only pads a captured graph.
             tenants: int64 [R], who has each row.
-            extended: int32 [B, K + L], room for a set, then the KV slot of each position.
+            extended: int32 [B, K + L], room for a set, then the KV slot of each position, which this step has written
+                the last of.
             seq_lens: int32 [B].
-            written: integer [B], slots of this step's tokens.
             granule: as in `find_prefix_groups`; None: groups are not looked for.
         """
-        method = self._method
-        budget = method.budget
-        self._clock += 1
-        self.forget(written)
+        budget = self._sizes["budget"]
         slots = extended[:, budget:]
-        long = seq_lens > budget
-        tenant = tenants[rows]
-        # Mixed steps, which are dense, add tokens in between; the positions of its set hold the same ones still.
-        grown = seq_lens - self._lengths[rows]
-        mine = (self._tenants[rows] == tenant) & (grown >= 1) & (rows != 0)
-        ages = self._ages[rows] + grown
-        kept = long & mine & (ages < self.interval)
-        prior, warm = self._recall(rows, slots, seq_lens, long & ~mine, kept)
-        full = ~(kept | warm)
-        self._tenants[rows] = tenant
-        self._lengths[rows] = seq_lens
-        # A row that was within the budget has stored no set that could be used.
-        self._ages[rows] = torch.where(kept, ages, torch.where(long, 0, self.interval)).int()
-
-        groups = no_groups(torch.zeros_like(seq_lens))
-        if granule is not None and len(rows) > 1:
-            groups = find_prefix_groups(slots, torch.where(full, seq_lens, 1).int(), granule=granule)
-        shifted = replace(
-            groups,
-            starts=groups.starts + budget,
-            ends=groups.ends + budget,
-            own_starts=torch.where(full, groups.own_starts + budget, 0).int(),
+        decided = decide_acts(
+            self.memory, rows, tenants, slots, seq_lens, **self._sizes, interval=self.interval, early=False
         )
+        place_sets(self.memory, 0, rows, decided.acts, extended, seq_lens, **self._sizes)
         return Reuse(
             rows=rows,
-            full=full,
-            sel_lens=torch.where(full, seq_lens, 1).int(),
+            acts=decided.acts,
+            choose_lens=decided.choose_lens,
             extended=extended,
-            ends=torch.where(full, seq_lens + budget, budget).int(),
-            acts=torch.where(warm, RECALL, torch.where(kept, KEEP, SELECT)).to(torch.uint8),
-            groups=shifted,
-            prior=prior,
+            selecting=read(slots, seq_lens, decided.select_apart, decided.select_ends, granule, budget),
         )
 
-    def keep(self, reuse: Reuse, chosen: Tensor, counts: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def keep(self, reuse: Reuse, chosen: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Put the sets of a selection layer in force, and remember them.
 
         Args:
-            chosen, counts: int32 [B, K], [B], positions that rows that attended to everything chose; undefined for
-                others.
-            slots: int32 [B, L], KV slot of each position.
+            chosen: int32 [B, K], positions that rows that attended to everything chose; undefined for others.
+            seq_lens: int32 [B].
 
         Returns:
             The sets in force, int32 [B, K] in KV slots, and their counts.
         """
-        layer, method = reuse.done, self._method
+        layer = reuse.done
         reuse.done += 1
-        selected = reuse.full & (reuse.sel_lens > method.budget)
-        sets = torch.where(reuse.full.unsqueeze(1), chosen, reuse.prior[layer]).clamp(min=0)
-        self._sets[layer][reuse.rows] = sets.int()
-        set_slots = slots.gather(1, sets)
-        ranked = set_slots[:, method.kept_sinks : method.budget - method.recent]
-        # Rows that did not select mark the padding slot, which nobody asks about.
-        self._stamps[layer][torch.where(selected.unsqueeze(1), ranked, 0).long()] = self._clock
-        return set_slots, torch.where(reuse.full, counts, method.budget).int()
-
-    def _recall(
-        self, rows: Tensor, slots: Tensor, seq_lens: Tensor, without: Tensor, kept: Tensor
-    ) -> tuple[list[Tensor], Tensor]:
-        """Sets of rows that have one and of those that find one on their slots, and which rows do; the latter bool [B].
-
-        Args:
-            without: bool [B], rows that need a set and have none; kept: bool [B], rows that use their own again.
-        """
-        method = self._method
-        budget, sinks, recent = method.budget, method.kept_sinks, method.recent
-        positions = torch.arange(slots.shape[1], device=slots.device)
-        window = seq_lens.unsqueeze(1) - recent + torch.arange(recent, device=slots.device)
-        candidate = (positions >= sinks) & (positions < seq_lens.unsqueeze(1) - recent)
-        warm, remembered = without, []
-        for stamps in self._stamps:
-            stamp = stamps[slots.where(candidate, 0).long()]
-            known = candidate & (stamp != NEVER)
-            warm = warm & (known.sum(1) >= budget - sinks - recent)
-            remembered.append((stamp - self._clock).float().where(known, float("-inf")))
-        prior = []
-        for layer, scores in enumerate(remembered):
-            lens = torch.where(warm, seq_lens, 1).int()
-            found, _ = choose_tokens(scores, lens, budget=budget, recent=recent, sinks=sinks)
-            own = self._sets[layer][rows]
-            own[:, budget - recent :] = window
-            prior.append(torch.where(kept.unsqueeze(1), own, found).clamp(min=0).long())
-        return prior, warm
+        return keep_sets(self.memory, layer, reuse.rows, reuse.acts, reuse.extended, seq_lens, chosen, **self._sizes)
 
 
-def no_groups(own_starts: Tensor) -> PrefixGroups:
-    """Groups of rows that share nothing; each attends from its entry of int32 [B] `own_starts` on."""
-    batch, none = len(own_starts), torch.zeros_like(own_starts)
-    return PrefixGroups(
-        counts=none,
-        starts=none,
-        ends=none,
-        parents=none - 1,
-        members=none.unsqueeze(1).expand(batch, batch).contiguous(),
-        own_starts=own_starts,
-        paths=none - 1,
-        followed=none,
-    )
+def read(slots: Tensor, seq_lens: Tensor, apart: Tensor, ends: Tensor, granule: int | None, lead: int) -> Reading:
+    """What rows attend to, with the groups of those that are not apart; none are looked for if `granule` is None."""
+    # No prefix is longer than the rows are wide.
+    granule = slots.shape[1] + 1 if granule is None else granule
+    return Reading(apart, ends, find_prefix_groups(slots, seq_lens, granule=granule, lead=lead, apart=apart))

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("sglang.srt.mem_cache.radix_cache")
 
 from lim_kernels import sparse_decode
-from lim_kernels.count_step import KEEP, RECALL, SELECT
+from lim_kernels.acts import KEEP, RECALL, SELECT
 from lim_patches.row_generations import keep_generations
 from support.fake_backend import BUDGET, EXTEND, attention, batch_of, build, operands
 from support.radix_world import RadixWorld, random_schedule, sglang_config
@@ -120,7 +120,7 @@ class Driven:
 
     def check_memory(self):
         """Each slot of a live request remembers its own selections and nobody else's."""
-        stamps = self.backend.lim.store._stamps[0]
+        stamps = self.backend.lim.store.memory.stamps[0]
         for request in self.world.live:
             slots = self.world.table[request.row, : request.length].tolist()
             assert [int(stamps[slot]) for slot in slots] == [self.when(slot) or 0 for slot in slots]
