@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from decode_operands import operands
-from lim_kernels import decode_with_scores, find_prefix_groups, grouped_decode
+from lim_kernels import decode_with_scores, find_prefix_groups, grouped_decode, groups_of_sets
 from prefix_rows import prefix_rows
 from test_decode_triton import FP8, PRECISIONS, assert_like_reference
 
@@ -73,6 +73,20 @@ def test_a_group_s_slots_are_read_from_one_row(implementation, device):
     assert int(groups.followed.sum()) > 100
     for ours, theirs in zip(results[:2], expected[:2], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_set_may_be_its_group_s_alone(implementation, device):
+    # Without a window, a few tokens beyond the prefix get none of the budget.
+    slots = torch.arange(1, 301, dtype=torch.int32).view(3, 100)
+    slots[1, :96] = slots[0, :96]
+    slots, seq_lens = slots.to(device), torch.tensor([100, 97, 100], device=device)
+    groups = find_prefix_groups(slots, seq_lens, granule=16)
+    in_sets, counts = groups_of_sets(seq_lens, groups, budget=16, recent=0, sinks=0)
+    assert in_sets.own_starts.tolist() == [16, 16, 0] and counts.tolist() == [16, 16, 16]
+    sets = slots[:, 5:85:5].contiguous()
+    q, k, v, _ = operands(4, 2, 16, 16, torch.float32, batch=3, num_slots=301, device=device)
+    results = grouped_decode(q, k, v, sets, counts, in_sets, scale=0.3, implementation=implementation)
+    assert_like_reference(results[:2], q, k, v, sets, counts, scale=0.3)
 
 
 def test_bad_operands_are_named(device):
