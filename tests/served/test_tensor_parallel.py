@@ -8,6 +8,7 @@ import torch
 
 from support.agreement import errors
 from support.fleet import (
+    GROUP,
     LAYERS,
     MAIN,
     NEW_TOKENS,
@@ -23,11 +24,11 @@ from support.server import ServerPool
 from support.step_checks import check_answers, check_steps
 
 TOKENS = 10
-SUM = replace(MAIN, rule=replace(MAIN.rule, aggregate="sum"))
+SUM = replace(GROUP, rule=replace(MAIN.rule, aggregate="sum"))
 pytestmark = [
     pytest.mark.served,
     pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores"),
-    # "union" combines the ranks' scores by maximum, "sum" by sum.
+    # "union" combines the ranks' scores by maximum, "sum" by sum; then, here, those of a prefix group's rows as well.
     pytest.mark.parametrize("case", [MAIN, SUM, NEXT_CASES[0]], ids=str, indirect=True),
 ]
 

@@ -33,11 +33,13 @@ class LimCase:
     rule: SetRule
     dtype: str = "float32"
     release: str = "current"  # or "next": the other supported SGLang, in an environment of its own
+    prefix_selection: str = "request"
 
     @property
     def name(self) -> str:
         """Id of the server in test names and log files."""
-        return f"{self.kind}-page{self.page_size}-{self.dtype}-{self.method}-{self.release}"
+        by_group = "-group" if self.prefix_selection == "group" else ""
+        return f"{self.kind}-page{self.page_size}-{self.dtype}-{self.method}{by_group}-{self.release}"
 
     def __str__(self) -> str:
         return self.name
@@ -53,10 +55,12 @@ class LimCase:
         layers = ",".join(map(str, SELECTION_LAYERS))
         flags = ["--lim-method", rule.method, "--lim-budget", rule.budget, "--lim-selection-layers", layers]
         flags += ["--lim-recency", rule.recency, "--lim-sinks", rule.sinks, "--lim-aggregate", rule.aggregate]
+        flags += ["--lim-prefix-selection", self.prefix_selection]
         return tuple(map(str, flags))
 
 
 MAIN = LimCase("gqa", 1, SetRule("lessismore", 256, 0.25, 4, "union"))
+GROUP = replace(MAIN, prefix_selection="group")
 FLOAT32_CASES = (
     MAIN,
     LimCase("gqa", 16, SetRule("lessismore", 256, 0.3, 5, "max")),

@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgl_lim.backend import GRANULE
 from support.agreement import errors
 from support.fleet import HEADS, LAYERS, ROLES, Fleet, LimCase
 from support.float64_qwen3 import Float64Qwen3
+from support.group_oracle import check_group_sets, shared_of_long
 from support.server import Answer
 from support.set_oracle import SetRule
 
@@ -18,8 +20,12 @@ def check_steps(case: LimCase, steps: list[Step]) -> None:
     """Every row of every layer: the set is the oracle's, the output is attention over it."""
     for step in steps:
         assert [record["role"] for record in step] == expected_roles(case.rule)
+        together = case.prefix_selection == "group"
+        for record in step:
+            if together and record["role"] == "select":
+                check_selection_of_groups(case.rule, record)
         for row in range(len(step[0]["seq_lens"])):
-            check_row(case.rule, HEADS[case.kind], step, row)
+            check_row(case.rule, HEADS[case.kind], step, row, sets_known=together)
 
 
 def check_answers(
@@ -45,8 +51,19 @@ def expected_roles(rule: SetRule) -> list[str]:
     return list(ROLES) if rule.method != "window" else ["dense", *["sparse"] * (LAYERS - 1)]
 
 
-def check_row(rule: SetRule, heads: tuple[int, int], step: Step, row: int) -> None:
-    """All layers of one request in one step."""
+def check_selection_of_groups(rule: SetRule, record: dict[str, Any]) -> None:
+    """The sets of all rows at a selection layer where rows that share a prefix choose together."""
+    lens = record["seq_lens"].tolist()
+    served = [served_set(record, row, length) for row, length in enumerate(lens)]
+    exact = [
+        exact_logits(record["q"][row], record["keys"][row, :length], record["scale"]) for row, length in enumerate(lens)
+    ]
+    shared = shared_of_long(record["slots"], lens, budget=rule.budget, granule=GRANULE)
+    check_group_sets(rule, served, *(list(part) for part in zip(*exact, strict=True)), shared)
+
+
+def check_row(rule: SetRule, heads: tuple[int, int], step: Step, row: int, *, sets_known: bool = False) -> None:
+    """All layers of one request in one step; `sets_known`: what selection layers chose has been checked."""
     kept: list[int] | None = rule.window(int(step[0]["seq_lens"][row])) if rule.method == "window" else None
     for record in step:
         length = int(record["seq_lens"][row])
@@ -56,8 +73,9 @@ def check_row(rule: SetRule, heads: tuple[int, int], step: Step, row: int) -> No
         assert (q.shape[0], k.shape[1]) == heads
         if record["role"] == "select":
             kept = served_set(record, row, length)
-            exact, slack = exact_logits(q, k, record["scale"])
-            assert rule.explains(kept, exact, length, slack), f"{place}: not the oracle's set"
+            if not sets_known:
+                exact, slack = exact_logits(q, k, record["scale"])
+                assert rule.explains(kept, exact, length, slack), f"{place}: not the oracle's set"
         elif record["role"] == "sparse":
             assert served_set(record, row, length) == kept, f"{place}: the set in force is not the one chosen"
             k, v = k[kept], v[kept]
