@@ -85,6 +85,7 @@ class Counters:
             sparse_layers=self._layers[Role.SPARSE],
             selection_layers=self._layers[Role.SELECT],
             acts=acts,
+            early_layers=self._layers[Role.DENSE],
             groups=groups,
             grouped_layers=sum(self._layers[role] for role in grouped_roles),
             set_groups=None if shared is None else shared.in_sets,

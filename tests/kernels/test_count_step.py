@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lim_kernels import count_step, find_prefix_groups, groups_of_sets
+from lim_kernels.acts import EARLY, KEEP, RECALL, SELECT
 from lim_kernels.count_step import TOTALS, Ledger
 
 ROWS = 7
@@ -123,6 +124,37 @@ def test_what_sparse_layers_share_is_added_up(implementation, device):
     totals = dict(zip(TOTALS, ledger.totals.tolist(), strict=True))
     assert totals["tokens_shared"] == 2 * (3 * (32 + 48) + 2 * (8 + 12))
     assert totals["tokens_attended"] == 2 * (3 * (60 + 34 + 64) + 2 * (16 + 10 + 16))
+
+
+@pytest.mark.parametrize("sparse_layers", [2, 0])
+def test_rows_that_have_a_set_attend_to_it_where_their_act_says(implementation, device, sparse_layers):
+    ledger = Ledger(
+        torch.zeros(len(TOTALS), dtype=torch.int64, device=device),
+        torch.full((ROWS,), -1, dtype=torch.int64, device=device),
+        torch.zeros(ROWS, dtype=torch.uint8, device=device),
+    )
+    acts = [KEEP, SELECT, RECALL, KEEP | EARLY, SELECT | EARLY, SELECT | RECALL | EARLY]
+    lens = [100 + n for n in range(6)]
+    layers = {"num_layers": 3 + sparse_layers, "sparse_layers": sparse_layers, "selection_layers": 1}
+    count_step(
+        ledger,
+        torch.tensor([1, 2, 3, 4, 5, 6], device=device),
+        torch.ones(ROWS, dtype=torch.int64, device=device),
+        torch.tensor(lens, device=device),
+        budget=64,
+        **layers,
+        acts=torch.tensor(acts, dtype=torch.uint8, device=device),
+        early_layers=2,
+        implementation=implementation,
+    )
+    attended = 0
+    for act, length in zip(acts, lens, strict=True):
+        selection = length if act & SELECT else 64
+        attended += (2 * 64 if act & EARLY else 2 * length) + selection + sparse_layers * 64
+    totals = dict(zip(TOTALS, ledger.totals.tolist(), strict=True))
+    assert totals["tokens_attended"] == attended
+    assert totals["selections"] == 3
+    assert totals["warm_starts"] == 2
 
 
 def test_bad_operands_are_named():

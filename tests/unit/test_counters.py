@@ -3,7 +3,7 @@
 import torch
 
 from lim_kernels import find_prefix_groups
-from lim_kernels.acts import KEEP, RECALL, SELECT
+from lim_kernels.acts import EARLY, KEEP, RECALL, SELECT
 from sgl_lim.counters import Counters
 from sgl_lim.methods import METHODS, Role
 
@@ -46,6 +46,16 @@ def test_rows_that_keep_their_set_attend_to_it_in_selection_layers_too():
     totals = counters.read()
     assert totals["tokens_attended"] == (30 + 4 * 10) + (3 * 40 + 2 * 10) + (50 + 4 * 10) + 5 * 6
     assert (totals["selections"], totals["warm_starts"]) == (2, 1)
+
+
+def test_rows_with_early_sets_attend_to_them_in_dense_layers_too():
+    counters = build()
+    counters.learn_generations(torch.ones(8, dtype=torch.int64))
+    acts = torch.tensor([EARLY | KEEP, EARLY | SELECT, EARLY | SELECT | RECALL, SELECT], dtype=torch.uint8)
+    counters.record(torch.tensor([1, 2, 3, 4]), torch.tensor([30, 40, 50, 6]), acts=acts)
+    totals = counters.read()
+    assert totals["tokens_attended"] == 5 * 10 + (2 * 40 + 3 * 10) + (2 * 50 + 3 * 10) + 5 * 6
+    assert (totals["selections"], totals["warm_starts"]) == (4, 1)
 
 
 def test_tokens_that_a_group_reads_once_are_counted_for_the_layers_that_do():

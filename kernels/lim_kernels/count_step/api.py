@@ -35,6 +35,7 @@ def count_step(
     sparse_layers: int,
     selection_layers: int,
     acts: Tensor | None = None,
+    early_layers: int = 0,
     groups: PrefixGroups | None = None,
     grouped_layers: int = 0,
     set_groups: PrefixGroups | None = None,
@@ -49,6 +50,7 @@ def count_step(
         seq_lens: int32 or int64 [B], the current token included.
         budget: token budget; num_layers, sparse_layers, selection_layers: layers of the model by role.
         acts: uint8 [B], bits of `lim_kernels.acts`. None: all rows longer than the budget select.
+        early_layers: layers in which rows with EARLY attend to a set.
         groups: the batch's prefix groups, if any layers use them; grouped_layers: how many do.
         set_groups, set_counts: as `groups_of_sets` gives them, where sparse layers read the tokens of groups once.
             None: they do not, and sets have as many tokens as the budget allows.
@@ -81,8 +83,9 @@ def count_step(
         sparse_layers=sparse_layers,
         selection_layers=selection_layers,
         acts=acts,
+        early_layers=early_layers,
         followed=None if groups is None else groups.followed,
-        own_starts=None if groups is None else groups.own_starts,
+        paths=None if groups is None else groups.paths,
         grouped_layers=grouped_layers,
         set_followed=None if set_groups is None else set_groups.followed,
         set_counts=set_counts,

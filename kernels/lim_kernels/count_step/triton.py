@@ -9,9 +9,20 @@ from lim_kernels.triton_support import plan_block
 
 _SELECT = tl.constexpr(bits.SELECT)
 _RECALL = tl.constexpr(bits.RECALL)
+_EARLY = tl.constexpr(bits.EARLY)
 
 
-@triton.jit(do_not_specialize=["batch", "budget", "num_layers", "sparse_layers", "selection_layers", "grouped_layers"])
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "budget",
+        "num_layers",
+        "sparse_layers",
+        "selection_layers",
+        "early_layers",
+        "grouped_layers",
+    ]
+)
 def count_step_kernel(
     totals_ptr,
     seen_ptr,
@@ -21,7 +32,7 @@ def count_step_kernel(
     seq_lens_ptr,
     acts_ptr,
     followed_ptr,
-    own_starts_ptr,
+    paths_ptr,
     set_followed_ptr,
     set_counts_ptr,
     batch,
@@ -29,6 +40,7 @@ def count_step_kernel(
     num_layers,
     sparse_layers,
     selection_layers,
+    early_layers,
     grouped_layers,
     ACTS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -41,7 +53,8 @@ def count_step_kernel(
     real = rows != 0
     lens = tl.load(seq_lens_ptr + items, mask=items < batch, other=0).to(tl.int64)
     lens = tl.where(real, lens, 0)
-    sparse = (lens > budget) & (sparse_layers > 0)
+    # Where sets outlive a step, selection layers may be sparse too.
+    sparse = (lens > budget) & ((sparse_layers > 0) | ACTS)
     current = tl.load(generations_ptr + rows, mask=real, other=0)
     new = (tl.load(seen_ptr + rows, mask=real, other=0) != current) & real
     before = (tl.load(sparse_rows_ptr + rows, mask=real, other=0) != 0) & (new == 0)
@@ -54,6 +67,7 @@ def count_step_kernel(
         acts = tl.load(acts_ptr + items, mask=items < batch, other=0).to(tl.int32)
         selecting = sparse & ((acts & _SELECT) != 0)
         attended -= tl.where(sparse & ((acts & _SELECT) == 0), selection_layers * (lens - budget), 0)
+        attended -= tl.where(sparse & ((acts & _EARLY) != 0), early_layers * (lens - budget), 0)
         add(totals_ptr, 8, tl.sum((sparse & ((acts & _RECALL) != 0)).to(tl.int64), axis=0))
 
     add(totals_ptr, 0, tl.max(real.to(tl.int64), axis=0))
@@ -64,13 +78,13 @@ def count_step_kernel(
     add(totals_ptr, 5, tl.sum((sparse & (before == 0)).to(tl.int64), axis=0))
     if GROUPS:
         followed = tl.load(followed_ptr + items, mask=items < batch, other=0).to(tl.int64)
-        own_starts = tl.load(own_starts_ptr + items, mask=items < batch, other=0)
+        paths = tl.load(paths_ptr + items, mask=items < batch, other=-1)
         shared = grouped_layers * tl.sum(followed, axis=0)
         if SETS:
             followed = tl.load(set_followed_ptr + items, mask=items < batch, other=0).to(tl.int64)
             shared += sparse_layers * tl.sum(followed, axis=0)
         add(totals_ptr, 6, shared)
-        add(totals_ptr, 7, tl.sum((own_starts > 0).to(tl.int64), axis=0))
+        add(totals_ptr, 7, tl.sum((paths >= 0).to(tl.int64), axis=0))
     tl.store(seen_ptr + rows, current, mask=real)
     tl.store(sparse_rows_ptr + rows, (before | sparse).to(tl.uint8), mask=real)
 
@@ -94,8 +108,9 @@ def count_step(
     sparse_layers: int,
     selection_layers: int,
     acts: Tensor | None,
+    early_layers: int,
     followed: Tensor | None,
-    own_starts: Tensor | None,
+    paths: Tensor | None,
     grouped_layers: int,
     set_followed: Tensor | None,
     set_counts: Tensor | None,
@@ -110,7 +125,7 @@ def count_step(
         seq_lens_ptr=seq_lens,
         acts_ptr=acts,
         followed_ptr=followed,
-        own_starts_ptr=own_starts,
+        paths_ptr=paths,
         set_followed_ptr=set_followed,
         set_counts_ptr=set_counts,
         batch=len(rows),
@@ -118,6 +133,7 @@ def count_step(
         num_layers=num_layers,
         sparse_layers=sparse_layers,
         selection_layers=selection_layers,
+        early_layers=early_layers,
         grouped_layers=grouped_layers,
         ACTS=acts is not None,
         GROUPS=followed is not None,
