@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lim_kernels.prefix_groups import PrefixGroups
 from sgl_lim import checks, metrics
 from sgl_lim.config import LimConfig, load
 from sgl_lim.counters import Counters
@@ -38,7 +39,7 @@ class SparseDecode:
     heads: HeadShare
     dense_backend: str
     dense_by_kernels: bool
-    """Whether dense layers run on our operators in every step, rather than only where prefix groups are looked for."""
+    """Whether dense layers run on our operators in every step, rather than only where these read less."""
     layers_from: str
     pool: Any
     rows: Any
@@ -47,7 +48,7 @@ class SparseDecode:
     granule: int | None
     """Shared prefixes are found in multiples of so many tokens; None where they are not looked for."""
     store: SetStore | None = None
-    """Sets that outlive a step, with a selection interval above 1."""
+    """Sets that outlive a step, with a selection interval above 1 or early sets."""
     step: DecodeStep | None = None
 
     def rows_at_once(self) -> int:
@@ -55,14 +56,25 @@ class SparseDecode:
         assert self.step is not None
         return max(1, SCORE_BYTES // (4 * self.heads.own_heads * self.step.slots.shape[1]))
 
-    def grouped_roles(self) -> tuple[Role, ...]:
-        """Roles of the layers that read a prefix group once in this step."""
-        if self.step is None or self.step.groups is None:
-            return ()
-        if self.store is not None:
-            # Selection layers group only the rows that select; what that saves is not counted.
-            return (Role.DENSE,)
-        return (Role.DENSE, Role.SELECT) if len(self.step.slots) <= self.rows_at_once() else (Role.DENSE,)
+    def counted_groups(self) -> tuple[PrefixGroups | None, tuple[Role, ...]]:
+        """Prefix groups of this step, and roles of the layers that read these once.
+
+        Where dense and selection layers group different rows, what one of them saves is not counted.
+        """
+        assert self.step is not None
+        groups, reuse = self.step.groups, self.step.reuse
+        together = (Role.SELECT,) if len(self.step.slots) <= self.rows_at_once() else ()
+        if reuse is None:
+            return groups, (Role.DENSE, *together)
+        if reuse.selecting is None:
+            return groups, together
+        return groups if reuse.early is None else reuse.early.groups, (Role.DENSE,)
+
+    def decodes_dense_layers(self) -> bool:
+        """Whether this step's dense layers run on our operators."""
+        assert self.step is not None
+        early = self.step.reuse is not None and self.step.reuse.early is not None
+        return self.dense_by_kernels or self.step.groups is not None or early
 
 
 def make(runner: Any) -> Any:
@@ -113,10 +125,16 @@ def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> Spar
     rows, pool = runner.req_to_token_pool, runner.token_to_kv_pool
     table = rows.req_to_token
     store = None
-    if config.selection_interval > 1:
+    if config.remembers:
         assert isinstance(method, LessIsMore)
-        num_slots = pool.size + pool.page_size
-        store = SetStore(method, config.selection_interval, table.shape[0], num_slots, table.device)
+        store = SetStore(
+            method,
+            config.selection_interval,
+            num_rows=table.shape[0],
+            num_slots=pool.size + pool.page_size,
+            device=table.device,
+            early=config.early_sets,
+        )
     return SparseDecode(
         method=method,
         roles=method.layer_roles(model.num_hidden_layers),
@@ -190,7 +208,7 @@ def sparse_subclass(dense: type) -> type:
         ) -> Tensor:
             lim = self.lim
             role = lim.roles[layer.layer_id]
-            if lim.step is None or (role is Role.DENSE and not lim.dense_by_kernels and lim.step.groups is None):
+            if lim.step is None or (role is Role.DENSE and not lim.decodes_dense_layers()):
                 return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **options)
             refuse_options(layer, options)
             if save_kv_cache and k is not None:
@@ -248,7 +266,8 @@ def begin(lim: SparseDecode, forward_batch: Any) -> None:
     """Start a decode step on the snapshot; in a captured graph this is recorded and replayed."""
     # A graph's lengths lie in SGLang's static buffers; an eager step's are copied before the scheduler may go on.
     seq_lens = forward_batch.seq_lens.to(torch.int32, copy=True)
-    lim.step = begin_step(lim.method, lim.snapshot.slots, seq_lens, lim.granule)
+    reads_all = lim.store is not None and lim.store.reads_all
+    lim.step = begin_step(lim.method, lim.snapshot.slots, seq_lens, None if reads_all else lim.granule)
     acts = None
     if lim.store is not None:
         lim.step.reuse = lim.store.begin(
@@ -259,9 +278,7 @@ def begin(lim: SparseDecode, forward_batch: Any) -> None:
             lim.granule,
         )
         acts = lim.step.reuse.acts
-    lim.counters.record(
-        forward_batch.req_pool_indices, seq_lens, lim.step.groups, lim.grouped_roles(), acts, lim.step.shared
-    )
+    lim.counters.record(forward_batch.req_pool_indices, seq_lens, *lim.counted_groups(), acts, lim.step.shared)
 
 
 def layer_scales(layer: Any) -> Scales:

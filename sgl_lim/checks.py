@@ -89,25 +89,7 @@ def server_problems(config: LimConfig, server_args: Any, device: str) -> list[st
             "--enable-dp-attention (or --attn-dp-size above 1): selection across its groups is not verified; "
             "leave the flag out"
         )
-    if _is_above_one(config.selection_interval):
-        interval = f"--lim-selection-interval {config.selection_interval}"
-        if server_args.decode_attention_backend not in (None, BACKEND) or server_args.prefill_attention_backend not in (
-            None,
-            BACKEND,
-        ):
-            found.append(
-                f"{interval} has to see which KV slots a prefill writes; name this backend with --attention-backend"
-            )
-        if getattr(server_args, "enable_hierarchical_cache", False):
-            found.append(f"{interval} does not see what --enable-hierarchical-cache loads; leave one of them out")
-        for flag in ("enable_lmcache", "enable_flexkv", "radix_cache_backend"):
-            if getattr(server_args, flag, None):
-                found.append(f"{interval} does not see what --{flag.replace('_', '-')} loads; leave one of them out")
-        if getattr(server_args, "disaggregation_mode", "null") != "null":
-            found.append(
-                f"{interval} does not see what --disaggregation-mode {server_args.disaggregation_mode} transfers; "
-                "leave the interval out"
-            )
+    found += memory_problems(config, server_args)
     if getattr(server_args, "dcp_size", 1) > 1:
         found.append("--dcp-size above 1 splits a request's KV over ranks; leave it at 1")
     for flag in ("enable_two_batch_overlap", "enable_pdmux"):
@@ -144,6 +126,30 @@ def server_problems(config: LimConfig, server_args: Any, device: str) -> list[st
             found.append("--lim-dense-backend torch_native runs outside CUDA graphs; on a GPU leave it out")
     else:
         found.append(f"--device {device} is not supported; use cuda or cpu")
+    return found
+
+
+def memory_problems(config: LimConfig, server_args: Any) -> list[str]:
+    """Reasons in SGLang's server arguments for each flag by which sets outlive a step: all that writes KV is seen."""
+    flags = []
+    if _is_above_one(config.selection_interval):
+        flags.append(f"--lim-selection-interval {config.selection_interval}")
+    if config.early_sets is True:
+        flags.append("--lim-early-sets on")
+    loaders = ("enable_hierarchical_cache", "enable_lmcache", "enable_flexkv", "radix_cache_backend")
+    loading = [f"--{name.replace('_', '-')}" for name in loaders if getattr(server_args, name, None)]
+    disaggregation = getattr(server_args, "disaggregation_mode", "null")
+    found = []
+    for flag in flags:
+        if (server_args.prefill_attention_backend or server_args.attention_backend) != BACKEND:
+            found.append(
+                f"{flag} has to see which KV slots a prefill writes; name this backend with --attention-backend"
+            )
+        found += [f"{flag} does not see what {loader} loads; leave one of them out" for loader in loading]
+        if disaggregation != "null":
+            found.append(
+                f"{flag} does not see what --disaggregation-mode {disaggregation} transfers; leave the flag out"
+            )
     return found
 
 

@@ -42,6 +42,12 @@ class LimConfig:
     prefix_groups: bool = True
     selection_interval: int = 1
     prefix_selection: str = "request"
+    early_sets: bool = False
+
+    @property
+    def remembers(self) -> bool:
+        """Whether sets outlive a step."""
+        return self.early_sets or self.selection_interval > 1
 
     def problems(self) -> list[str]:
         """Reasons why these values cannot work with any model; empty if they can."""
@@ -71,7 +77,7 @@ class LimConfig:
                 f"--lim-selection-interval {self.selection_interval}: --lim-method {self.method} selects nothing "
                 "that could be kept; leave the interval out"
             )
-        found += self._prefix_selection_problems()
+        found += self._prefix_selection_problems() + self._early_sets_problems()
         layers = self.selection_layers
         if layers is not None:
             if (
@@ -107,6 +113,26 @@ class LimConfig:
                 "--lim-prefix-selection group: requests that share a prefix select at different steps with "
                 f"--lim-selection-interval {self.selection_interval}; leave one of them out"
             )
+        return found
+
+    def _early_sets_problems(self) -> list[str]:
+        if not isinstance(self.early_sets, bool):
+            return [f"--lim-early-sets must be on or off, got {self.early_sets!r}"]
+        if not self.early_sets:
+            return []
+        found = []
+        if isinstance(self.method, str) and self.method in METHODS and self.method != "lessismore":
+            found.append(
+                f"--lim-early-sets on: --lim-method {self.method} selects nothing that could be kept; "
+                "leave the flag out"
+            )
+        if self.prefix_selection == "group":
+            found.append(
+                "--lim-early-sets on keeps whole sets, and --lim-prefix-selection group chooses smaller ones; "
+                "leave one of them out"
+            )
+        if isinstance(self.selection_layers, tuple) and self.selection_layers[:1] == (0,):
+            found.append("--lim-early-sets on: no layer comes before --lim-selection-layers 0; leave the flag out")
         return found
 
 
@@ -162,6 +188,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="Select every N-th decode step; in between a request's set is kept, its window moving along (default 1).",
+    )
+    add(
+        "early-sets",
+        type=parse_switch,
+        metavar="{on,off}",
+        help="Layers before the first selection layer attend to its set of the step before (default off).",
     )
 
 

@@ -111,6 +111,9 @@ def attend(
         # No row can exceed the budget: the set is the whole context, and nobody asks for logits.
         if role is Role.SELECT:
             step.set_slots, step.set_counts = step.slots, step.seq_lens
+        early = None if step.reuse is None else step.reuse.early
+        if role is Role.DENSE and step.reuse is not None and early is not None:
+            return grouped_decode(q, k_cache, v_cache, step.reuse.extended, early.ends, early.groups, **sizes)[0]
         if step.groups is not None:
             return grouped_decode(q, k_cache, v_cache, step.slots, step.seq_lens, step.groups, **sizes)[0]
         return sparse_decode(q, k_cache, v_cache, step.slots, step.seq_lens, **sizes)[0]
@@ -134,9 +137,10 @@ def attend(
     # Rows that choose together need not have been scored together, and scores are few beside logits.
     out, scores = (tensors[0] if len(tensors) == 1 else torch.cat(tensors) for tensors in (outs, parts))
     # Sets that outlive the step are kept in positions.
-    chosen, counts = method.choose(scores, lens, step.slots if step.reuse is None else None, step.shared)
-    if step.reuse is not None:
-        assert store is not None
+    kept = step.reuse is not None and store is not None and store.keeps(step.reuse)
+    chosen, counts = method.choose(scores, lens, None if kept else step.slots, step.shared)
+    if kept:
+        assert step.reuse is not None and store is not None
         chosen, counts = store.keep(step.reuse, chosen, step.seq_lens)
     step.set_slots, step.set_counts = chosen, counts
     return out
@@ -159,9 +163,9 @@ def attend_and_score(
     """
     budget, reuse, lead = method.budget, step.reuse, 0
     slots, seq_lens, groups = step.slots[rows], step.seq_lens[rows], step.groups if grouped else None
-    if reuse is not None:
+    reading = None if reuse is None else reuse.selecting
+    if reuse is not None and reading is not None:
         # One call for both kinds of rows: those that do not select attend to the set before their slots.
-        reading = reuse.selecting
         if not grouped:
             reading = read(slots, seq_lens, reading.apart[rows], reading.ends[rows], None, budget)
         lead, slots, seq_lens, groups = budget, reuse.extended[rows], reading.ends, reading.groups

@@ -111,6 +111,7 @@ def settings(lim: "SparseDecode") -> dict[str, Any]:
         "prefix_groups": lim.granule is not None,
         "prefix_selection": method.prefix_selection,
         "selection_interval": 1 if lim.store is None else lim.store.interval,
+        "early_sets": lim.store is not None and lim.store.early,
     }
 
 
@@ -124,7 +125,8 @@ def summary(lim: "SparseDecode") -> str:
         f"({named['selection_layers_from']}), layers dense/select/sparse "
         f"{count['dense']}/{count['select']}/{count['sparse']}, dense backend {named['dense_backend']}, "
         f"prefix groups {'on' if named['prefix_groups'] else 'off'}, "
-        f"prefix selection {named['prefix_selection']}, selection interval {named['selection_interval']}"
+        f"prefix selection {named['prefix_selection']}, selection interval {named['selection_interval']}, "
+        f"early sets {'on' if named['early_sets'] else 'off'}"
     )
 
 

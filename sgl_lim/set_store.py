@@ -4,6 +4,9 @@ With `--lim-selection-interval n` a row selects every n-th step; in between its 
 while the recency window moves along. A row that has none (a fork, a new turn, a request that was retracted) begins with
 the tokens that were selected last on the slots it shares, if there are enough of them, and selects otherwise.
 
+With `--lim-early-sets on` the layers before the first selection layer attend to its set of the step before, or to what
+the slots remember; they attend to everything in rows that have neither.
+
 Nothing here can belong to anybody else. A row's set is used only by the tenant that stored it, whose positions before
 the window keep their tokens. It holds positions, because SGLang may give a row other slots for the same tokens: a
 prefill's duplicates are freed, which can be after the first decode step. A slot's memory is cleared when the slot is
@@ -47,8 +50,10 @@ class Reuse:
     """int32 [B], lengths of rows that attend to everything at selection layers, 1 for others: nothing to choose."""
     extended: Tensor
     """int32 [B, K + L], room for a set, then the KV slot of each position (`Snapshot.extended`)."""
-    selecting: Reading
-    """Of selection layers."""
+    selecting: Reading | None
+    """Of selection layers; None where all rows select."""
+    early: Reading | None
+    """Of layers before the first selection layer; None where these attend to everything."""
     done: int = 0
     """Selection layers that have run in this step."""
 
@@ -58,16 +63,25 @@ class SetStore:
 
     Args:
         method: its budget, window and sinks.
-        interval: a row selects every so many steps, at least 2.
+        interval: a row selects every so many steps.
         num_rows: rows of the request pool; num_slots: slots of the KV pool, padding included.
+        early: whether the layers before the first selection layer attend to sets.
     """
 
     def __init__(
-        self, method: LessIsMore, interval: int, num_rows: int, num_slots: int, device: torch.device | str
+        self,
+        method: LessIsMore,
+        interval: int,
+        num_rows: int,
+        num_slots: int,
+        device: torch.device | str,
+        *,
+        early: bool = False,
     ) -> None:
-        self.interval = interval
+        self.interval, self.early = interval, early
         self._sizes: dict[str, Any] = {"budget": method.budget, "recent": method.recent, "sinks": method.kept_sinks}
-        layers = len(method.selection_layers)
+        # Where every row selects anew at every step, early layers alone attend to sets from before: the first one's.
+        layers = len(method.selection_layers) if interval > 1 else 1
         per_row = torch.zeros(2, num_rows, dtype=torch.int32, device=device)
         self.memory = SetMemory(
             sets=torch.zeros(layers, num_rows, method.middle, dtype=torch.int32, device=device),
@@ -77,6 +91,15 @@ class SetStore:
             ages=per_row[1],
             clock=torch.zeros(1, dtype=torch.int32, device=device),
         )
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether all layers that would attend to everything attend to sets from before in rows that have one."""
+        return self.early and self.interval > 1
+
+    def keeps(self, reuse: Reuse) -> bool:
+        """Whether the set of the selection layer that runs next outlives the step."""
+        return reuse.done < len(self.memory.sets)
 
     def forget(self, slots: Tensor) -> None:
         """Clear the memory of KV slots that are about to be written: they have a new owner.
@@ -99,17 +122,15 @@ class SetStore:
         """
         budget = self._sizes["budget"]
         slots = extended[:, budget:]
-        decided = decide_acts(
-            self.memory, rows, tenants, slots, seq_lens, **self._sizes, interval=self.interval, early=False
-        )
+        how = {**self._sizes, "interval": self.interval, "early": self.early}
+        decided = decide_acts(self.memory, rows, tenants, slots, seq_lens, **how)
         place_sets(self.memory, 0, rows, decided.acts, extended, seq_lens, **self._sizes)
-        return Reuse(
-            rows=rows,
-            acts=decided.acts,
-            choose_lens=decided.choose_lens,
-            extended=extended,
-            selecting=read(slots, seq_lens, decided.select_apart, decided.select_ends, granule, budget),
-        )
+        reuse = Reuse(rows, decided.acts, decided.choose_lens, extended, selecting=None, early=None)
+        if self.interval > 1:
+            reuse.selecting = read(slots, seq_lens, decided.select_apart, decided.select_ends, granule, budget)
+        if self.early:
+            reuse.early = read(slots, seq_lens, decided.early_apart, decided.early_ends, granule, budget)
+        return reuse
 
     def keep(self, reuse: Reuse, chosen: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Put the sets of a selection layer in force, and remember them.

@@ -52,7 +52,7 @@ def test_the_start_up_line_says_what_is_on(case: LimCase, server: Server) -> Non
         "selection layers 1,3 (--lim-selection-layers)",
         "layers dense/select/sparse 1/2/3",
         "dense backend torch_native",
-        "prefix groups on, prefix selection request, selection interval 1",
+        "prefix groups on, prefix selection request, selection interval 1, early sets off",
     ):
         assert said in line
 
@@ -76,7 +76,7 @@ def test_server_info_shows_the_settings(case: LimCase, server: Server) -> None:
     }
     assert block["selection_layers"] == list(SELECTION_LAYERS)
     assert block["layer_roles"] == list(ROLES)
-    assert (block["prefix_groups"], block["selection_interval"]) == (True, 1)
+    assert (block["prefix_groups"], block["selection_interval"], block["early_sets"]) == (True, 1, False)
 
 
 def test_counters_of_requests_one_after_another_equal_a_hand_count(case: LimCase, server: Server) -> None:

@@ -1,4 +1,4 @@
-"""Selection every third step: is the set kept in between, and does a request begin with what its prefix remembers?"""
+"""Sets that outlive a step: are they kept and read as they should, and does a request begin with what is remembered?"""
 
 from dataclasses import replace
 
@@ -18,6 +18,12 @@ def every_third(case: LimCase, fleet: Fleet, pool: ServerPool) -> Server:
     spec = fleet.lim_spec(case)
     args = (*spec.args, "--lim-selection-interval", str(INTERVAL))
     return pool.get(replace(spec, name=f"{spec.name}-every-third", args=args))
+
+
+@pytest.fixture
+def early(case: LimCase, fleet: Fleet, pool: ServerPool) -> Server:
+    spec = fleet.lim_spec(case)
+    return pool.get(replace(spec, name=f"{spec.name}-early", args=(*spec.args, "--lim-early-sets", "on")))
 
 
 def middle(kept: list[int], case: LimCase) -> list[int]:
@@ -90,3 +96,48 @@ def test_answers_do_not_depend_on_the_batch(case: LimCase, every_third: Server) 
     alone = [every_third.generate_one(prompt, TOKENS).tokens for prompt in prompts]
     every_third.flush_cache()
     assert [answer.tokens for answer in every_third.generate(prompts, TOKENS)] == alone
+
+
+def test_early_layers_attend_to_the_set_of_the_step_before(case: LimCase, fleet: Fleet, early: Server) -> None:
+    early.flush_cache()
+    before = early.counters()
+    with fleet.probe.recording():
+        early.generate_one(PROMPT, TOKENS)
+    steps = fleet.probe.steps(LAYERS)
+    assert len(steps) >= TOKENS - 1
+    rule, last = case.rule, None
+    for number, step in enumerate(steps):
+        for record in step:
+            layer, length = record["layer"], int(record["seq_lens"][0])
+            place = f"step {number}, layer {layer}"
+            q, k, v = record["q"][0], record["keys"][0, :length], record["values"][0, :length]
+            attended = list(range(length))
+            if record["role"] == "dense" and last is not None:
+                forced = rule.forced(length)
+                attended = forced[: rule.kept_sinks] + last + forced[rule.kept_sinks :]
+                assert len(attended) == rule.budget
+            if record["role"] == "select":
+                exact, slack = exact_logits(q, k, record["scale"])
+                assert rule.explains(served_set(record, 0, length), exact, length, slack), place
+            if record["role"] == "sparse":
+                attended = served_set(record, 0, length)
+            check_attention(q, k[attended], v[attended], record["scale"], record["out"][0], place)
+        last = middle(served_set(step[SELECTION_LAYERS[0]], 0, length), case)
+    grown = {name: total - before[name] for name, total in early.counters().items()}
+    lengths = range(len(PROMPT) + 1, len(PROMPT) + 1 + grown["decode_steps"])
+    full = [LAYERS - ROLES.count("sparse"), *[len(SELECTION_LAYERS)] * (len(lengths) - 1)]
+    attended = [layers * n + (LAYERS - layers) * rule.budget for layers, n in zip(full, lengths, strict=True)]
+    assert grown["tokens_attended"] == sum(attended)
+    assert grown["selections"] == len(SELECTION_LAYERS) * grown["decode_steps"]
+
+
+def test_early_layers_of_a_fork_attend_to_what_its_prefix_remembers(case: LimCase, early: Server) -> None:
+    early.flush_cache()
+    early.generate_one(PROMPT, TOKENS)
+    before = early.counters()
+    early.generate_one([*PROMPT, *random_prompt(3, 730)], TOKENS)
+    grown = {name: total - before[name] for name, total in early.counters().items()}
+    assert (grown["requests"], grown["warm_starts"]) == (1, 1)
+    lengths = range(len(PROMPT) + 4, len(PROMPT) + 4 + grown["decode_steps"])
+    selecting = len(SELECTION_LAYERS)
+    assert grown["tokens_attended"] == sum(selecting * n + (LAYERS - selecting) * case.rule.budget for n in lengths)

@@ -59,10 +59,13 @@ def batch_of(rows, lens, mode=DECODE, written=None, **more):
     )
 
 
-def build(table, dense=Dense, name="lessismore", granule=4, interval=1, num_slots=400, selection="request"):
+def build(
+    table, dense=Dense, name="lessismore", granule=4, interval=1, num_slots=400, selection="request", early=False
+):
     """Our backend over the rows of `table`; three layers, the second selects."""
     method = METHODS[name](BUDGET, 0.25, 2, "union", (1,), selection)
-    store = SetStore(method, interval, len(table), num_slots, "cpu") if interval > 1 else None
+    remembers = interval > 1 or early
+    store = SetStore(method, interval, len(table), num_slots, "cpu", early=early) if remembers else None
     backend = dense()
     backend.__class__ = sparse_subclass(dense)
     backend.lim = SparseDecode(

@@ -36,7 +36,7 @@ SERVER = {
 def reasons(config=None, device="cpu", **changes) -> list[str]:
     runner = SimpleNamespace(
         model_config=SimpleNamespace(**{k: changes.get(k, v) for k, v in MODEL.items()}),
-        server_args=SimpleNamespace(**{k: changes.get(k, v) for k, v in SERVER.items()}),
+        server_args=SimpleNamespace(**{k: v for k, v in {**SERVER, **changes}.items() if k not in MODEL}),
         device=device,
     )
     try:
@@ -90,6 +90,32 @@ def test_plain_configuration_is_served():
 def test_each_reason_names_flag_and_way_out(changes, named):
     found = reasons(**changes)
     assert any(all(word in reason for word in named) for reason in found), found
+
+
+@pytest.mark.parametrize(
+    ("config", "flag"),
+    [
+        (LimConfig(selection_interval=4), "--lim-selection-interval 4"),
+        (LimConfig(early_sets=True), "--lim-early-sets on"),
+    ],
+    ids=["interval", "early"],
+)
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"attention_backend": None, "decode_attention_backend": "lessismore"}, "--attention-backend"),
+        ({"attention_backend": "fa3", "decode_attention_backend": "lessismore"}, "--attention-backend"),
+        ({"prefill_attention_backend": "triton"}, "--attention-backend"),
+        ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"),
+        ({"enable_lmcache": True}, "--enable-lmcache"),
+        ({"disaggregation_mode": "decode"}, "--disaggregation-mode decode"),
+    ],
+    ids=["decode-alone", "other-prefill-by-default", "other-prefill", "hierarchical", "lmcache", "disaggregated"],
+)
+def test_sets_that_outlive_a_step_need_to_see_what_is_written(config, flag, changes, named):
+    assert reasons(config) == []
+    found = reasons(config, **changes)
+    assert [flag in reason and named in reason for reason in found] == [True]
 
 
 def test_a_speculative_draft_backend_of_its_own_is_served():

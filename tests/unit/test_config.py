@@ -122,6 +122,29 @@ def test_selection_by_group_is_refused_where_it_cannot_work(values, reason):
     assert len(problems) == 1 and problems[0].startswith("--lim-prefix-selection") and reason in problems[0]
 
 
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"early_sets": "on"}, "must be on or off, got 'on'"),
+        ({"method": "window"}, "--lim-method window selects nothing"),
+        ({"method": "full"}, "--lim-method full selects nothing"),
+        ({"prefix_selection": "group"}, "--lim-prefix-selection group"),
+        ({"selection_layers": (0, 5)}, "no layer comes before --lim-selection-layers 0"),
+    ],
+    ids=str,
+)
+def test_early_sets_are_refused_where_there_are_none(values, reason):
+    problems = LimConfig(**{"early_sets": True, **values}).problems()
+    assert len(problems) == 1 and problems[0].startswith("--lim-early-sets") and reason in problems[0]
+
+
+def test_early_sets_arrive_and_make_sets_outlive_a_step():
+    assert not parse().remembers
+    assert parse("--lim-early-sets", "on") == LimConfig(early_sets=True)
+    assert config.load().remembers and config.load().problems() == []
+    assert parse("--lim-early-sets", "off", "--lim-selection-interval", "2").remembers
+
+
 def test_selection_by_group_arrives_from_flag_and_environment(monkeypatch):
     assert parse("--lim-prefix-selection", "group") == LimConfig(prefix_selection="group")
     assert config.load().problems() == []

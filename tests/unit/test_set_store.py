@@ -12,8 +12,10 @@ import torch
 pytest.importorskip("sglang.srt.mem_cache.radix_cache")
 
 from lim_kernels import sparse_decode
-from lim_kernels.acts import KEEP, RECALL, SELECT
+from lim_kernels.acts import EARLY, KEEP, RECALL, SELECT
 from lim_patches.row_generations import keep_generations
+from sgl_lim.decode import Scales, attend
+from sgl_lim.methods import Role
 from support.fake_backend import BUDGET, EXTEND, attention, batch_of, build, operands
 from support.radix_world import RadixWorld, random_schedule, sglang_config
 
@@ -37,12 +39,14 @@ def _config():
 class Driven:
     """A backend that is shown every prefill and decode step of a world, beside a plain account of what it may know."""
 
-    def __init__(self, world, interval, granule=4):
-        self.world, self.interval = world, interval
-        self.backend = build(world.table, granule=granule, interval=interval, num_slots=len(world.filled))
+    def __init__(self, world, interval, granule=4, early=False):
+        self.world, self.interval, self.early = world, interval, early
+        num_slots = len(world.filled)
+        self.backend = build(world.table, granule=granule, interval=interval, num_slots=num_slots, early=early)
         self.backend.lim.rows.req_generation = world.generations
         self.filled = world.filled.clone()
         self.sets = {}  # tenancy of a row: [positions of the middle, steps since it selected, length]
+        self.decoding = set()  # tenancies that have decoded
         self.selected_at = {}  # slot and tenancy: step
         self.clock = 0
 
@@ -57,11 +61,14 @@ class Driven:
         length = len(slots)
         if length <= BUDGET:
             return SELECT
+        early = EARLY if self.early else 0
         kept = self.sets.get(self.tenancy(request))
         if kept is not None:
-            return KEEP if kept[1] + length - kept[2] < self.interval else SELECT
+            return early | (KEEP if kept[1] + length - kept[2] < self.interval else SELECT)
         known = [self.when(slot) for slot in slots[SINKS : length - RECENT]]
-        return RECALL if sum(at is not None for at in known) >= MIDDLE else SELECT
+        if self.tenancy(request) in self.decoding or sum(at is not None for at in known) < MIDDLE:
+            return SELECT
+        return early | RECALL | (SELECT if self.interval == 1 else 0)
 
     def tenancy(self, request):
         return request.row, int(self.world.generations[request.row])
@@ -71,7 +78,7 @@ class Driven:
         return self.selected_at.get((slot, int(self.world.filled[slot])))
 
     def expected_set(self, act, request, slots):
-        if act == KEEP:
+        if not act & RECALL:
             middle = [slots[position] for position in self.sets[self.tenancy(request)][0]]
         else:
             candidates = slots[SINKS : len(slots) - RECENT]
@@ -99,21 +106,25 @@ class Driven:
             self.expected_set(act, request, slots) if act != SELECT else None
             for act, request, slots in zip(acts, requests, rows, strict=True)
         ]
+        if self.early:
+            self.check_early_layer(step, rows, acts, expected)
         outputs = attention(self.backend, step, len(requests), len(self.world.filled))
         self.check_attention(step, rows, acts, outputs[0])
         for n, (request, slots, act) in enumerate(zip(requests, rows, acts, strict=True)):
             chosen = step.set_slots[n, : step.set_counts[n]].tolist()
+            self.decoding.add(self.tenancy(request))
             if len(slots) <= BUDGET:
                 assert chosen == slots
                 continue
             assert len(chosen) == BUDGET
-            if act != SELECT:
+            if not act & SELECT:
                 assert chosen == expected[n]
             middle = chosen[SINKS : BUDGET - RECENT]
             tenancy = self.tenancy(request)
-            age = self.sets[tenancy][1] + len(slots) - self.sets[tenancy][2] if act == KEEP else 0
+            kept = not act & (SELECT | RECALL)
+            age = self.sets[tenancy][1] + len(slots) - self.sets[tenancy][2] if kept else 0
             self.sets[tenancy] = [[slots.index(slot) for slot in middle], age, len(slots)]
-            if act == SELECT:
+            if act & SELECT:
                 for slot in middle:
                     self.selected_at[slot, int(self.world.filled[slot])] = self.clock
         return acts
@@ -127,19 +138,40 @@ class Driven:
 
     def check_attention(self, step, rows, acts, out):
         """Rows that do not select attend to their sets, in the selection layer as well."""
+        attended = [
+            slots if act & SELECT else step.set_slots[n].tolist()
+            for n, (slots, act) in enumerate(zip(rows, acts, strict=True))
+        ]
+        self.check_output(attended, out)
+
+    def check_early_layer(self, step, rows, acts, expected):
+        """A layer before the first selection layer attends to the set of the step before, or to what slots remember."""
         q, k, v = operands(len(rows), len(self.world.filled))
-        for n, (slots, act) in enumerate(zip(rows, acts, strict=True)):
-            attended = step.set_slots[n] if act != SELECT else torch.tensor(slots)
+        lim = self.backend.lim
+        out = attend(lim.method, step, Role.DENSE, q, k, v, scales=Scales(0.3, 0.0), heads=lim.heads, store=lim.store)
+        self.check_output(
+            [kept if act & EARLY else slots for kept, slots, act in zip(expected, rows, acts, strict=True)], out
+        )
+
+    def check_output(self, attended, out):
+        """Each row's output is attention over these slots."""
+        q, k, v = operands(len(attended), len(self.world.filled))
+        for n, slots in enumerate(attended):
             exact, _ = sparse_decode(
-                q[n : n + 1].double(), k.double(), v.double(), attended[None], torch.tensor([len(attended)]), scale=0.3
+                q[n : n + 1].double(),
+                k.double(),
+                v.double(),
+                torch.tensor([slots]),
+                torch.tensor([len(slots)]),
+                scale=0.3,
             )
             torch.testing.assert_close(out[n : n + 1].double(), exact, rtol=1e-4, atol=1e-5)
 
 
-def begin(interval, prompts, page=1):
+def begin(interval, prompts, page=1, early=False):
     """A world with these prompts prefilled and committed, and a backend that has seen it."""
     world = RadixWorld(page, num_slots=384, generator=random.Random(0))
-    driven = Driven(world, interval)
+    driven = Driven(world, interval, early=early)
     requests = [add(driven, prompt) for prompt in prompts]
     return world, driven, requests
 
@@ -220,6 +252,35 @@ def test_rows_that_are_scored_some_at_a_time_attend_to_their_whole_prefix(at_onc
     assert torch.equal(driven.backend.lim.step.set_slots, alone.lim.step.set_slots)
 
 
+@pytest.mark.parametrize("interval", [1, 3])
+def test_early_layers_attend_to_the_set_of_the_step_before(interval):
+    _, driven, (first,) = begin(interval, [PROMPT], early=True)
+    keeps = {1: SELECT, 3: KEEP}[interval]
+    assert step(driven, [first]) == [SELECT]
+    assert [step(driven, [first])[0] for _ in range(3)] == [EARLY | keeps] * 2 + [EARLY | SELECT]
+    # It shares what was selected, and begins with that.
+    fork = add(driven, [*PROMPT, 2])
+    recalls = RECALL | (SELECT if interval == 1 else 0)
+    assert step(driven, [first, fork]) == [EARLY | keeps, EARLY | recalls]
+    assert step(driven, [first, fork]) == [EARLY | keeps] * 2
+
+
+def test_early_layers_attend_to_everything_until_a_row_that_outgrew_the_budget_has_selected():
+    _, driven, requests = begin(1, [PROMPT[: BUDGET - 2]], early=True)
+    assert [step(driven, requests)[0] for _ in range(5)] == [SELECT] * 3 + [EARLY | SELECT] * 2
+
+
+def test_tokens_attended_count_early_layers_as_they_are():
+    _, driven, (first,) = begin(1, [PROMPT], early=True)
+    for _ in range(3):
+        step(driven, [first])
+    totals = driven.backend.lim.counters.read()
+    # Layer 0 is early, layer 1 selects, layer 2 is sparse.
+    lengths = [len(PROMPT) + n for n in (1, 2, 3)]
+    assert totals["tokens_attended"] == 2 * sum(lengths) + 3 * BUDGET - sum(lengths[1:]) + 2 * BUDGET
+    assert (totals["selections"], totals["warm_starts"]) == (3, 0)
+
+
 def test_nothing_is_remembered_of_slots_that_were_freed_and_filled_again():
     world, driven, (first,) = begin(8, [PROMPT])
     step(driven, [first])
@@ -229,21 +290,24 @@ def test_nothing_is_remembered_of_slots_that_were_freed_and_filled_again():
     assert step(driven, [again]) == [SELECT]
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["", "early"])
 @pytest.mark.parametrize("page", [1, 16], ids=["page1", "page16"])
-def test_any_schedule(page):
-    seen = dict.fromkeys((KEEP, SELECT, RECALL), 0)
+def test_any_schedule(page, early):
+    seen = dict.fromkeys((KEEP, SELECT, RECALL, *[EARLY] * early), 0)
     for seed in range(SCHEDULES // 2):
         draw = random.Random(seed)
         world = RadixWorld(page, num_slots=draw.choice((96, 192, 384)), generator=draw)
-        driven, done = Driven(world, interval=draw.choice((2, 3, 5)), granule=draw.choice((1, 4))), []
-        before = {}
+        interval = draw.choice((1, 2, 3, 5) if early else (2, 3, 5))
+        driven = Driven(world, interval, granule=draw.choice((1, 4)), early=early)
+        done, before = [], {}
         try:
             for name in random_schedule(draw, world):
                 done.append(name)
                 grown = [request for request in world.running if before.get(request) == request.length - 1]
                 if name == "decode" and grown:
                     for act in driven.decoded(grown):
-                        seen[act] += 1
+                        for bit in seen:
+                            seen[bit] += bool(act & bit) if bit else not act & SELECT
                 else:
                     driven.prefilled()
                 before = {request: request.length for request in world.running}
