@@ -2,6 +2,7 @@
 
     python benchmarks/plot.py decode out/decode_step.csv -o decode.png        # ms a step by context and by batch
     python benchmarks/plot.py speedup out/decode_step.csv -o speedup.png      # ratio to the first backend, by case
+    python benchmarks/plot.py speedup out/decode_step.csv --column pipelined_ratio -o speedup.png
     python benchmarks/plot.py throughput out/throughput.csv -o throughput.png # output tokens/s, by workload
 
 Rows with an error are left out; of rows measured twice, the last counts.
@@ -30,9 +31,18 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def label(row: Row, rows: Iterable[Row]) -> str:
-    """A backend's name, with its slots where the file holds more than one kind."""
-    kinds = {other.get("slots", "") for other in rows}
-    return row["backend"] + (f", {row['slots']} slots" if len(kinds) > 1 else "")
+    """A backend's name, the settings that not all rows of that name have, and its slots where they differ."""
+    rows = list(rows)
+    name, _, settings = row["backend"].partition(":")
+    others = [set(other["backend"].partition(":")[2].split(",")) for other in rows if _name(other) == name]
+    common = set.intersection(*others) if len({frozenset(other) for other in others}) > 1 else set()
+    kept = ",".join(setting for setting in settings.split(",") if setting not in common)
+    where = f", {row['slots']} slots" if len({other.get("slots", "") for other in rows}) > 1 else ""
+    return name + (f":{kept}" if kept else "") + where
+
+
+def _name(row: Row) -> str:
+    return row["backend"].partition(":")[0]
 
 
 def most_covered(rows: list[Row], fixed: str, along: str) -> int:
@@ -51,14 +61,20 @@ def lines(rows: list[Row], fixed: str, value: int, along: str) -> dict[str, list
     return {name: sorted(points.items()) for name, points in found.items()}
 
 
-def ratios(rows: list[Row]) -> dict[str, dict[str, float]]:
-    """Ratio to the first backend, by backend and case `batch x context`; the first backend itself is left out."""
+def case_name(row: Row) -> str:
+    """`batch x context`, or what the requests share."""
+    if row.get("prefixes"):
+        return f"{row['batch']} on {row['prefixes']}"
+    return f"{row['batch']} x {int(row['context']):,}"
+
+
+def ratios(rows: list[Row], column: str = "ratio") -> dict[str, dict[str, float]]:
+    """Ratio to the first backend, by backend and case; the first backend itself is left out."""
     first = rows[0]["backend"]
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
-        if row["backend"] != first and row["ratio"]:
-            case = f"{row['batch']} x {int(row['context']):,}"
-            found[label(row, rows)][case] = float(row["ratio"])
+        if row["backend"] != first and row.get(column):
+            found[label(row, rows)][case_name(row)] = float(row[column])
     return dict(found)
 
 
@@ -91,7 +107,7 @@ def new_figure(panels: int, caption: str) -> tuple[Any, list[Any]]:
         from matplotlib.figure import Figure
     except ImportError:
         raise SystemExit("plotting needs matplotlib: pip install '.[bench]'") from None
-    figure = Figure(figsize=(5.2 * max(panels, 1.4), 4.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(5.2 * max(panels, 1.7), 4.2), dpi=150, layout="constrained")
     axes = [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
@@ -131,7 +147,7 @@ def draw_bars(ax: Any, found: dict[str, dict[str, float]], form: str, first_colo
         colour = COLOURS[(i + first_colour) % 7]
         bars = ax.bar(places, [value for _, value in shown], width * 0.95, label=name, color=colour)
         # White behind the figures: a line may pass there.
-        ax.bar_label(bars, fmt=form, fontsize=7, padding=1, bbox={"facecolor": "white", "linewidth": 0, "pad": 0.5})
+        ax.bar_label(bars, fmt=form, fontsize=6, padding=1, bbox={"facecolor": "white", "linewidth": 0, "pad": 0.5})
     ax.set_xticks(range(len(cases)), cases, fontsize=8, rotation=25)
     ax.tick_params(axis="x", length=0)
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
@@ -140,7 +156,14 @@ def draw_bars(ax: Any, found: dict[str, dict[str, float]], form: str, first_colo
 def add_legend(figure: Any, ax: Any) -> None:
     """One legend above all panels."""
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 3), frameon=False, fontsize=8)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper center",
+        ncols=min(len(labels), 1 + 90 // max(map(len, labels))),
+        frameon=False,
+        fontsize=8,
+    )
 
 
 def decode_figure(rows: list[Row], batch: int | None = None, context: int | None = None) -> Any:
@@ -154,15 +177,15 @@ def decode_figure(rows: list[Row], batch: int | None = None, context: int | None
     return figure
 
 
-def speedup_figure(rows: list[Row]) -> Any:
+def speedup_figure(rows: list[Row], column: str = "ratio") -> Any:
     """Bars of the ratio by case, a line at 1. Raises SystemExit if no row has a ratio to another backend."""
-    found = ratios(rows)
+    found = ratios(rows, column)
     if not found:
         raise SystemExit("no row has a ratio to another backend")
     figure, (ax,) = new_figure(1, machines(rows))
     draw_bars(ax, found, "%.2f", first_colour=1)
     ax.axhline(1, color=COLOURS[0], linewidth=1.2, zorder=0.5)
-    ax.set(xlabel="batch x context", ylabel=f"times as fast as {rows[0]['backend']}")
+    ax.set(xlabel="requests x tokens, or requests on shared prefixes", ylabel=f"times as fast as {rows[0]['backend']}")
     add_legend(figure, ax)
     return figure
 
@@ -187,6 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         if name == "decode":
             figure.add_argument("--batch", type=int, help="of the left panel")
             figure.add_argument("--context", type=int, help="of the right panel")
+        if name == "speedup":
+            figure.add_argument("--column", default="ratio", help="the CSV's column of ratios")
         if name == "throughput":
             figure.add_argument("--column", default="tokens_per_s", help="the CSV's column of tokens/s")
     args = parser.parse_args(argv)
@@ -194,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.figure == "decode":
         drawn = decode_figure(rows, args.batch, args.context)
     elif args.figure == "speedup":
-        drawn = speedup_figure(rows)
+        drawn = speedup_figure(rows, args.column)
     else:
         drawn = throughput_figure(rows, args.column)
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -72,6 +72,18 @@ def test_slots_are_named_where_they_differ(rows: list[dict[str, str]]) -> None:
     }
 
 
+def test_settings_are_named_where_they_differ(rows: list[dict[str, str]]) -> None:
+    more = [
+        {**row, "backend": f"{row['backend']},aggregate=max", "pipelined_ratio": "2", "ratio": ""} for row in rows[4:]
+    ]
+    more = [{**row, "prefixes": "1x1024"} for row in more]
+    assert set(plot.lines(rows + more, "batch", 16, "context")) == {"fa3", "lessismore", "lessismore:aggregate=max"}
+    assert set(plot.ratios(rows + more, "pipelined_ratio")["lessismore:aggregate=max"]) == {
+        "1 on 1x1024",
+        "16 on 1x1024",
+    }
+
+
 def test_throughputs(tmp_path: Path) -> None:
     found = plot.throughputs(plot.read_rows(throughput_csv(tmp_path / "t.csv")))
     assert found == {"fa3": {"2,048 in, 512 out": 4000}, "lim": {"2,048 in, 512 out": 5200.5}}
