@@ -54,10 +54,10 @@ def test_rows_decode_as_in_the_model_s_evaluation(model, problems, budget):
 
 
 def test_overlap_is_with_the_sets_of_rows_that_choose_alone(model, problems):
-    row = measure(model, Pool(model, problems), Compared(48, 0.25, 4, "union", SELECTION, "group"))
+    row = measure(model, Pool(model, problems), Compared(96, 0.25, 4, "union", SELECTION, "group"))
     assert 0 < float(row["overlap_ranked"]) < float(row["overlap"]) < 1
-    assert 0 < float(row["read_once"]) < 2 / 3 and float(row["set_tokens"]) <= 48
+    assert 0 < float(row["read_once"]) < 2 / 3 and float(row["set_tokens"]) <= 96
     alone = measure(
-        model, Pool(model, [group[:1] for group in problems]), Compared(48, 0.25, 4, "union", SELECTION, "group")
+        model, Pool(model, [group[:1] for group in problems]), Compared(96, 0.25, 4, "union", SELECTION, "group")
     )
     assert float(alone["overlap"]) == 1 and float(alone["read_once"]) == 0
