@@ -114,15 +114,16 @@ def test_what_sparse_layers_share_is_added_up(implementation, device):
     groups = find_prefix_groups(slots, lens, granule=16, implementation=implementation)
     sizes = {"budget": 16, "implementation": implementation}
     in_sets, counts = groups_of_sets(lens, groups, recent=4, sinks=2, **sizes)
-    # Of three rows' 32 tokens as many are chosen as leave row 2 its fair share, floor(16 * 32 / 64), for its other 32;
-    # of the 16 more that rows 0 and 2 share floor(8 * 16 / 32). Row 1 has two tokens beyond.
-    assert in_sets.followed.tolist() == [0, 8, 12, 0] and counts.tolist() == [16, 10, 16, 1]
+    # Of three rows' 32 tokens as many are chosen as leave row 2 its window of 4 and of the 8 that are not forced
+    # floor(8 * 28 / 56); of the 16 more that rows 0 and 2 share as many as leave 4 + floor(4 * 12 / 28) of 8. Row 1 has
+    # two tokens beyond.
+    assert in_sets.followed.tolist() == [0, 8, 11, 0] and counts.tolist() == [16, 10, 16, 1]
     rows, tenants = torch.tensor([1, 2, 3, 0], device=device), torch.ones(ROWS, dtype=torch.int64, device=device)
     layers = {"num_layers": 5, "sparse_layers": 2, "selection_layers": 1, "grouped_layers": 3}
     for _ in range(2):
         count_step(ledger, rows, tenants, lens, **layers, groups=groups, set_groups=in_sets, set_counts=counts, **sizes)
     totals = dict(zip(TOTALS, ledger.totals.tolist(), strict=True))
-    assert totals["tokens_shared"] == 2 * (3 * (32 + 48) + 2 * (8 + 12))
+    assert totals["tokens_shared"] == 2 * (3 * (32 + 48) + 2 * (8 + 11))
     assert totals["tokens_attended"] == 2 * (3 * (60 + 34 + 64) + 2 * (16 + 10 + 16))
 
 

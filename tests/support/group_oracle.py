@@ -38,9 +38,10 @@ def grouped_parts(
         first = [p for p in forced if p < sinks]
         needs = []
         for one in rows:
-            fair = math.floor(Fraction(left * (lens[one] - end), lens[one] - start))
-            need = max(owed_from(one, end), min(fair, left - len(forced)))
-            needs.append(min(lens[one] - end, left - len(first), need))
+            rest, owed = lens[one] - end, owed_from(one, end)
+            free, unforced = left - len(forced) - owed, lens[one] - start - len(forced) - owed
+            fair = math.floor(Fraction(free * (rest - owed), unforced)) if free > 0 and unforced else 0
+            needs.append(min(rest, left - len(first), owed + fair))
         count = min(end - start, left - max(needs))
         others = [p for p in forced if p >= sinks]
         kept = others[max(0, len(others) - (count - len(first))) :]

@@ -33,10 +33,14 @@ def choose_for_groups(
     the path: where A tokens are left at a group of positions start … end - 1, each of its rows needs some of them for
     the `rest = seq_len - end` positions that it has beyond, and the group gets what the neediest row leaves:
 
-        need  = min(rest, A - sinks in the group, max(owed, min(fair, A - forced in the group)))
+        need  = min(rest, A - sinks in the group, owed + floor(free * (rest - owed) / open))
         owed  = how many of the row's positions beyond the group are forced
-        fair  = floor(A * rest / (seq_len - start)), in proportion to the positions from here on
+        free  = max(0, A - forced in the group - owed), tokens that may go anywhere
+        open  = how many of the positions from `start` on are not forced, among which they go in proportion
         quota = min(end - start, A - largest need)
+
+    So what a row has for itself gets its share beside its window, which is most of what is forced. (A share of all
+    positions, forced or not, would leave all but the window of a short part without a token.)
 
     The group chooses its sinks, its other forced positions (the last ones, if not all fit), and with what is left of
     the quota those others that have the best combined scores of its rows. At its own segment a row takes min(A, length)

@@ -124,9 +124,10 @@ def share(part: Segment, available: int, lens: list[int], owed: list[int]) -> in
     needs = []
     for length, forced in zip(lens, owed, strict=True):
         rest = length - part.end
-        fair = available * rest // (length - part.start)
-        wanted = max(forced, min(fair, available - part.head - part.tail))
-        needs.append(min(rest, available - part.head, wanted))
+        free = max(0, available - part.head - part.tail - forced)
+        # At least 1, where there is nothing to be shared.
+        candidates = max(1, length - part.start - part.head - part.tail - forced)
+        needs.append(min(rest, available - part.head, forced + free * (rest - forced) // candidates))
     return min(part.end - part.start, available - max(needs))
 
 

@@ -139,9 +139,10 @@ def plan_kernel(
         )
         owed = tl.load(forced_ptr + rows, mask=there, other=0) - tl.load(forced_ptr + batch + at)
         available = budget - offset
-        fair = (available.to(tl.int64) * rests // (rests + end - begin)).to(tl.int32)
-        wanted = tl.maximum(owed, tl.minimum(fair, available - head - tail))
-        needs = tl.minimum(tl.minimum(rests, available - head), wanted)
+        free = tl.maximum(available - head - tail - owed, 0)
+        candidates = tl.maximum(rests + end - begin - head - tail - owed, 1)
+        fair = (free.to(tl.int64) * (rests - owed) // candidates).to(tl.int32)
+        needs = tl.minimum(tl.minimum(rests, available - head), owed + fair)
         count = tl.minimum(end - begin, available - tl.max(needs, axis=0))
         tail = tl.minimum(tail, count - head)
     row = tl.where(span < batch, span, 0)
