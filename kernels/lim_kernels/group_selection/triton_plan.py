@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lim_kernels.prefix_groups import MAX_LEVELS, PrefixGroups
-from lim_kernels.select_tokens.triton_choose import SPAN_FIELDS, store_span
+from lim_kernels.select_tokens.triton_spans import SPAN_FIELDS, store_span
 from lim_kernels.triton_support import plan_block
 
 _LEVELS = triton.next_power_of_2(MAX_LEVELS)

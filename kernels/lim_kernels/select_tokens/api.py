@@ -43,8 +43,9 @@ def score_tokens(
             "max" and "sum" compute it otherwise.
 
     Returns:
-        float32 [B, L], defined for the candidates of rows longer than the budget: "max" gives the largest log-weight,
-        "sum" the logarithm of their sum, "union" the negated place in the union, -inf where no head lists the token.
+        float32 [B, L], defined in rows longer than the budget. For all their positions, sinks and window included,
+        "max" gives the largest log-weight and "sum" the logarithm of the weights' sum. For candidates alone, "union"
+        gives the negated place in the union, -inf where no head lists the token.
     """
     _check(logits, seq_lens, budget, recent, sinks, aggregate)
     op = "score_tokens"
@@ -84,27 +85,50 @@ def choose_tokens(
     recent: int,
     sinks: int,
     slots: Tensor | None = None,
+    budgets: Tensor | None = None,
+    recents: Tensor | None = None,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sinks, the best-scored candidates and the recency window of each row; equal scores go to the lower position.
 
     Args:
-        scores: float32 [B, L], larger is better; read for the candidates of rows longer than the budget.
+        scores: float32 [B, L], larger is better; read for the candidates of rows longer than their budget.
         seq_lens: int32 or int64 [B].
         budget, recent, sinks: as in `score_tokens`.
         slots: int32 [B, L], KV slot of each position, to have the set in slots rather than in positions.
+        budgets: int32 [B], each row's own budget, `budget` at most; None: it is `budget` for all.
+        recents: int32 [B], each row's own window instead of `recent`. In rows longer than their budget, sinks and
+            window must fit into it. `adapt_budgets` gives both.
 
     Returns:
         positions int32 [B, budget], ascending, -1 after `counts[b]`, or their slots in that order, 0 after
-        `counts[b]`; counts int32 [B] = min(seq_lens, budget). A row no longer than the budget returns all it has.
+        `counts[b]`; counts int32 [B], the row's length or its budget, whichever is less. A row no longer than its
+        budget returns all it has.
+
+    Raises:
+        ValueError: wrong shape, dtype or device, or an unknown implementation.
     """
     op = "choose_tokens"
     check_scores(op, scores, seq_lens, slots)
+    for name, sizes in (("budgets", budgets), ("recents", recents)):
+        if sizes is not None:
+            fits = sizes.dtype == torch.int32 and sizes.shape == seq_lens.shape and sizes.device == scores.device
+            require(fits, op, f"{name} int32 {list(seq_lens.shape)} on {scores.device}", _describe(sizes))
+            require_rows(op, sizes)
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(scores)) == "reference":
         choose = reference.choose_tokens
     else:
-        from lim_kernels.select_tokens.triton_choose import choose_tokens as choose
-    return choose(scores, seq_lens, budget=budget, recent=recent, sinks=sinks, slots=slots)
+        from lim_kernels.select_tokens.triton_choose import choose_in_spans as choose
+    return choose(
+        scores,
+        seq_lens,
+        budget=budget,
+        recent=recent,
+        sinks=sinks,
+        slots=slots,
+        budgets=budgets,
+        recents=recents,
+    )
 
 
 def select_tokens(

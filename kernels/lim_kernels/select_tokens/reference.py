@@ -12,10 +12,10 @@ from torch import Tensor
 from lim_kernels.select_tokens.places import rank_unit
 
 
-def candidate_mask(seq_lens: Tensor, length: int, *, recent: int, sinks: int) -> Tensor:
-    """bool [B, L]: positions between the sinks and the recency window of each row."""
+def candidate_mask(seq_lens: Tensor, length: int, *, recent: int | Tensor, sinks: int) -> Tensor:
+    """bool [B, L]: positions between the sinks and the recency window of each row, which `recent` [B] may differ."""
     positions = torch.arange(length, device=seq_lens.device)
-    return (positions >= sinks) & (positions < (seq_lens.unsqueeze(1) - recent))
+    return (positions >= sinks) & (positions < (seq_lens - recent).unsqueeze(1))
 
 
 def within_rows(logits: Tensor, seq_lens: Tensor) -> Tensor:
@@ -49,18 +49,26 @@ def score_tokens(
 
 
 def choose_tokens(
-    scores: Tensor, seq_lens: Tensor, *, budget: int, recent: int, sinks: int, slots: Tensor | None
+    scores: Tensor,
+    seq_lens: Tensor,
+    *,
+    budget: int,
+    recent: int,
+    sinks: int,
+    slots: Tensor | None,
+    budgets: Tensor | None,
+    recents: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `api.choose_tokens`."""
     batch, length = scores.shape
-    candidates = candidate_mask(seq_lens, length, recent=recent, sinks=sinks)
+    candidates = candidate_mask(seq_lens, length, recent=recent if recents is None else recents, sinks=sinks)
     forced = ~candidates & (torch.arange(length, device=scores.device) < seq_lens.unsqueeze(1))
     # Forced tokens outrank every candidate, tokens outside the row rank last: one top-k then gives the whole set.
     keys = _ordered(scores) + torch.where(forced, 1 << 40, 0)
     keys = keys.masked_fill(~(forced | candidates), -(1 << 41))
     width = min(budget, length)
     top = _top_positions(keys, width)
-    counts = seq_lens.clamp(max=budget).to(torch.int32)
+    counts = (seq_lens.clamp(max=budget) if budgets is None else torch.minimum(seq_lens, budgets)).to(torch.int32)
     ranks = torch.arange(width, device=scores.device)
     kept = torch.where(ranks < counts.unsqueeze(1), top, length).sort(dim=1).values
     positions = torch.full((batch, budget), -1, dtype=torch.int32, device=scores.device)

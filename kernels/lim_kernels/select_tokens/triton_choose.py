@@ -5,8 +5,9 @@ inside it are collected, and one warp finds exactly which of them are wanted, by
 pass writes sinks, chosen candidates and window in ascending order. Binning is monotone, so what it can cost is time,
 never exactness: where too many candidates share the bin, the row itself is searched.
 
-What a row chooses among is its span. `choose_tokens` has one a row, from lengths and sizes; `choose_in_spans` reads
-spans from memory, so that `choose_for_groups` can choose in parts of rows (SPANS).
+What a row chooses among is its span. `choose_tokens` has one a row, from lengths and sizes, which may be the row's own
+(BUDGETS, RECENTS); `choose_in_spans` reads spans from memory, so that `choose_for_groups` can choose in parts of rows
+(SPANS).
 """
 
 import torch
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lim_kernels.select_tokens.triton_spans import load_span, scores_of
 from lim_kernels.select_tokens.triton_tiles import (
     count_before,
     deciding_bin,
@@ -28,9 +30,6 @@ from lim_kernels.select_tokens.triton_tiles import (
 )
 from lim_kernels.triton_support import readable_width
 
-SPAN_FIELDS = 8
-"""Of int32 [S, 8] spans: row of scores and slots; positions begin … end - 1, of which first … last - 1 are candidates,
-the others forced; how many are taken; from which place of the set on; the row of `combined` scores instead, or -1."""
 _BINS = 2048
 _COPIES = 4
 _FEW = 256  # candidates of the deciding bin that are listed, usually
@@ -39,56 +38,13 @@ _BLOCK = 2048
 
 
 @triton.jit
-def store_span(spans_ptr, span, row, begin, end, first, last, count, offset, combined):
-    """Write one of the spans that `load_span` reads."""
-    fields = spans_ptr + span * 8
-    tl.store(fields, row)
-    tl.store(fields + 1, begin)
-    tl.store(fields + 2, end)
-    tl.store(fields + 3, first)
-    tl.store(fields + 4, last)
-    tl.store(fields + 5, count)
-    tl.store(fields + 6, offset)
-    tl.store(fields + 7, combined)
-
-
-@triton.jit
-def load_span(spans_ptr, lens_ptr, row, budget, recent, sinks, SPANS: tl.constexpr):
-    """Of a span: begin and end, the first candidate, the position after the last one, how many tokens are taken."""
-    if SPANS:
-        fields = spans_ptr + row * 8
-        begin = tl.load(fields + 1)
-        end = tl.load(fields + 2)
-        first = tl.load(fields + 3)
-        last = tl.load(fields + 4)
-        count = tl.load(fields + 5)
-    else:
-        begin = 0
-        end = tl.load(lens_ptr + row).to(tl.int32)
-        first = sinks
-        last = end - recent
-        count = budget
-    return begin, end, first, last, count
-
-
-@triton.jit
-def scores_of(scores_ptr, combined_ptr, spans_ptr, row, stride_scores, stride_combined, SPANS: tl.constexpr):
-    """Where the scores of a span's positions are: in its row, or in one of `combined`."""
-    if SPANS:
-        own = scores_ptr + tl.load(spans_ptr + row * 8).to(tl.int64) * stride_scores
-        combined = tl.load(spans_ptr + row * 8 + 7).to(tl.int64)
-        scores_row = tl.where(combined < 0, own, combined_ptr + combined * stride_combined)
-    else:
-        scores_row = scores_ptr + row * stride_scores
-    return scores_row
-
-
-@triton.jit
 def histogram_kernel(
     scores_ptr,
     combined_ptr,
     spans_ptr,
     lens_ptr,
+    budgets_ptr,
+    recents_ptr,
     histogram_ptr,
     stride_scores,
     stride_combined,
@@ -100,11 +56,15 @@ def histogram_kernel(
     COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
     SPANS: tl.constexpr,
+    BUDGETS: tl.constexpr,
+    RECENTS: tl.constexpr,
 ):
     """Count a block's candidates by bin."""
     block = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    begin, end, first, last, count = load_span(spans_ptr, lens_ptr, row, budget, recent, sinks, SPANS)
+    begin, end, first, last, count = load_span(
+        spans_ptr, lens_ptr, budgets_ptr, recents_ptr, row, budget, recent, sinks, SPANS, BUDGETS, RECENTS
+    )
     if (end - begin <= count) | (block * BLOCK >= last):
         return
     if SPANS and block * BLOCK + BLOCK <= first:
@@ -125,6 +85,8 @@ def collect_kernel(
     combined_ptr,
     spans_ptr,
     lens_ptr,
+    budgets_ptr,
+    recents_ptr,
     histogram_ptr,
     gathered_ptr,
     num_gathered_ptr,
@@ -142,11 +104,15 @@ def collect_kernel(
     GATHERED: tl.constexpr,
     BLOCK: tl.constexpr,
     SPANS: tl.constexpr,
+    BUDGETS: tl.constexpr,
+    RECENTS: tl.constexpr,
 ):
     """List the candidates of the deciding bin, and count those above it, block by block."""
     block = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    begin, end, first, last, count = load_span(spans_ptr, lens_ptr, row, budget, recent, sinks, SPANS)
+    begin, end, first, last, count = load_span(
+        spans_ptr, lens_ptr, budgets_ptr, recents_ptr, row, budget, recent, sinks, SPANS, BUDGETS, RECENTS
+    )
     if (end - begin <= count) | (block * BLOCK >= end):
         return
     if SPANS and block * BLOCK + BLOCK <= begin:
@@ -174,6 +140,8 @@ def collect_kernel(
 def decide_kernel(
     spans_ptr,
     lens_ptr,
+    budgets_ptr,
+    recents_ptr,
     gathered_ptr,
     num_gathered_ptr,
     decision_ptr,
@@ -184,10 +152,14 @@ def decide_kernel(
     FEW: tl.constexpr,
     GATHERED: tl.constexpr,
     SPANS: tl.constexpr,
+    BUDGETS: tl.constexpr,
+    RECENTS: tl.constexpr,
 ):
     """The key that a candidate of the deciding bin must reach. One warp a row: bisection waits for no other."""
     row = tl.program_id(0).to(tl.int64)
-    begin, end, _first, _last, count = load_span(spans_ptr, lens_ptr, row, budget, recent, sinks, SPANS)
+    begin, end, _first, _last, count = load_span(
+        spans_ptr, lens_ptr, budgets_ptr, recents_ptr, row, budget, recent, sinks, SPANS, BUDGETS, RECENTS
+    )
     if end - begin <= count:
         return
     wanted = tl.load(decision_ptr + row * 2 + 1)
@@ -210,6 +182,8 @@ def emit_kernel(
     combined_ptr,
     spans_ptr,
     lens_ptr,
+    budgets_ptr,
+    recents_ptr,
     gathered_ptr,
     num_gathered_ptr,
     decision_ptr,
@@ -235,11 +209,15 @@ def emit_kernel(
     BLOCK_SURE: tl.constexpr,
     TO_SLOTS: tl.constexpr,
     SPANS: tl.constexpr,
+    BUDGETS: tl.constexpr,
+    RECENTS: tl.constexpr,
 ):
     """Write a block's share of the set, in order; a row within the budget keeps everything."""
     block = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    begin, end, first, last, count = load_span(spans_ptr, lens_ptr, row, budget, recent, sinks, SPANS)
+    begin, end, first, last, count = load_span(
+        spans_ptr, lens_ptr, budgets_ptr, recents_ptr, row, budget, recent, sinks, SPANS, BUDGETS, RECENTS
+    )
     start = block * BLOCK
     positions = start + tile(BLOCK)
     set_row = set_ptr + row * stride_set
@@ -307,13 +285,6 @@ def emit_kernel(
     tl.store(set_row + places, values, mask=kept)
 
 
-def choose_tokens(
-    scores: Tensor, seq_lens: Tensor, *, budget: int, recent: int, sinks: int, slots: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """See `api.choose_tokens`."""
-    return choose_in_spans(scores, seq_lens, budget=budget, recent=recent, sinks=sinks, slots=slots)
-
-
 def choose_in_spans(
     scores: Tensor,
     seq_lens: Tensor,
@@ -322,15 +293,18 @@ def choose_in_spans(
     recent: int,
     sinks: int,
     slots: Tensor | None,
+    budgets: Tensor | None = None,
+    recents: Tensor | None = None,
     combined: Tensor | None = None,
     spans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A set of each span, at its offset, and where it ends; without `spans`, `choose_tokens`.
+    """A set of each span, at its offset, and where it ends; without `spans`, `api.choose_tokens`.
 
     Args:
-        scores, seq_lens, budget, recent, sinks, slots: as in `choose_tokens`.
+        scores, seq_lens, budget, recent, sinks, slots, budgets, recents: as in `choose_tokens`.
         combined: float32 [G, L], scores of the spans that have theirs there.
-        spans: int32 [S, SPAN_FIELDS]; those with `combined` scores write their share of the set alone.
+        spans: int32 [S, SPAN_FIELDS], instead of `budgets` and `recents`; those with `combined` scores write their
+            share of the set alone.
     """
     length = scores.shape[1]
     rows = scores.shape[0] if spans is None else spans.shape[0]
@@ -348,10 +322,14 @@ def choose_in_spans(
     span = {
         "spans_ptr": spans,
         "lens_ptr": seq_lens,
+        "budgets_ptr": budgets,
+        "recents_ptr": recents,
         "budget": budget,
         "recent": recent,
         "sinks": sinks,
         "SPANS": spans is not None,
+        "BUDGETS": budgets is not None,
+        "RECENTS": recents is not None,
     }
     read = {
         "scores_ptr": scores,
@@ -363,7 +341,7 @@ def choose_in_spans(
         "BLOCK": _BLOCK,
     }
     decided = {"gathered_ptr": gathered, "num_gathered_ptr": num_gathered, "decision_ptr": decision}
-    if length > budget:
+    if length > budget or budgets is not None:
         histogram_kernel[(blocks, rows)](histogram_ptr=histogram, COPIES=_COPIES, num_warps=8, **read, **span)
         collect_kernel[(blocks, rows)](
             histogram_ptr=histogram,
