@@ -4,6 +4,7 @@ Every operator takes `implementation=None`: a name from the operator's table, or
 tensors' device. A named implementation is used or refused, never replaced.
 """
 
+from lim_kernels.adaptive_budget import adapt_budgets
 from lim_kernels.count_step import count_step
 from lim_kernels.decode_with_scores import decode_with_scores
 from lim_kernels.group_selection import choose_for_groups, groups_of_sets
@@ -14,6 +15,7 @@ from lim_kernels.set_memory import decide_acts, keep_sets, place_sets
 from lim_kernels.sparse_decode import sparse_decode
 
 __all__ = [
+    "adapt_budgets",
     "choose_for_groups",
     "choose_tokens",
     "count_step",

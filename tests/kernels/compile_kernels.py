@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 import lim_kernels
 from lim_kernels import (
+    adapt_budgets,
     choose_for_groups,
     choose_tokens,
     count_step,
@@ -141,6 +142,10 @@ def launch_all(*, fp8: bool) -> None:
         lse = empty(4, 32, dtype=fp32)
         scores = score_tokens(logits, seq_lens, **sizes, aggregate=aggregate, lse=lse, **triton)
     choose_tokens(scores, seq_lens, **sizes, slots=empty(4, 32768), **triton)
+    for how in ({"recent": None}, {"recent": 16, "top_p": 0.9}, {"recent": None, "top_p": 0.9}):
+        budgets, recents = adapt_budgets(scores, seq_lens, budget=2048, sinks=4, **how, **triton)
+        choose_tokens(scores, seq_lens, **sizes, budgets=budgets, recents=recents, **triton)
+    choose_tokens(scores, seq_lens, **sizes, budgets=budgets, **triton)
     for batch, to_slots, combine in ((4, False, "max"), (300, True, "logsumexp")):
         slots, lens = empty(batch, 32768), empty(batch)
         how = {"combine": combine, "slots": slots if to_slots else None}
