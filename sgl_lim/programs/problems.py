@@ -1,4 +1,4 @@
-"""Where problems come from: generated chains, or a JSONL file of mathematical problems."""
+"""Where problems come from: generated chains, or a JSONL file of mathematical problems (`named` knows some by name)."""
 
 import hashlib
 import json
@@ -66,13 +66,19 @@ def jsonl_problems(path: Path, *, template: str = DEFAULT_PROMPT_TEMPLATE) -> Pr
         ProblemError: the file cannot be read or has no problem, a line is not an object, a key is missing or of the
             wrong type, an id occurs twice, or the template has no `{problem}`.
     """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ProblemError(f"{path}: {error.strerror or error}") from error
+    return parse_jsonl(content, path.name, str(path), template)
+
+
+def parse_jsonl(content: bytes, name: str, path: str, template: str) -> ProblemSet:
+    """As `jsonl_problems`, of a file's content; errors call it `path`, and the spec `name`."""
     if PLACEHOLDER not in template:
         raise ProblemError(f"the prompt template has no {PLACEHOLDER}, so no problem would be asked: {template!r}")
     try:
-        content = path.read_bytes()
         lines = content.decode("utf-8").split("\n")
-    except OSError as error:
-        raise ProblemError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ProblemError(f"{path}: not UTF-8 text (byte {error.start}); expected one JSON object a line") from error
     problems: list[Problem] = []
@@ -91,7 +97,7 @@ def jsonl_problems(path: Path, *, template: str = DEFAULT_PROMPT_TEMPLATE) -> Pr
     if not problems:
         raise ProblemError(f"{path}: no problem in it; expected one JSON object a line with 'problem' and 'answer'")
     digest = hashlib.sha256(content).hexdigest()[:16]
-    spec = {"source": "jsonl", "file": path.name, "sha256": digest, "template": template}
+    spec = {"source": "jsonl", "file": name, "sha256": digest, "template": template}
     return ProblemSet(tuple(problems), "math", spec)
 
 
