@@ -8,23 +8,31 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from sgl_lim.programs import endpoint, limits, options, server_stats
+from sgl_lim.programs.forcing import ThinkingBudget
 from sgl_lim.programs.grading import Grader, GradingError, make_grader
+from sgl_lim.programs.named import NAMED, named_problems
 from sgl_lim.programs.options import Options
 from sgl_lim.programs.problems import Problem, ProblemError, ProblemSet, chain_problems, jsonl_problems
 from sgl_lim.programs.progress import Progress
-from sgl_lim.programs.records import Generation, RecordError, RecordFile
+from sgl_lim.programs.records import Generation, Measurement, RecordError, RecordFile
 from sgl_lim.programs.runner import EndpointLost, Invocation, run_items
 from sgl_lim.programs.summary import summarize, table
 
 OK, FAILED, USAGE = 0, 1, 2
-_NAMES = {"solve": "solve", "self-consistency": "self_consistency", "tree": "tree_of_thought"}  # as functions
+_NAMES = {  # as functions
+    "solve": "solve",
+    "self-consistency": "self_consistency",
+    "tree": "tree_of_thought",
+    "budget-forcing": "budget_forcing",
+}
 
 
-class _Exit(Exception):
+class Exit(Exception):
     """Ends the program with a message and an exit code."""
 
     def __init__(self, code: int, message: str) -> None:
@@ -33,13 +41,14 @@ class _Exit(Exception):
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """Everything about a run that was settled before its first request."""
 
     options: Options
     problems: Sequence[Problem]
     grader: Grader
     before: server_stats.ServerState
+    forcing: ThinkingBudget | None
     settings: dict[str, Any]
     resume_command: str
 
@@ -55,8 +64,8 @@ def main(argv: list[str]) -> int:
     # Failed requests are reported with their problem; the interpreter also warns with each one's traceback.
     warnings.filterwarnings("ignore", message="Error in stream_executor")
     try:
-        return _run(_prepare(chosen, argv))
-    except _Exit as error:
+        return _run(prepare(chosen, argv))
+    except Exit as error:
         _say(f"error: {error}")
         return error.code
     except KeyboardInterrupt:
@@ -64,8 +73,16 @@ def main(argv: list[str]) -> int:
         return 128 + signal.SIGINT
 
 
-def _prepare(chosen: Options, argv: list[str]) -> _Run:
-    """Find everything that can be wrong before a request is sent."""
+def prepare(chosen: Options, argv: list[str]) -> Run:
+    """Find everything that can be wrong before a request is sent.
+
+    Args:
+        chosen: the options in `argv`.
+        argv: the command line, for the command that resumes it.
+
+    Raises:
+        Exit: something is wrong.
+    """
     try:
         source = _source(chosen)
         grader = make_grader(source.kind)
@@ -74,16 +91,20 @@ def _prepare(chosen: Options, argv: list[str]) -> _Run:
         before = server_stats.parse_server_info(endpoint.server_info(chosen.endpoint))
         max_tokens = limits.max_tokens(chosen, source.problems, before.max_input_tokens)
         limits.check_tree(chosen, max_tokens)
+        forcing = None
+        if chosen.forcing is not None:
+            forcing = limits.thinking_budget(chosen, limits.thinking_end(chosen), max_tokens)
     except (ProblemError, limits.LimitError) as error:
-        raise _Exit(USAGE, str(error)) from error
+        raise Exit(USAGE, str(error)) from error
     except (GradingError, endpoint.EndpointError) as error:
-        raise _Exit(FAILED, str(error)) from error
+        raise Exit(FAILED, str(error)) from error
     settings = {
         "model": before.model,
         "attention": dict(before.attention),
         "program": _NAMES[chosen.program],
         "samples": chosen.samples,
         "tree": None if chosen.tree is None else asdict(chosen.tree),
+        "forcing": None if forcing is None else asdict(forcing),
         "problems": dict(source.spec),
         "chat_template": _chat_template(chosen, before.model),
         "max_tokens": max_tokens,
@@ -92,14 +113,20 @@ def _prepare(chosen: Options, argv: list[str]) -> _Run:
         "top_k": chosen.top_k,
     }
     command = shlex.join(["python", "-m", "sgl_lim.programs", *argv])
-    return _Run(chosen, source.problems[: chosen.limit], grader, before, settings, command)
+    return Run(chosen, source.problems[: chosen.limit], grader, before, forcing, settings, command)
 
 
 def _source(chosen: Options) -> ProblemSet:
     if chosen.chains is not None:
         return chain_problems(chosen.chains, num_facts=chosen.facts, num_steps=chosen.steps, seed=chosen.seed)
     assert chosen.problems is not None
-    return jsonl_problems(chosen.problems, template=chosen.prompt_template)
+    if chosen.problems in NAMED:
+        return named_problems(chosen.problems, chosen.data_dir, template=chosen.prompt_template)
+    if not Path(chosen.problems).exists():
+        raise ProblemError(
+            f"--problems {chosen.problems}: no such file, and no set of that name; there are {', '.join(NAMED)}"
+        )
+    return jsonl_problems(Path(chosen.problems), template=chosen.prompt_template)
 
 
 def _chat_template(chosen: Options, model: str) -> str | None:
@@ -110,10 +137,10 @@ def _chat_template(chosen: Options, model: str) -> str | None:
 
     names = reasoning.chat_templates()
     if chosen.chat_template is not None and chosen.chat_template not in names:
-        raise _Exit(USAGE, f"--chat-template: no template {chosen.chat_template!r}; there are {', '.join(names)}")
+        raise Exit(USAGE, f"--chat-template: no template {chosen.chat_template!r}; there are {', '.join(names)}")
     name = _connect(chosen.endpoint, chosen.chat_template).get_chat_template().name
     if name == "default" and chosen.chat_template is None:
-        raise _Exit(
+        raise Exit(
             USAGE,
             f"--chat: SGLang's frontend knows no chat template by the model path {model!r}; name one with "
             f"--chat-template (chatml for Qwen3), of {', '.join(names)}",
@@ -121,7 +148,7 @@ def _chat_template(chosen: Options, model: str) -> str | None:
     return str(name)
 
 
-def _ask(run: _Run) -> Callable[[str], list[Generation]]:
+def _ask(run: Run) -> Callable[[str], list[Generation]]:
     """The program as a function of the prompt; imports SGLang."""
     from sgl_lim.programs import reasoning
 
@@ -130,6 +157,7 @@ def _ask(run: _Run) -> Callable[[str], list[Generation]]:
         _connect(run.options.endpoint, template),
         num_samples=run.options.samples,
         tree=run.options.tree,
+        forcing=run.forcing,
         chat=template is not None,
         max_new_tokens=settings["max_tokens"],
         temperature=settings["temperature"],
@@ -145,15 +173,15 @@ def _connect(url: str, chat_template: str | None) -> Any:
     try:
         return reasoning.connect(url, chat_template)
     except (OSError, RuntimeError) as error:
-        raise _Exit(FAILED, f"{url}: the endpoint went away before the first request ({error})") from error
+        raise Exit(FAILED, f"{url}: the endpoint went away before the first request ({error})") from error
 
 
-def _run(run: _Run) -> int:
+def _run(run: Run) -> int:
     """Ask what the output does not hold yet, and sum up all of it."""
     try:
         records = RecordFile(run.options.output, run.settings)
     except RecordError as error:
-        raise _Exit(USAGE, f"--output: {error}") from error
+        raise Exit(USAGE, f"--output: {error}") from error
     with records, _StopOnSignal() as stop:
         if records.repaired:
             _say(f"{run.options.output}: removed a torn last line")
@@ -177,31 +205,42 @@ def _run(run: _Run) -> int:
                 is_alive=lambda: endpoint.is_alive(run.options.endpoint),
             )
         except (EndpointLost, RecordError) as error:
-            raise _Exit(FAILED, f"{error}\n{_how_to_resume(run, records)}") from error
+            raise Exit(FAILED, f"{error}\n{_how_to_resume(run, records)}") from error
         finally:
             progress.close()
+        if invocation.items:
+            _measure(run, records, invocation)
     if invocation.stopped:
         _say(f"interrupted: {_how_to_resume(run, records)}")
         return 128 + stop.signal_number
     return _sum_up(run, records, invocation)
 
 
-def _sum_up(run: _Run, records: RecordFile, invocation: Invocation) -> int:
-    after = run.before
+def _measure(run: Run, records: RecordFile, invocation: Invocation) -> None:
+    """Record what is known of this invocation beside its rows."""
     try:
         after = server_stats.parse_server_info(endpoint.server_info(run.options.endpoint))
     except endpoint.EndpointError as error:
         attended = server_stats.AttendedFraction(None, f"unknown: {error}")
     else:
         attended = server_stats.attended_fraction(run.before, after)
+    counters = None if attended.delta is None else asdict(attended.delta)
+    figures = invocation.items, invocation.output_tokens, invocation.seconds
+    try:
+        records.measured(Measurement(*figures, attended.value, attended.note, counters))
+    except RecordError as error:
+        raise Exit(FAILED, str(error)) from error
+
+
+def _sum_up(run: Run, records: RecordFile, invocation: Invocation) -> int:
     rows = [records.rows[problem.id] for problem in run.problems]
     summary = summarize(
         rows,
         problems=len(run.problems),
         settings=run.settings,
-        server=after,
+        server=run.before,
         invocation=invocation,
-        attended=attended,
+        measurements=records.measurements,
     )
     print(table(summary), flush=True)
     if run.options.summary is not None:
@@ -209,13 +248,13 @@ def _sum_up(run: _Run, records: RecordFile, invocation: Invocation) -> int:
             run.options.summary.parent.mkdir(parents=True, exist_ok=True)
             run.options.summary.write_text(json.dumps(summary, indent=2) + "\n")
         except OSError as error:
-            raise _Exit(FAILED, f"--summary {run.options.summary}: {error.strerror or error}") from error
+            raise Exit(FAILED, f"--summary {run.options.summary}: {error.strerror or error}") from error
     if summary["errors"]:
         _say(f"{summary['errors']} problems failed and count nowhere above; to ask them again: {run.resume_command}")
     return OK if summary["answered"] else FAILED
 
 
-def _how_to_resume(run: _Run, records: RecordFile) -> str:
+def _how_to_resume(run: Run, records: RecordFile) -> str:
     answered = sum(records.finished(problem.id) for problem in run.problems)
     return (
         f"{answered} of {len(run.problems)} problems are answered in {run.options.output}; "

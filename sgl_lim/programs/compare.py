@@ -6,20 +6,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sgl_lim.programs.summary import mean_length, number
+
 
 def columns(summary: Mapping[str, Any]) -> dict[str, str]:
     """What a reader compares, by heading. Values a run did not have are "-"."""
-    interval = summary["accuracy_interval"]
-    accuracy = "-" if interval is None else f"{summary['accuracy']:.1%} [{interval[0]:.1%}, {interval[1]:.1%}]"
     return {
-        "accuracy [95%]": accuracy,
-        "whole chains": _form(summary["whole_chain_accuracy"], ".1%"),
-        "words right": _form(summary["word_accuracy"], ".2%"),
-        "mean length": _form(summary["generation_tokens"]["mean"], ".1f"),
-        "tokens/s": _form(summary["output_tokens_per_second"], ".1f"),
-        "attended": _form(summary["attended_fraction"], ".1%"),
-        "prefix-cache hits": _form(summary["prefix_cache_hit_share"], ".1%"),
+        "accuracy [95%]": rate(summary["accuracy"], summary["accuracy_interval"]),
+        "majority [95%]": majority(summary),
+        "whole chains": number(summary["whole_chain_accuracy"], ".1%"),
+        "words right": number(summary["word_accuracy"], ".2%"),
+        "mean length": mean_length(summary["generation_tokens"]).removeprefix("mean "),
+        "tokens/s": number(summary["output_tokens_per_second"], ".1f"),
+        "attended": number(summary["attended_fraction"], ".1%"),
+        "prefix-cache hits": number(summary["prefix_cache_hit_share"], ".1%"),
     }
+
+
+def rate(value: float | None, interval: Sequence[float] | None) -> str:
+    """`75.0% [50.0%, 90.0%]`."""
+    return "-" if value is None or interval is None else f"{value:.1%} [{interval[0]:.1%}, {interval[1]:.1%}]"
+
+
+def majority(summary: Mapping[str, Any]) -> str:
+    """The votes' accuracy; "-" of runs with one sample, and of summaries from before there was one."""
+    voted = summary.get("majority")
+    return "-" if voted is None else rate(voted["accuracy"], voted["interval"])
 
 
 def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -44,10 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         except (OSError, ValueError) as error:
             parser.error(f"argument NAME=FILE: {path} is no summary: {error}")
     print(comparison(summaries))
-
-
-def _form(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,19 @@ def count_tokens(url: str, texts: Sequence[str]) -> list[int] | None:
     return [int(count) for count in answer["count"]]
 
 
+def has_token(url: str, text: str) -> bool | None:
+    """Whether the server's tokenizer has one token for the whole of `text`; None if the server cannot say."""
+    try:
+        ids = request_json(f"{url}/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
+        if len(ids) != 1:
+            return False
+        # The other way round too: an unknown text is one unknown token to some tokenizers.
+        back = request_json(f"{url}/detokenize", {"tokens": ids, "skip_special_tokens": False})["text"]
+    except EndpointError:
+        return None
+    return bool(back == text)
+
+
 def is_alive(url: str, *, attempts: int = 3, pause: float = 1.0) -> bool:
     """Whether the HTTP server answers; `attempts` tries, `pause` seconds apart."""
     for attempt in range(attempts):

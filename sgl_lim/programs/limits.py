@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
-from sgl_lim.programs.endpoint import count_tokens
+from sgl_lim.programs.endpoint import count_tokens, has_token
+from sgl_lim.programs.forcing import DEFAULT_END, ThinkingBudget
 from sgl_lim.programs.options import Options
 from sgl_lim.programs.problems import Problem
 
 _MATH_TOKENS = 32768
 _TEMPLATE_TOKENS = 64  # what a chat template may add to a prompt
+_RETOKENIZED = 64  # what a text that was continued may have more tokens than its generations and what was said between
 
 
 class LimitError(ValueError):
@@ -57,12 +59,62 @@ def check_tree(options: Options, tokens: int) -> None:
         )
 
 
+def thinking_end(options: Options) -> str:
+    """What ends the thinking of budget forcing: as the flag says, or by the server's tokenizer.
+
+    Raises:
+        LimitError: the server cannot say.
+    """
+    assert options.forcing is not None
+    if options.forcing.thinking_end is not None:
+        return options.forcing.thinking_end
+    known = has_token(options.endpoint, DEFAULT_END)
+    if known is None:
+        raise LimitError(
+            f"--thinking-end: the server does not say whether its tokenizer has {DEFAULT_END}; name what ends its "
+            "model's thinking, or '' if nothing does but the end of the generation"
+        )
+    return DEFAULT_END if known else ""
+
+
+def thinking_budget(options: Options, end: str, tokens: int) -> ThinkingBudget:
+    """Budget forcing within `tokens`, the run's `max_new_tokens`.
+
+    Raises:
+        LimitError: the thinking leaves no room for an answer.
+    """
+    forcing = options.forcing
+    assert forcing is not None
+    most = tokens - max(1, tokens // 8) if forcing.max_thinking is None else forcing.max_thinking
+    least = most if forcing.min_thinking is None else forcing.min_thinking
+    if not 0 < most < tokens or least > most:
+        flag = "--min-thinking" if forcing.max_thinking is None and forcing.min_thinking else "--max-thinking"
+        raise LimitError(
+            f"{flag}: thinking of {max(least, most)} tokens leaves too little of the {tokens} that a generation may "
+            "have, thinking and answer together; lower it, or raise --max-tokens"
+        )
+    return ThinkingBudget(least, most, forcing.waits, forcing.wait_text, forcing.final_text, end)
+
+
+def _said(options: Options) -> list[str]:
+    """What budget forcing may add to a generation, which its context must hold as well."""
+    forcing = options.forcing
+    if forcing is None:
+        return []
+    end = DEFAULT_END if forcing.thinking_end is None else forcing.thinking_end
+    return [*[forcing.wait_text] * forcing.waits, f"\n{end}{forcing.final_text}"]
+
+
 def _longest_prompt(options: Options, problems: Sequence[Problem], *, exact_only: bool) -> int | None:
-    """Tokens of the longest prompt; if the server cannot count, bytes bound it from above, or None if `exact_only`."""
-    prompts = [problem.prompt for problem in problems]
-    counts = count_tokens(options.endpoint, prompts)
+    """Tokens of the longest prompt and of what is said later.
+
+    If the server cannot count, bytes bound it from above, or it is None if `exact_only`.
+    """
+    prompts, said = [problem.prompt for problem in problems], _said(options)
+    counts = count_tokens(options.endpoint, [*prompts, *said])
     if counts is None:
         if exact_only:
             return None
-        counts = [len(prompt.encode()) for prompt in prompts]
-    return max(counts) + (_TEMPLATE_TOKENS if options.chat else 0)
+        counts = [len(text.encode()) for text in [*prompts, *said]]
+    added = (_TEMPLATE_TOKENS if options.chat else 0) + (sum(counts[len(prompts) :]) + _RETOKENIZED if said else 0)
+    return max(counts[: len(prompts)]) + added

@@ -9,12 +9,23 @@ import sglang as sgl
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.lang.interpreter import ProgramState
 
+from sgl_lim.programs import states
+from sgl_lim.programs.forced import budget_forcing
+from sgl_lim.programs.forcing import ThinkingBudget
 from sgl_lim.programs.records import Generation
+from sgl_lim.programs.states import GenerationError
 from sgl_lim.programs.tree import TreeShape
 
-
-class GenerationError(RuntimeError):
-    """A request of a program failed; the message is the server's."""
+__all__ = [
+    "GenerationError",
+    "budget_forcing",
+    "chat_templates",
+    "connect",
+    "make_ask",
+    "self_consistency",
+    "solve",
+    "tree_of_thought",
+]
 
 
 @sgl.function
@@ -29,9 +40,9 @@ def solve(s: ProgramState, prompt: str, chat: bool = False) -> list[Generation]:
     Raises:
         GenerationError: the request failed.
     """
-    _ask(s, prompt, chat)
-    _answer(s, chat)
-    return [_generation(s)]
+    states.ask(s, prompt, chat)
+    states.answer(s, chat)
+    return [states.generation(s)]
 
 
 @sgl.function
@@ -40,15 +51,15 @@ def self_consistency(s: ProgramState, prompt: str, num_samples: int, chat: bool 
 
     Arguments and errors as `solve`; the generations come in the order of the branches.
     """
-    _ask(s, prompt, chat)
+    states.ask(s, prompt, chat)
     # fork() caches the prefix before the branches start only if the text has arrived, and it looks before it waits.
     s.sync()
     branches = s.fork(num_samples)
     try:
-        _raise_error(s)
+        states.raise_error(s)
         for branch in branches:
-            _answer(branch, chat)
-        return [_generation(branch) for branch in branches]
+            states.answer(branch, chat)
+        return [states.generation(branch) for branch in branches]
     finally:
         branches.join()  # ends the branches' threads, which would outlive an error otherwise
 
@@ -75,7 +86,7 @@ def tree_of_thought(
     Raises:
         GenerationError: a request failed.
     """
-    _ask(s, prompt, chat)
+    states.ask(s, prompt, chat)
     if chat:
         s += sgl.assistant_begin()
     s.sync()
@@ -88,7 +99,7 @@ def tree_of_thought(
         if not best.ended:
             state = best.state
             state += sgl.gen("answer", max_tokens=answer_tokens)
-            asked.append(_generation(state))
+            asked.append(states.generation(state))
             best = best.followed_by(asked[-1], state, ())
     return [
         Generation(
@@ -98,6 +109,7 @@ def tree_of_thought(
             cached_tokens=sum(generation.cached_tokens for generation in asked),
             finish_reason=best.finish_reason,
             other_tokens=sum(generation.completion_tokens for generation in asked) - best.tokens,
+            tokens_dense=sum(generation.tokens_dense or 0 for generation in asked),
         )
     ]
 
@@ -120,15 +132,22 @@ def chat_templates() -> list[str]:
 
 
 def make_ask(
-    backend: RuntimeEndpoint, *, num_samples: int | None, chat: bool, tree: TreeShape | None = None, **sampling: Any
+    backend: RuntimeEndpoint,
+    *,
+    num_samples: int | None,
+    chat: bool,
+    tree: TreeShape | None = None,
+    forcing: ThinkingBudget | None = None,
+    **sampling: Any,
 ) -> Callable[[str], list[Generation]]:
     """A function from a prompt to its generations, for any thread.
 
     Args:
         backend: from `connect`.
-        num_samples: branches of `self_consistency`; None for the other programs.
+        num_samples: generations a prompt, in branches that share its KV; None for one.
         chat: use the backend's chat template.
         tree: shape of `tree_of_thought`; None for the other programs.
+        forcing: budget of `budget_forcing`; None for the other programs.
         sampling: `max_new_tokens`, `temperature`, `top_p`, … as of `SglFunction.run`; the former is for a generation
             as it is graded, the thoughts before an answer included.
     """
@@ -139,6 +158,16 @@ def make_ask(
             state = tree_of_thought.run(
                 prompt=prompt, shape=tree, answer_tokens=left, chat=chat, backend=backend, **sampling
             )
+        elif forcing is not None:
+            state = budget_forcing.run(
+                prompt=prompt,
+                budget=forcing,
+                max_tokens=sampling["max_new_tokens"],
+                num_samples=num_samples or 1,
+                chat=chat,
+                backend=backend,
+                **sampling,
+            )
         elif num_samples is None:
             state = solve.run(prompt=prompt, chat=chat, backend=backend, **sampling)
         else:
@@ -146,26 +175,6 @@ def make_ask(
         return list(state.ret_value)
 
     return ask
-
-
-def _ask(s: ProgramState, prompt: str, chat: bool) -> None:
-    s += sgl.user(prompt) if chat else prompt
-
-
-def _answer(s: ProgramState, chat: bool) -> None:
-    s += sgl.assistant(sgl.gen("answer")) if chat else sgl.gen("answer")
-
-
-def _raise_error(s: ProgramState) -> None:
-    """Wait for the state and raise its failure, which the interpreter only stores: reading on gives a KeyError."""
-    error = s.error()
-    if error is None:
-        return
-    try:
-        message = error.args[0]["error"]["message"]  # the body of an HTTP error, as RuntimeEndpoint raises it
-    except (LookupError, TypeError):
-        message = error
-    raise GenerationError(str(message) or type(error).__name__) from error
 
 
 @dataclass(frozen=True)
@@ -205,26 +214,10 @@ def _think_on(paths: list[_Path], shape: TreeShape, forks: ExitStack, asked: lis
         for state in group.states:
             state += sgl.gen("thought", max_tokens=shape.thought_tokens, return_logprob=True)
         branches.append((path, group.states))
-    for path, states in branches:
-        _raise_error(path.state)
-        for state in states:
-            asked.append(_generation(state, "thought"))
+    for path, forked in branches:
+        states.raise_error(path.state)
+        for state in forked:
+            asked.append(states.generation(state, "thought"))
             logprobs = [logprob for logprob, *_ in state.get_meta_info("thought")["output_token_logprobs"]]
             found.append(path.followed_by(asked[-1], state, logprobs))
     return sorted(found, key=lambda path: path.score, reverse=True)[: shape.keep]
-
-
-def _generation(s: ProgramState, name: str = "answer") -> Generation:
-    """Wait for what the state generates under `name`."""
-    _raise_error(s)
-    meta = s.get_meta_info(name)
-    finish = meta["finish_reason"]
-    if finish["type"] == "abort":
-        raise GenerationError(f"the server aborted the request: {finish.get('message') or 'no reason given'}")
-    return Generation(
-        text=s[name],
-        prompt_tokens=meta["prompt_tokens"],
-        completion_tokens=meta["completion_tokens"],
-        cached_tokens=meta["cached_tokens"],
-        finish_reason=finish["type"],
-    )

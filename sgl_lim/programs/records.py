@@ -1,4 +1,7 @@
-"""The output file: one JSON object a line and problem, safe against kills, never mixing two runs' settings."""
+"""The output file: one JSON object a line and problem, safe against kills, never mixing two runs' settings.
+
+An invocation that ends, interrupted or not, adds a line with its speed and what the server attended.
+"""
 
 import fcntl
 import json
@@ -9,7 +12,8 @@ from types import TracebackType
 from typing import Any
 
 FORMAT = "sgl-lim-programs/1"
-_ROW_START = json.dumps({"format": FORMAT})[:-1].encode()  # every row begins with these bytes
+_LINE_START = json.dumps({"format": FORMAT})[:-1].encode()  # every line begins with these bytes
+_MEASUREMENT_START = _LINE_START + b', "measurement":'
 
 
 class RecordError(RuntimeError):
@@ -26,11 +30,15 @@ class Generation:
     cached_tokens: int  # of the prompt, found in the prefix cache
     finish_reason: str  # "stop" or "length"
     other_tokens: int = 0  # generated on the way on branches that this text is not of
+    tokens_dense: int | None = None  # KV tokens that a layer of a dense decode reads for all that was generated
+    thinking_tokens: int | None = None  # budget forcing only, as the next two; with the ends that were dropped
+    waits: int | None = None  # how often an end was dropped
+    forced: bool | None = None  # whether the thinking reached its cap
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A generation and its grade; the chain fields are None for other problems."""
+    """A generation and its grade; the chain fields and budget forcing's are None elsewhere."""
 
     text: str
     prompt_tokens: int
@@ -43,6 +51,22 @@ class Sample:
     words_matching: int | None = None
     words_total: int | None = None
     other_tokens: int = 0
+    tokens_dense: int | None = None
+    thinking_tokens: int | None = None
+    waits: int | None = None
+    forced: bool | None = None
+
+    @property
+    def context_tokens(self) -> int | None:
+        """`tokens_dense`, also of samples that were recorded without it; None if it cannot be known."""
+        if self.tokens_dense is None and not self.other_tokens:
+            return dense_reads(self.prompt_tokens, self.completion_tokens)
+        return self.tokens_dense
+
+
+def dense_reads(prompt_tokens: int, completion_tokens: int) -> int:
+    """KV tokens that a layer of a dense decode reads for one request: each token follows all those before it."""
+    return completion_tokens * prompt_tokens + completion_tokens * (completion_tokens - 1) // 2
 
 
 @dataclass(frozen=True)
@@ -63,6 +87,16 @@ class Row:
         """All that was generated for it."""
         return sum(sample.completion_tokens + sample.other_tokens for sample in self.samples)
 
+    @property
+    def sample_accuracy(self) -> float:
+        """The share of right samples; of a row without an error."""
+        return sum(sample.correct for sample in self.samples) / len(self.samples)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean length of its generations; of a row without an error."""
+        return sum(sample.completion_tokens for sample in self.samples) / len(self.samples)
+
     def to_json(self) -> str:
         """One line without its newline, ASCII only: a model's text may hold what UTF-8 cannot."""
         return json.dumps({"format": FORMAT, **asdict(self)})
@@ -80,10 +114,36 @@ class Row:
             raise ValueError(f"not a row: {error}") from error
 
 
-class RecordFile:
-    """Rows in a file, open for appending and locked; a context manager.
+@dataclass(frozen=True)
+class Measurement:
+    """What one invocation measured beside its rows, so that a resumed run has the figures of all its parts."""
 
-    Each row is one unbuffered write, so a killed process leaves whole rows and at most one torn last line, which the
+    items: int
+    output_tokens: int
+    seconds: float
+    attended: float | None  # the share of a dense decode's KV tokens; None if it is not known
+    note: str  # on `attended`
+    counters: Mapping[str, int] | None  # what the server counted meanwhile, if it decodes sparsely
+
+    def to_json(self) -> str:
+        """One line without its newline."""
+        return json.dumps({"format": FORMAT, "measurement": asdict(self)})
+
+    @staticmethod
+    def from_json(line: bytes) -> "Measurement | None":
+        """None if the line is something else; raises ValueError if it is broken."""
+        if not line.startswith(_MEASUREMENT_START):
+            return None
+        try:
+            return Measurement(**json.loads(line)["measurement"])
+        except TypeError as error:
+            raise ValueError(f"not a measurement: {error}") from error
+
+
+class RecordFile:
+    """Rows and measurements in a file, open for appending and locked; a context manager.
+
+    Each line is one unbuffered write, so a killed process leaves whole lines and at most one torn last one, which the
     next opening removes. Opening raises `RecordError` if
 
     - another process has the file open,
@@ -102,6 +162,7 @@ class RecordFile:
             raise RecordError(f"{path}: cannot be opened for writing ({error.strerror or error})") from error
         try:
             self._lock()
+            self.measurements: list[Measurement] = []
             self.rows: dict[str, Row] = {row.id: row for row in self._read()}  # the last row of each id
         except BaseException:
             self._file.close()
@@ -126,17 +187,25 @@ class RecordFile:
         Raises:
             RecordError: the disk did not take it; what is torn is removed at the next opening.
         """
-        line = row.to_json().encode() + b"\n"
+        self._write(row.to_json())
+        self.rows[row.id] = row
+
+    def measured(self, measurement: Measurement) -> None:
+        """Write what an invocation measured; raises as `append`."""
+        self._write(measurement.to_json())
+        self.measurements.append(measurement)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, text: str) -> None:
+        line = text.encode() + b"\n"
         try:
             written = self._file.write(line)
         except OSError as error:
             raise RecordError(f"{self.path}: cannot be written ({error.strerror or error})") from error
         if written != len(line):
             raise RecordError(f"{self.path}: only {written} of {len(line)} bytes could be written; is the disk full?")
-        self.rows[row.id] = row
-
-    def close(self) -> None:
-        self._file.close()
 
     def _lock(self) -> None:
         try:
@@ -155,7 +224,13 @@ class RecordFile:
         torn = _is_torn(tail)
         if tail and not torn:
             lines.append(tail)
-        rows = [self._parse(line, number) for number, line in enumerate(lines, start=1)]
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            entry = self._parse(line, number)
+            if isinstance(entry, Measurement):
+                self.measurements.append(entry)
+            else:
+                rows.append(entry)
         if torn:
             self._file.truncate(len(content) - len(tail))
         elif tail:
@@ -163,8 +238,10 @@ class RecordFile:
         self.repaired = torn
         return rows
 
-    def _parse(self, line: bytes, number: int) -> Row:
+    def _parse(self, line: bytes, number: int) -> Row | Measurement:
         try:
+            if measurement := Measurement.from_json(line):
+                return measurement
             row = Row.from_json(line)
         except ValueError as error:
             raise RecordError(
@@ -181,9 +258,19 @@ class RecordFile:
         return row
 
 
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a file that nobody writes any more, in order; a problem that was asked again has several.
+
+    Raises:
+        ValueError: a line is neither a row nor a measurement.
+        OSError: the file cannot be read.
+    """
+    return [Row.from_json(line) for line in path.read_bytes().splitlines() if Measurement.from_json(line) is None]
+
+
 def _is_torn(tail: bytes) -> bool:
-    """Whether the bytes after the last newline are the beginning of a row of ours, and not a whole one."""
-    if not tail or not (tail.startswith(_ROW_START) or _ROW_START.startswith(tail)):
+    """Whether the bytes after the last newline are the beginning of a line of ours, and not a whole one."""
+    if not tail or not (tail.startswith(_LINE_START) or _LINE_START.startswith(tail)):
         return False
     try:
         json.loads(tail)

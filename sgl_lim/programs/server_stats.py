@@ -1,9 +1,11 @@
 """What the server is and what its sparse decode did, from `GET /server_info` before and after a run."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+from sgl_lim.programs.records import Measurement
 
 _BLOCK = "lessismore"  # key of the plugin's block in each of `internal_states` (seams page, section 6)
 _NOT_SETTINGS = ("counters", "layer_roles", "selection_layers_from")  # the last two follow from, or explain, others
@@ -84,6 +86,25 @@ def attended_fraction(before: ServerState, after: ServerState) -> AttendedFracti
         return AttendedFraction(None, "the server was restarted during the run (its counters went down)")
     if delta.tokens_dense == 0:
         return AttendedFraction(None, "the server counted no decode step during the run", delta)
+    return _fraction_of(delta)
+
+
+def total_fraction(parts: Sequence[Measurement]) -> AttendedFraction:
+    """The fraction over the invocations that one run took; those whose own is unknown are left out, and counted."""
+    known = [part for part in parts if part.attended is not None]
+    if not known:
+        return AttendedFraction(None, parts[-1].note if parts else "nothing was measured")
+    if all(part.counters is None for part in known):
+        total = AttendedFraction(1.0, "dense")
+    else:
+        counted = [Counters(**part.counters) for part in known if part.counters is not None]
+        delta = Counters(**{item.name: sum(getattr(part, item.name) for part in counted) for item in fields(Counters)})
+        total = _fraction_of(delta)
+    unknown = len(parts) - len(known)
+    return replace(total, note=f"{total.note}; unknown of {unknown} invocations") if unknown else total
+
+
+def _fraction_of(delta: Counters) -> AttendedFraction:
     return AttendedFraction(
         delta.tokens_attended / delta.tokens_dense,
         f"{delta.tokens_attended:,} of {delta.tokens_dense:,} KV tokens, {delta.selections:,} selections in "

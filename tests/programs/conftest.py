@@ -17,7 +17,13 @@ def stub() -> Iterator[StubEndpoint]:
 
 @pytest.fixture
 def settings() -> dict[str, Any]:
-    return {"model": "m", "samples": None, "max_tokens": 72, "problems": {"source": "chains", "seed": 0}}
+    return {
+        "model": "m",
+        "program": "solve",
+        "samples": None,
+        "max_tokens": 72,
+        "problems": {"source": "chains", "seed": 0},
+    }
 
 
 @pytest.fixture

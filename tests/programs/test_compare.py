@@ -21,9 +21,16 @@ SUMMARY = {
 def test_rows_are_aligned_and_in_order():
     lines = comparison({"dense": SUMMARY, "lim": SUMMARY | {"attended_fraction": None}}).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["dense", "lim"]
-    assert " ".join(lines[1].split()) == "dense 75.0% [50.0%, 90.0%] 50.0% 98.77% 195.2 41.3 44.4% 50.0%"
+    assert " ".join(lines[1].split()) == "dense 75.0% [50.0%, 90.0%] - 50.0% 98.77% 195.2 41.3 44.4% 50.0%"
     column = lines[0].index("attended")
     assert lines[1][column:].startswith("44.4%") and lines[2][column:].startswith("-")
+
+
+def test_votes_and_the_lengths_error_are_told():
+    voted = {"accuracy": 0.5, "interval": [0.25, 0.75]}
+    lengths = {"mean": 195.25, "standard_error": 10.0}
+    (_, line) = comparison({"lim": SUMMARY | {"majority": voted, "generation_tokens": lengths}}).splitlines()
+    assert "50.0% [25.0%, 75.0%]" in line and "195.2 ± 10.0" in line
 
 
 def test_command_line_reads_files(tmp_path, capsys):

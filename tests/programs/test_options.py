@@ -7,12 +7,13 @@ import pytest
 from stub_endpoint import StubEndpoint
 
 from sgl_lim.programs.limits import LimitError, max_tokens
-from sgl_lim.programs.options import Options, parse
+from sgl_lim.programs.options import ForcingOptions, Options, parse
 from sgl_lim.programs.problems import chain_problems, jsonl_problems
 
 CHAINS = ["--chains", "4", "--output", "o"]
 FILE = ["--problems", "p.jsonl", "--output", "o"]
 CONSISTENT = ["--program", "self-consistency"]
+FORCED = ["--program", "budget-forcing"]
 
 
 def test_solve_is_greedy_and_self_consistency_samples() -> None:
@@ -20,6 +21,15 @@ def test_solve_is_greedy_and_self_consistency_samples() -> None:
     assert (solve.samples, solve.temperature, solve.top_p) == (None, 0.0, 1.0)
     assert (consistent.samples, consistent.temperature, consistent.top_p) == (8, 0.6, 0.95)
     assert (solve.facts, solve.steps, solve.seed, solve.concurrency) == (330, 48, 0, 8)
+
+
+def test_several_samples_are_sampled_whatever_the_program() -> None:
+    options = parse([*CHAINS, "--samples", "4"])
+    assert (options.program, options.samples, options.temperature, options.top_p) == ("solve", 4, 0.6, 0.95)
+    assert parse([*CHAINS, "--samples", "1"]) == parse(CHAINS)
+    forced = parse([*CHAINS, *FORCED, "--samples", "2"])
+    assert forced.samples == 2 and forced.forcing == ForcingOptions(None, None, 2, "Wait", "\n\nFinal answer:", None)
+    assert parse([*CHAINS, *FORCED]).temperature == 0.0
 
 
 def test_flags_are_taken() -> None:
@@ -51,7 +61,15 @@ def test_a_named_template_means_chat() -> None:
         ([*FILE, "--prompt-template", "solve"], "--prompt-template"),
         ([*FILE, "--prompt-template", ""], "--prompt-template"),
         ([*FILE, "--limit", "0"], "--limit"),
-        ([*FILE, "--samples", "4"], "--samples"),
+        ([*FILE, "--samples", "0"], "--samples"),
+        ([*FILE, "--samples", "4", "--temperature", "0"], "--temperature: must be above 0 with 4 samples"),
+        ([*FILE, "--data-dir", "d"], "--data-dir"),
+        ([*CHAINS, "--data-dir", "d"], "--data-dir"),
+        ([*FILE, "--waits", "3"], "--waits: only with --program budget-forcing"),
+        ([*FILE, *FORCED, "--waits", "-1"], "--waits"),
+        ([*FILE, *FORCED, "--wait-text", ""], "--wait-text"),
+        ([*FILE, *FORCED, "--final-text", ""], "--final-text"),
+        ([*FILE, *FORCED, "--min-thinking", "9", "--max-thinking", "8"], "--min-thinking"),
         ([*FILE, *CONSISTENT, "--samples", "1"], "--samples"),
         ([*FILE, *CONSISTENT, "--temperature", "0"], "--temperature"),
         ([*FILE, "--temperature", "warm"], "--temperature"),
@@ -83,7 +101,7 @@ def limit(options: Options, context: int | None) -> int:
         source = chain_problems(options.chains, num_facts=options.facts, num_steps=options.steps, seed=0)
     else:
         assert options.problems is not None
-        source = jsonl_problems(options.problems, template="{problem}")
+        source = jsonl_problems(Path(options.problems), template="{problem}")
     return max_tokens(options, source.problems, context)
 
 

@@ -14,7 +14,7 @@ from stub_endpoint import COUNTERS, Reply, StubEndpoint
 
 from sgl_lim.programs.cli import main
 from sgl_lim.programs.problems import chain_problems
-from sgl_lim.programs.records import Row
+from sgl_lim.programs.records import read_rows
 
 SIZES = ["--facts", "6", "--steps", "2"]
 PROBLEMS = chain_problems(4, num_facts=6, num_steps=2, seed=0).problems
@@ -23,10 +23,6 @@ SOLUTIONS = {problem.prompt: str(problem.solution) for problem in PROBLEMS}
 
 def solved(prompt: str) -> Reply:
     return " " + SOLUTIONS[prompt]
-
-
-def rows(path: Path) -> list[Row]:
-    return [Row.from_json(line) for line in path.read_bytes().splitlines()]
 
 
 class Cli:
@@ -63,7 +59,7 @@ def test_solve(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(cli.stub.prompts) == sorted(SOLUTIONS)
     parameters = cli.stub.generate_requests[0]["sampling_params"]
     assert (parameters["temperature"], parameters["max_new_tokens"], parameters["top_p"]) == (0.0, 24, 1.0)
-    assert all(row.correct and row.samples[0].whole_chain for row in rows(cli.output))
+    assert all(row.correct and row.samples[0].whole_chain for row in read_rows(cli.output))
     summary = cli.summary
     assert summary["accuracy"] == summary["whole_chain_accuracy"] == summary["word_accuracy"] == 1.0
     assert summary["attended_fraction"] == 0.25
@@ -90,7 +86,8 @@ def test_self_consistency_caches_the_prompt_once_and_votes(cli: Cli) -> None:
         assert [p["max_new_tokens"] for p in own] == [0, 24, 24, 24], "the prefix is to be cached before the branches"
         assert all(p["temperature"] == 0.6 for p in own[1:])
     summary = cli.summary
-    assert summary["accuracy"] == 1.0 and summary["mean_sample_accuracy"] == pytest.approx(2 / 3)
+    assert summary["accuracy"] == 1.0 and summary["pass_at_1"]["accuracy"] == pytest.approx(2 / 3)
+    assert summary["accuracy_of"] == "maj@3"
     assert summary["samples"] == 12 and summary["attended_note"] == "dense" and summary["attended_fraction"] == 1.0
 
 
@@ -103,7 +100,9 @@ def test_what_is_answered_is_not_asked_again(cli: Cli, capsys: pytest.CaptureFix
     cli.stub.generate_requests.clear()
     assert cli() == 0
     assert not cli.stub.prompts
-    assert cli.summary["answered"] == 4 and cli.summary["output_tokens_per_second"] is None
+    assert cli.summary["answered"] == 4 and cli.summary["output_tokens_per_second"] > 0
+    assert cli.summary["invocation"]["items"] == 0 and cli.summary["measured"]["invocations"] == 2
+    assert cli.summary["measured"]["items"] == 4 and cli.summary["attended_fraction"] == 1.0
     assert "4 of 4 problems answered before, 0 to ask" in capsys.readouterr().err
 
 
@@ -119,7 +118,7 @@ def test_failed_items_are_reported_and_retried(cli: Cli, capsys: pytest.CaptureF
     assert cli() == 0
     assert cli.stub.prompts == [bad.prompt]
     assert cli.summary["errors"] == 0 and cli.summary["answered"] == 4
-    assert len(rows(cli.output)) == 5
+    assert len(read_rows(cli.output)) == 5
 
 
 @pytest.mark.parametrize("samples", [[], ["--program", "self-consistency", "--samples", "2"]])
@@ -142,7 +141,7 @@ def test_a_failing_prefix_commit_is_an_error_and_no_hang(cli: Cli, monkeypatch: 
     )
     before = threading.active_count()
     assert cli("--program", "self-consistency", "--samples", "2") == 1
-    assert all(row.error == "GenerationError: pool full" for row in rows(cli.output))
+    assert all(row.error == "GenerationError: pool full" for row in read_rows(cli.output))
     deadline = time.monotonic() + 10
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -152,7 +151,7 @@ def test_a_failing_prefix_commit_is_an_error_and_no_hang(cli: Cli, monkeypatch: 
 def test_an_aborted_request_is_no_answer(cli: Cli) -> None:
     cli.stub.finish_reason = {"type": "abort", "message": "retracted"}
     assert cli() == 1
-    assert all(row.error is not None and "retracted" in row.error for row in rows(cli.output))
+    assert all(row.error is not None and "retracted" in row.error for row in read_rows(cli.output))
 
 
 def test_other_settings_are_refused(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +174,7 @@ def test_a_server_that_leaves_during_the_run(cli: Cli, capsys: pytest.CaptureFix
 
     cli.stub.answer = leave
     assert cli("--concurrency", "1") == 1
-    assert [row.error for row in rows(cli.output)] == [None, None]
+    assert [row.error for row in read_rows(cli.output)] == [None, None]
     err = capsys.readouterr().err
     assert "2 of 4 problems are answered" in err and "to ask the rest: python -m sgl_lim.programs" in err
 
@@ -288,13 +287,16 @@ def test_an_interrupted_run_is_resumed(cli: Cli, number: signal.Signals, code: i
         process.kill()
         release.set()
     assert process.returncode == code
-    assert [row.error for row in rows(cli.output)] == [None, None]
+    assert [row.error for row in read_rows(cli.output)] == [None, None]
     if number != signal.SIGKILL:
         assert "interrupted: 2 of 4 problems are answered" in err
         assert "Traceback" not in err
         command = err.split("to ask the rest: ")[1].splitlines()[0]
         assert command.startswith("python -m sgl_lim.programs") and str(cli.output) in command
-    cli.output.write_bytes(cli.output.read_bytes()[:-30])
+    whole = b"".join(row.to_json().encode() + b"\n" for row in read_rows(cli.output))
+    if number != signal.SIGKILL:
+        assert cli.output.read_bytes().startswith(whole), "what was measured stands behind the rows"
+    cli.output.write_bytes(whole[:-30])
     cli.stub.answer = solved
     cli.stub.generate_requests.clear()
     assert cli("--concurrency", "1") == 0

@@ -4,17 +4,16 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from stub_endpoint import COUNTERS, StubEndpoint
 
-from sgl_lim.programs.records import Row, Sample
+from sgl_lim.programs.intervals import wilson_interval
+from sgl_lim.programs.records import Measurement, Row, Sample
 from sgl_lim.programs.runner import Invocation
-from sgl_lim.programs.server_stats import AttendedFraction, attended_fraction, parse_server_info
-from sgl_lim.programs.summary import summarize, table, wilson_interval
+from sgl_lim.programs.server_stats import parse_server_info
+from sgl_lim.programs.summary import summarize, table
 
 SERVER = parse_server_info(StubEndpoint().server_info())
-DENSE = AttendedFraction(1.0, "dense")
+DENSE = Measurement(2, 120, 4.0, 1.0, "dense", None)
 
 
 def summary_of(rows: list[Row], settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -23,26 +22,9 @@ def summary_of(rows: list[Row], settings: dict[str, Any], **changes: Any) -> dic
         "settings": settings,
         "server": SERVER,
         "invocation": Invocation(len(rows), 120, 4.0, False),
-        "attended": DENSE,
+        "measurements": [DENSE],
     }
     return summarize(rows, **{**arguments, **changes})
-
-
-@pytest.mark.parametrize(
-    ("successes", "trials", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662)],
-)
-def test_wilson_against_published_values(successes: int, trials: int, low: float, high: float) -> None:
-    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-4)
-
-
-@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_holds_the_rate_and_stays_in_range(case: tuple[int, int]) -> None:
-    successes, trials = case
-    interval = wilson_interval(successes, trials)
-    assert interval is not None
-    assert 0 <= interval[0] <= successes / trials + 1e-12
-    assert successes / trials - 1e-12 <= interval[1] <= 1
 
 
 def test_errors_count_for_nothing_else(settings: dict[str, Any], make_row: Any) -> None:
@@ -50,10 +32,11 @@ def test_errors_count_for_nothing_else(settings: dict[str, Any], make_row: Any) 
     summary = summary_of(rows, settings)
     assert (summary["problems"], summary["answered"], summary["errors"], summary["correct"]) == (4, 3, 1, 2)
     assert summary["accuracy"] == pytest.approx(2 / 3)
-    assert summary["accuracy_interval"] == wilson_interval(2, 3)
+    assert summary["accuracy_interval"] == pytest.approx(wilson_interval(2 / 3, 3))
     assert summary["whole_chain_accuracy"] == pytest.approx(2 / 3)
     assert summary["word_accuracy"] == pytest.approx((9 + 29 + 9) / 50)
-    assert summary["generation_tokens"] == {"mean": pytest.approx(50 / 3), "median": 10, "max": 30, "total": 50}
+    lengths = {"mean": pytest.approx(50 / 3), "standard_error": pytest.approx(20 / 3), "median": 10, "max": 30}
+    assert summary["generation_tokens"] == {**lengths, "total": 50}
     assert summary["prefix_cache_hit_share"] == 0.5
     assert summary["output_tokens_per_second"] == 30.0
 
@@ -61,27 +44,68 @@ def test_errors_count_for_nothing_else(settings: dict[str, Any], make_row: Any) 
 def test_self_consistency_has_the_mean_of_its_samples(settings: dict[str, Any]) -> None:
     samples = (Sample("", 10, 4, 9, "stop", "1", True), Sample("", 10, 8, 9, "length", "2", False))
     row = Row("a", "1", settings, 1.0, answer="1", correct=True, samples=samples)
-    summary = summary_of([row], {**settings, "samples": 2})
-    assert summary["accuracy"] == 1.0 and summary["mean_sample_accuracy"] == 0.5
+    summary = summary_of([row], {**settings, "samples": 2, "program": "self_consistency"})
+    assert (summary["accuracy"], summary["accuracy_of"], summary["pass_at_1"]["accuracy"]) == (1.0, "maj@2", 0.5)
     assert (summary["samples"], summary["samples_cut_off"]) == (2, 1)
     assert summary["whole_chain_accuracy"] is None and summary["word_accuracy"] is None
     text = table(summary)
-    assert "accuracy maj@2" in text and "mean pass@1" in text and "word accuracy" not in text
+    assert "\nmaj@2 " in text and "\npass@1 " in text and "word accuracy" not in text
+    assert text.count("mean 6.0 tokens") == 2, "a length beside every accuracy"
+
+
+def test_samples_of_one_problem_are_not_independent(settings: dict[str, Any]) -> None:
+    def row(identity: str, rights: int) -> Row:
+        samples = tuple(Sample("", 10, 4, 9, "stop", "1", sample < rights) for sample in range(8))
+        return Row(identity, "1", settings, 1.0, answer="1", correct=rights > 4, samples=samples)
+
+    def width(*rights: int) -> float:
+        summary = summary_of([row(str(n), right) for n, right in enumerate(rights)], {**settings, "samples": 8})
+        assert summary["accuracy"] == summary["pass_at_1"]["accuracy"] == 0.5 and summary["accuracy_of"] == "pass@1"
+        low, high = summary["accuracy_interval"]
+        return float(high - low)
+
+    alike, spread = width(8, 0, 8, 0), width(4, 4, 4, 4)
+    low, high = wilson_interval(0.5, 4) or (0, 0)
+    assert alike == pytest.approx(high - low), "as good as one sample a problem"
+    low, high = wilson_interval(0.5, 32) or (0, 0)
+    assert spread == pytest.approx(high - low), "as good as 32 problems"
+    assert spread < width(6, 2, 5, 3) < alike
+
+
+def test_budget_forcing_is_told(settings: dict[str, Any]) -> None:
+    sample = Sample("", 10, 4, 9, "stop", "1", True, thinking_tokens=3, waits=2, forced=True)
+    summary = summary_of([Row("a", "1", settings, 1.0, samples=(sample,))], settings)
+    assert summary["forcing"] == {"mean_thinking_tokens": 3, "mean_waits": 2, "forced": 1}
+    assert "thinking           mean 3.0 tokens, 2.00 ends dropped; 1 of 1 cut" in table(summary)
+
+
+def test_attended_tokens_are_the_contexts_share(settings: dict[str, Any], make_row: Any) -> None:
+    half = Measurement(1, 10, 1.0, 0.5, "", dict.fromkeys(COUNTERS, 10) | {"tokens_dense": 20})
+    quarter = Measurement(1, 30, 3.0, 0.25, "", dict.fromkeys(COUNTERS, 5) | {"tokens_dense": 20})
+    lost = Measurement(1, 20, 1.0, None, "the server was restarted during the run", None)
+    summary = summary_of([make_row("a"), make_row("b", tokens=(30,))], settings, measurements=[half, quarter, lost])
+    assert summary["attended_fraction"] == 15 / 40 and "unknown of 1 invocations" in summary["attended_note"]
+    assert summary["output_tokens_per_second"] == 12.0
+    # Each token follows a prompt of 100 tokens and what was generated before it.
+    context = (10 * 100 + 45 + 30 * 100 + 435) / 40
+    assert summary["context_tokens"] == context and summary["attended_tokens"] == context * 15 / 40
+    tree = Row("t", "1", settings, 1.0, samples=(Sample("", 10, 4, 9, "stop", "1", True, other_tokens=5),))
+    assert summary_of([tree], settings)["attended_tokens"] is None, "older files do not say what branches read"
 
 
 def test_nothing_answered_is_no_zero(settings: dict[str, Any], make_row: Any) -> None:
-    summary = summary_of([make_row("a", error="x")], settings, invocation=Invocation(0, 0, 0.0, False))
+    summary = summary_of([make_row("a", error="x")], settings, invocation=Invocation(0, 0, 0.0, False), measurements=[])
     for name in ("accuracy", "accuracy_interval", "output_tokens_per_second", "prefix_cache_hit_share"):
         assert summary[name] is None
     assert "0 of 1 answered, 1 errors" in table(summary)
 
 
 def test_the_attended_fraction_and_its_counters_are_told(settings: dict[str, Any], make_row: Any) -> None:
-    def state(value: int) -> Any:
-        counters = dict.fromkeys(COUNTERS, value) | {"tokens_dense": 4 * value}
-        return parse_server_info(StubEndpoint(counters=counters).server_info())
-
-    summary = summary_of([make_row("a")], settings, attended=attended_fraction(state(1), state(11)), server=state(11))
+    stub = StubEndpoint(counters=dict.fromkeys(COUNTERS, 1))
+    counters = dict.fromkeys(COUNTERS, 10) | {"tokens_dense": 40}
+    measured = Measurement(1, 10, 1.0, 0.25, "", counters)
+    server = parse_server_info(stub.server_info())
+    summary = summary_of([make_row("a")], settings, measurements=[measured], server=server)
     assert summary["attended_fraction"] == 0.25
     assert summary["attended_counters"]["tokens_dense"] == 40
     assert "0.250  (10 of 40 KV tokens" in table(summary)

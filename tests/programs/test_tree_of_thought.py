@@ -12,7 +12,7 @@ from stub_endpoint import Reply, StubEndpoint
 from sgl_lim.programs.cli import main
 from sgl_lim.programs.options import parse
 from sgl_lim.programs.problems import chain_problems
-from sgl_lim.programs.records import Generation, Row
+from sgl_lim.programs.records import Generation, read_rows
 from sgl_lim.programs.tree import TreeShape
 
 PROMPT = "think of it"
@@ -153,7 +153,7 @@ def test_the_runner_grades_records_and_resumes_it(
 ) -> None:
     stub.finish_reason, stub.answer = {"type": "length"}, solve
     assert main(argv(stub, tmp_path)) == 0
-    rows = [Row.from_json(line) for line in (tmp_path / "out.jsonl").read_bytes().splitlines()]
+    rows = read_rows(tmp_path / "out.jsonl")
     assert len(rows) == 3 and all(row.correct and row.samples[0].whole_chain for row in rows)
     assert all(row.samples[0].other_tokens == 3 * 9 and row.samples[0].completion_tokens == 18 for row in rows)
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -192,7 +192,7 @@ def test_the_shape_by_default() -> None:
     ("flags", "said"),
     [
         (["--program", "tree", "--temperature", "0"], "--temperature: must be above 0 with --program tree"),
-        (["--program", "tree", "--samples", "3"], "--samples: only with --program self-consistency"),
+        (["--program", "tree", "--samples", "3"], "--samples: not with --program tree"),
         (["--program", "tree", "--keep", "3"], r"--branches: must be a multiple of --keep \(3\), got 8"),
         (["--program", "tree", "--branches", "1"], "--branches: must be at least 2"),
         (["--program", "tree", "--depth", "0"], "--depth: must be at least 1"),

@@ -19,7 +19,7 @@ import pytest
 from sgl_lim.programs.cli import main
 from sgl_lim.programs.endpoint import request_json, server_info
 from sgl_lim.programs.problems import chain_problems
-from sgl_lim.programs.records import Row
+from sgl_lim.programs.records import read_rows
 from sgl_lim.programs.server_stats import parse_server_info
 
 pytestmark = pytest.mark.served
@@ -27,10 +27,6 @@ pytestmark = pytest.mark.served
 SIZES = ["--facts", "64", "--steps", "8"]
 MAX_TOKENS = 8 * 8 + 8
 PROBLEMS = chain_problems(4, num_facts=64, num_steps=8, seed=0).problems
-
-
-def rows(path: Path) -> list[Row]:
-    return [Row.from_json(line) for line in path.read_bytes().splitlines()]
 
 
 class Cli:
@@ -111,7 +107,7 @@ def test_a_request_that_the_server_refuses_is_an_error_with_its_words(chain_serv
 def test_the_summary_of_solve(cli: Cli) -> None:
     before = parse_server_info(server_info(cli.url))
     summary, printed = cli.run(chains=4)
-    answered = rows(cli.output)
+    answered = read_rows(cli.output)
     assert {row.id for row in answered} == {problem.id for problem in PROBLEMS}
     assert summary["answered"] == 4 and summary["errors"] == 0
     assert summary["correct"] == sum(row.correct for row in answered)
@@ -135,9 +131,9 @@ def test_the_summary_of_solve(cli: Cli) -> None:
 def test_self_consistency_votes(cli: Cli) -> None:
     flush_cache(cli.url)
     summary, printed = cli.run("--program", "self-consistency", "--samples", "4", chains=2)
-    assert summary["samples"] == 8 and "accuracy maj@4" in printed and "mean pass@1" in printed
+    assert summary["samples"] == 8 and "\nmaj@4 " in printed and "\npass@1 " in printed
     assert summary["prefix_cache_hit_share"] >= 0.9
-    for row in rows(cli.output):
+    for row in read_rows(cli.output):
         votes = Counter(sample.answer for sample in row.samples if sample.answer is not None)
         assert row.answer is None if not votes else votes[str(row.answer)] == max(votes.values())
 
@@ -148,10 +144,33 @@ def test_a_tree_shares_every_path_that_it_thinks_on_from(cli: Cli) -> None:
     summary, printed = cli.run("--program", "tree", *shape, chains=2)
     assert summary["answered"] == 2 and "on other branches" in printed
     assert summary["prefix_cache_hit_share"] >= 0.9
-    for row in rows(cli.output):
+    for row in read_rows(cli.output):
         (sample,) = row.samples
         assert sample.completion_tokens <= MAX_TOKENS and sample.text == " " + " ".join(sample.text.split())
         assert sample.other_tokens >= 3 * 20, "the branches that were not kept"
+
+
+def test_budget_forcing_holds_thinking_to_its_budget(cli: Cli) -> None:
+    flush_cache(cli.url)
+    forced = ["--program", "budget-forcing", "--samples", "2", "--final-text", " answer"]
+    summary, printed = cli.run(*forced, "--max-thinking", "20", chains=2)
+    assert summary["settings"]["forcing"]["end"] == "", "no token of the model ends thinking"
+    assert summary["forcing"] == {"mean_thinking_tokens": 20, "mean_waits": 0, "forced": 4} and "4 of 4 cut" in printed
+    assert summary["prefix_cache_hit_share"] >= 0.9
+    for row in read_rows(cli.output):
+        for sample in row.samples:
+            assert len(sample.text.split()) >= 21 and sample.text.split()[20] == "answer"
+            assert 20 < sample.completion_tokens <= MAX_TOKENS
+
+    cli.output.unlink()
+    early = ["--thinking-end", ";", "--waits", "3", "--wait-text", " +", "--min-thinking", "60", "--max-thinking", "70"]
+    summary, _ = cli.run(*forced, *early, chains=2)
+    assert summary["answered"] == 2
+    for row in read_rows(cli.output):
+        for sample in row.samples:
+            assert sample.waits == 3 and sample.forced is False, "each step ends with the marker"
+            assert sample.text.split().count("+") >= 3 and ";" in sample.text.split()
+            assert (sample.thinking_tokens or 0) < sample.completion_tokens <= MAX_TOKENS
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -168,15 +187,16 @@ def test_a_killed_run_is_resumed(cli: Cli, number: signal.Signals) -> None:
     finally:
         process.kill()
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
-    survivors = rows(cli.output)
+    survivors = read_rows(cli.output)
     assert 2 <= len(survivors) < chains, "the kill came too late to test anything"
     if number == signal.SIGINT:
         assert f"{len(survivors)} of {chains} problems are answered" in err
-    cli.output.write_bytes(cli.output.read_bytes()[:-10])
+    whole = b"".join(row.to_json().encode() + b"\n" for row in survivors)
+    cli.output.write_bytes(whole[:-10])
     summary, _ = cli.run(chains=chains)
     assert summary["answered"] == chains
     assert summary["invocation"]["items"] == chains - len(survivors) + 1, "all but the torn row were kept"
-    assert [row.id for row in rows(cli.output)[: len(survivors) - 1]] == [row.id for row in survivors[:-1]]
+    assert [row.id for row in read_rows(cli.output)[: len(survivors) - 1]] == [row.id for row in survivors[:-1]]
 
 
 def test_an_interrupted_clients_requests_leave_the_server(cli: Cli) -> None:
