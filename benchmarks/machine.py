@@ -50,3 +50,7 @@ def _commit() -> str:
         return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True).stdout.strip()
 
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if git("status", "--porcelain") else "")
+
+
+if __name__ == "__main__":
+    print(machine_line())
