@@ -121,6 +121,7 @@ def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> Spar
         aggregate=config.aggregate,
         selection_layers=layers,
         prefix_selection=config.prefix_selection,
+        scope=config.scope or METHODS[config.method].scopes[0],
     )
     rows, pool = runner.req_to_token_pool, runner.token_to_kv_pool
     table = rows.req_to_token

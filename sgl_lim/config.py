@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lim_kernels.select_tokens import AGGREGATES
-from sgl_lim.methods import METHODS, PREFIX_SELECTIONS
+from sgl_lim.methods import METHODS, PREFIX_SELECTIONS, SCOPES
 
 ENV = "LESSISMORE_CONFIG"
 
@@ -43,6 +43,7 @@ class LimConfig:
     selection_interval: int = 1
     prefix_selection: str = "request"
     early_sets: bool = False
+    scope: str | None = None
 
     @property
     def remembers(self) -> bool:
@@ -77,7 +78,7 @@ class LimConfig:
                 f"--lim-selection-interval {self.selection_interval}: --lim-method {self.method} selects nothing "
                 "that could be kept; leave the interval out"
             )
-        found += self._prefix_selection_problems() + self._early_sets_problems()
+        found += self._prefix_selection_problems() + self._early_sets_problems() + self._scope_problems()
         layers = self.selection_layers
         if layers is not None:
             if (
@@ -135,6 +136,27 @@ class LimConfig:
             found.append("--lim-early-sets on: no layer comes before --lim-selection-layers 0; leave the flag out")
         return found
 
+    def _scope_problems(self) -> list[str]:
+        """Where each KV head has a set of its own: what takes one set a row."""
+        if self.scope is not None and self.scope not in SCOPES:
+            return [f"--lim-scope must be one of {', '.join(SCOPES)}, got {self.scope!r}"]
+        if not isinstance(self.method, str) or self.method not in METHODS:
+            return []
+        scopes = METHODS[self.method].scopes
+        if self.scope is not None and self.scope not in scopes:
+            return [
+                f"--lim-scope {self.scope}: --lim-method {self.method} has {' or '.join(scopes)} alone; "
+                "leave the flag out"
+            ]
+        if (self.scope or scopes[0]) != "kv_head" or self.method != "lessismore":
+            # Of other methods these flags are refused anyway.
+            return []
+        flags = ["--lim-prefix-selection group"] if self.prefix_selection == "group" else []
+        flags += ["--lim-early-sets on"] if self.early_sets is True else []
+        if _is_int(self.selection_interval) and self.selection_interval > 1:
+            flags.append(f"--lim-selection-interval {self.selection_interval}")
+        return [f"{flag} takes one set a request, not --lim-scope kv_head; leave one of them out" for flag in flags]
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the `--lim-…` flags to SGLang's parser; an absent flag leaves the environment's value."""
@@ -165,6 +187,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Layers that attend fully and choose the set; earlier ones stay dense (default: the model's preset).",
     )
     add("aggregate", type=str, choices=AGGREGATES, help=f"How heads agree on one set (default {defaults.aggregate}).")
+    add(
+        "scope",
+        type=str,
+        choices=SCOPES,
+        help="One set for all heads, or one for each KV head, ranked over its query heads (default: the method's).",
+    )
     add(
         "dense-backend",
         type=str,

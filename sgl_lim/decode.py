@@ -31,8 +31,8 @@ class DecodeStep:
     """Which rows choose what they share together, where not each for itself."""
     reuse: Reuse | None = None
     """Which rows select in this step, where not all do."""
-    set_slots: Tensor | None = None  # int32 [B, K]: the set in force, filled by a selection layer
-    set_counts: Tensor | None = None  # int32 [B]
+    set_slots: Tensor | None = None  # int32 [B, K] or [B, H_kv, K]: the set in force, filled by a selection layer
+    set_counts: Tensor | None = None  # int32 [B] or [B, H_kv]
 
 
 def begin_step(method: Method, slots: Tensor, seq_lens: Tensor, granule: int | None = None) -> DecodeStep:
@@ -127,10 +127,17 @@ def attend(
         # Groups may reach over the rows that fit together.
         grouped = rows_at_once >= batch
         out, lse, logits = attend_and_score(method, step, q[rows], k_cache, v_cache, rows, grouped, sizes)
-        scores = method.score(logits, lens[rows], lse=lse, first_head=heads.first_head, num_heads=heads.num_heads)
+        scores = method.score(
+            logits,
+            lens[rows],
+            lse=lse,
+            kv_heads=k_cache.shape[1],
+            first_head=heads.first_head,
+            num_heads=heads.num_heads,
+        )
         # The logits' memory serves the next rows.
         del logits
-        if heads.reduce is not None:
+        if heads.reduce is not None and not method.per_kv_head:
             scores = heads.reduce(scores, method.rank_reduction[method.aggregate])
         outs.append(out)
         parts.append(scores)

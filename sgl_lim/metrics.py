@@ -104,6 +104,7 @@ def settings(lim: "SparseDecode") -> dict[str, Any]:
         "recency": method.recency,
         "sinks": method.sinks,
         "aggregate": method.aggregate,
+        "scope": method.scope,
         "selection_layers": list(method.selection_layers),
         "selection_layers_from": lim.layers_from,
         "layer_roles": [role.value for role in lim.roles],
@@ -121,7 +122,8 @@ def summary(lim: "SparseDecode") -> str:
     count = {role: named["layer_roles"].count(role) for role in ("dense", "select", "sparse")}
     return (
         f"method {named['method']}, budget {named['budget']} (recency {named['recency']}, sinks {named['sinks']}, "
-        f"aggregate {named['aggregate']}), selection layers {','.join(map(str, named['selection_layers']))} "
+        f"aggregate {named['aggregate']}, scope {named['scope']}), "
+        f"selection layers {','.join(map(str, named['selection_layers']))} "
         f"({named['selection_layers_from']}), layers dense/select/sparse "
         f"{count['dense']}/{count['select']}/{count['sparse']}, dense backend {named['dense_backend']}, "
         f"prefix groups {'on' if named['prefix_groups'] else 'off'}, "

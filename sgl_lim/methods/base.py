@@ -10,6 +10,7 @@ from torch import Tensor
 from lim_kernels.prefix_groups import PrefixGroups
 
 PREFIX_SELECTIONS = ("request", "group")
+SCOPES = ("global", "kv_head")
 
 
 class Role(Enum):
@@ -46,9 +47,12 @@ class Method(ABC):
         aggregate: how heads agree, where the method ranks tokens.
         selection_layers: increasing layer indices; layers before the first are dense.
         prefix_selection: "request", each row chooses for itself; "group", rows that share a prefix choose it together.
+        scope: "global", one set for all heads; "kv_head", one for each KV head, ranked over its query heads.
     """
 
     name: ClassVar[str]
+    scopes: ClassVar[tuple[str, ...]] = ("global",)
+    """Scopes that the method has, its default first."""
     rank_reduction: ClassVar[dict[str, str]] = {"union": "max", "max": "max", "sum": "logsumexp"}
 
     budget: int
@@ -57,6 +61,12 @@ class Method(ABC):
     aggregate: str
     selection_layers: tuple[int, ...]
     prefix_selection: str = "request"
+    scope: str = "global"
+
+    @property
+    def per_kv_head(self) -> bool:
+        """Whether each KV head has a set of its own."""
+        return self.scope == "kv_head"
 
     @abstractmethod
     def role(self, layer: int) -> Role:
@@ -73,10 +83,12 @@ class Method(ABC):
         """
         return None
 
-    def score(self, logits: Tensor, seq_lens: Tensor, *, lse: Tensor, first_head: int, num_heads: int) -> Tensor:
-        """Scores float32 [B, L] from logits float32 [B, H, L] and their lse float32 [B, H].
+    def score(
+        self, logits: Tensor, seq_lens: Tensor, *, lse: Tensor, kv_heads: int, first_head: int, num_heads: int
+    ) -> Tensor:
+        """Scores float32 [B, L] from logits float32 [B, H, L] and their lse float32 [B, H]; [B, H_kv, L] per KV head.
 
-        Ranks of a tensor-parallel group combine theirs afterwards.
+        Ranks of a tensor-parallel group combine theirs afterwards, unless each KV head has its own set.
         """
         raise NotImplementedError(f"method {self.name} has no selection layers")
 
@@ -93,6 +105,8 @@ class Method(ABC):
         self, scores: Tensor, seq_lens: Tensor, slots: Tensor | None, shared: SharedSets | None = None
     ) -> tuple[Tensor, Tensor]:
         """The set from combined scores, in KV slots (or positions) int32 [B, K], and counts, as `choose_tokens`.
+
+        Per KV head: [B, H_kv, L] to [B, H_kv, K] and [B, H_kv].
 
         Args:
             shared: of these rows, by `share_sets`.

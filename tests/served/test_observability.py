@@ -48,7 +48,7 @@ def test_the_start_up_line_says_what_is_on(case: LimCase, server: Server) -> Non
     (line,) = [line for line in server.log().splitlines() if "sgl-lim is on:" in line]
     for said in (
         "method lessismore",
-        f"budget {case.rule.budget} (recency 0.25, sinks 4, aggregate union)",
+        f"budget {case.rule.budget} (recency 0.25, sinks 4, aggregate union, scope global)",
         "selection layers 1,3 (--lim-selection-layers)",
         "layers dense/select/sparse 1/2/3",
         "dense backend torch_native",

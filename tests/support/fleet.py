@@ -38,16 +38,17 @@ class LimCase:
     @property
     def name(self) -> str:
         """Id of the server in test names and log files."""
-        by_group = "-group" if self.prefix_selection == "group" else ""
-        return f"{self.kind}-page{self.page_size}-{self.dtype}-{self.method}{by_group}-{self.release}"
+        more = "-group" if self.prefix_selection == "group" else ""
+        more += "-heads" if self.rule.scope == "kv_head" else ""
+        return f"{self.kind}-page{self.page_size}-{self.dtype}-{self.method}{more}-{self.release}"
 
     def __str__(self) -> str:
         return self.name
 
     @property
     def method(self) -> str:
-        """The method, with its aggregate where it has one."""
-        return self.rule.method if self.rule.method == "window" else self.rule.aggregate
+        """What the set is chosen by: the aggregate of lessismore, the method of others."""
+        return self.rule.aggregate if self.rule.method == "lessismore" else self.rule.method
 
     def flags(self) -> tuple[str, ...]:
         """The plugin's flags."""
@@ -55,7 +56,7 @@ class LimCase:
         layers = ",".join(map(str, SELECTION_LAYERS))
         flags = ["--lim-method", rule.method, "--lim-budget", rule.budget, "--lim-selection-layers", layers]
         flags += ["--lim-recency", rule.recency, "--lim-sinks", rule.sinks, "--lim-aggregate", rule.aggregate]
-        flags += ["--lim-prefix-selection", self.prefix_selection]
+        flags += ["--lim-prefix-selection", self.prefix_selection, "--lim-scope", rule.scope]
         return tuple(map(str, flags))
 
 
@@ -68,6 +69,8 @@ FLOAT32_CASES = (
     LimCase("mqa", 16, SetRule("lessismore", 193, 0.5, 0, "union")),
     LimCase("mha", 1, SetRule("window", 256, 0.25, 4, "union")),
     LimCase("mha", 16, SetRule("lessismore", 256, 0.0, 4, "union")),
+    LimCase("gqa", 1, SetRule("lessismore", 256, 0.25, 4, "union", "kv_head")),
+    LimCase("gqa", 16, SetRule("tidaldecode", 256, 0.0, 0, "max", "kv_head")),
 )
 NEXT_CASES = tuple(replace(case, release="next") for case in FLOAT32_CASES[:2])
 LOW_PRECISION_CASES = tuple(replace(MAIN, dtype=dtype) for dtype in ("bfloat16", "float16"))

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ChooseSet = Callable[[int, int], list[int]]
-"""From a layer and the context's length, the ascending positions that this layer attends to."""
+Sets = list[list[int]]
+"""Ascending positions: one list for all heads, or one for each KV head, all of one length."""
+ChooseSet = Callable[[int, int], Sets | None]
+"""From a layer and the context's length, what this layer attends to; None is everything."""
 
 
 @dataclass
@@ -77,10 +79,11 @@ class Float64Qwen3:
         left, right = x.chunk(2, dim=-1)
         return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, start: int, kept: list[int] | None) -> Tensor:
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, start: int, kept: Sets | None) -> Tensor:
         """q [T, H, D] over keys and values [L, H_kv, D] → [T, H·D]; causal, or one query over the positions `kept`."""
         if kept is not None:
-            keys, values = keys[kept], values[kept]
+            sets = kept if len(kept) > 1 else kept * keys.shape[1]
+            keys, values = (torch.stack([x[held, n] for n, held in enumerate(sets)], dim=1) for x in (keys, values))
         group = q.shape[1] // keys.shape[1]
         k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (keys, values))
         logits = q.transpose(0, 1) @ k.transpose(1, 2) * self.config["head_dim"] ** -0.5

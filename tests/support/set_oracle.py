@@ -1,4 +1,4 @@
-"""The token sets of LessIsMore and of the window control, by brute force in plain Python and float64."""
+"""The token sets of the methods that rank tokens and of the window control, by brute force in Python and float64."""
 
 import math
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ class SetRule:
     recency: float
     sinks: int
     aggregate: str
+    scope: str = "global"
 
     @property
     def middle(self) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from sgl_lim.backend import GRANULE
 from support.agreement import errors
 from support.fleet import HEADS, LAYERS, ROLES, Fleet, LimCase
-from support.float64_qwen3 import Float64Qwen3
+from support.float64_qwen3 import Float64Qwen3, Sets
 from support.group_oracle import check_group_sets, shared_of_long
 from support.server import Answer
 from support.set_oracle import SetRule
@@ -37,7 +37,7 @@ def check_answers(
         for row, length in enumerate(step[0]["seq_lens"].tolist()):
             for record in step:
                 sparse = record["role"] == "sparse"
-                sets[record["layer"], length] = served_set(record, row, length) if sparse else None
+                sets[record["layer"], length] = served_sets(record, row, length) if sparse else None
     model = Float64Qwen3(fleet.model(case.kind), torch.float32)
     error, _ = errors(model, prompts, answers, lambda layer, length: sets[layer, length])
     dense_error, magnitude = fleet.dense_run(case).noise_beyond
@@ -64,32 +64,49 @@ def check_selection_of_groups(rule: SetRule, record: dict[str, Any]) -> None:
 
 def check_row(rule: SetRule, heads: tuple[int, int], step: Step, row: int, *, sets_known: bool = False) -> None:
     """All layers of one request in one step; `sets_known`: what selection layers chose has been checked."""
-    kept: list[int] | None = rule.window(int(step[0]["seq_lens"][row])) if rule.method == "window" else None
+    kept: Sets | None = [rule.window(int(step[0]["seq_lens"][row]))] if rule.method == "window" else None
     for record in step:
         length = int(record["seq_lens"][row])
         place = f"layer {record['layer']} ({record['role']}), context {length}"
         # One query, [H, D], and the context as the snapshot names it, [L, H_kv, D].
         q, k, v = record["q"][row], record["keys"][row, :length], record["values"][row, :length]
         assert (q.shape[0], k.shape[1]) == heads
+        attended = [list(range(length))]
         if record["role"] == "select":
-            kept = served_set(record, row, length)
+            kept = served_sets(record, row, length)
+            assert len(kept) == (heads[1] if rule.scope == "kv_head" and record["set_slots"].dim() == 3 else 1)
             if not sets_known:
-                exact, slack = exact_logits(q, k, record["scale"])
-                assert rule.explains(kept, exact, length, slack), f"{place}: not the oracle's set"
+                exact, slack = (x.unflatten(0, (len(kept), -1)) for x in exact_logits(q, k, record["scale"]))
+                for head, chosen in enumerate(kept):
+                    assert rule.explains(chosen, exact[head], length, slack[head]), f"{place}: not the oracle's set"
         elif record["role"] == "sparse":
-            assert served_set(record, row, length) == kept, f"{place}: the set in force is not the one chosen"
-            k, v = k[kept], v[kept]
-        check_attention(q, k, v, record["scale"], record["out"][row], place)
+            assert served_sets(record, row, length) == kept, f"{place}: the set in force is not the one chosen"
+            attended = kept
+        # Of each set, the query heads and the KV heads that attend to it.
+        qs, outs = (x.unflatten(0, (len(attended), -1)) for x in (q, record["out"][row]))
+        ks, vs = (x.unflatten(1, (len(attended), -1)) for x in (k, v))
+        parts = [(qs[n], ks[positions, n], vs[positions, n]) for n, positions in enumerate(attended)]
+        check_parts(parts, record["scale"], outs.flatten(0, 1), place)
 
 
 def served_set(record: dict[str, Any], row: int, length: int) -> list[int]:
-    """The positions behind the slots of the set in force; asserts that they ascend without repetition."""
+    """The positions behind the slots of the one set in force; asserts that they ascend without repetition."""
+    (positions,) = served_sets(record, row, length)
+    return positions
+
+
+def served_sets(record: dict[str, Any], row: int, length: int) -> Sets:
+    """The positions behind the slots of the sets in force; asserts that they ascend without repetition."""
     position = {slot: t for t, slot in enumerate(record["slots"][row, :length].tolist())}
     assert len(position) == length and 0 not in position, "two positions share a slot, or one has the reserved slot"
-    count = int(record["set_counts"][row])
-    positions = [position[slot] for slot in record["set_slots"][row, :count].tolist()]
-    assert positions == sorted(set(positions))
-    return positions
+    slots, counts = record["set_slots"][row], record["set_counts"][row]
+    per_head = slots.dim() == 2
+    found = []
+    for held, count in zip(slots if per_head else slots[None], counts if per_head else counts[None], strict=True):
+        positions = [position[slot] for slot in held[: int(count)].tolist()]
+        assert positions == sorted(set(positions))
+        found.append(positions)
+    return found
 
 
 def exact_logits(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -102,9 +119,20 @@ def exact_logits(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, place: str) -> None:
     """The error against float64 is within twice that of plain float32 attention, plus a rounding band."""
-    exact, plain = (attention(*(x.to(dtype) for x in (q, k, v)), scale) for dtype in (torch.float64, torch.float32))
-    band = 4 * torch.finfo(torch.float32).eps * v.abs().max()
-    error, bound = (out - exact).abs().max(), 2 * (plain - exact).abs().max() + band
+    check_parts([(q, k, v)], scale, out, place)
+
+
+def check_parts(parts: list[tuple[Tensor, Tensor, Tensor]], scale: float, out: Tensor, place: str) -> None:
+    """The same where query heads attend to different tokens: q, k and v of each part, the output of all of them.
+
+    Plain attention is done in two orders of the tokens: how far rounding takes it depends on the order.
+    """
+    exact = torch.cat([attention(q.double(), k.double(), v.double(), scale) for q, k, v in parts])
+    flipped = [(q, k.flip(0), v.flip(0)) for q, k, v in parts]
+    orders = (torch.cat([attention(*(x.float() for x in part), scale) for part in order]) for order in (parts, flipped))
+    plain = max((order - exact).abs().max() for order in orders)
+    band = 4 * torch.finfo(torch.float32).eps * max(v.abs().max() for *_, v in parts)
+    error, bound = (out - exact).abs().max(), 2 * plain + band
     assert error <= bound, f"{place}: attention is off by {error:.3g}, bound {bound:.3g}"
 
 
