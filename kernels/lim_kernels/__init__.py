@@ -5,7 +5,7 @@ tensors' device. A named implementation is used or refused, never replaced.
 """
 
 from lim_kernels.adaptive_budget import adapt_budgets
-from lim_kernels.count_step import count_step
+from lim_kernels.count_step import count_sets, count_step
 from lim_kernels.decode_with_scores import decode_with_scores
 from lim_kernels.group_selection import choose_for_groups, groups_of_sets
 from lim_kernels.grouped_decode import grouped_decode
@@ -18,6 +18,7 @@ __all__ = [
     "adapt_budgets",
     "choose_for_groups",
     "choose_tokens",
+    "count_sets",
     "count_step",
     "decide_acts",
     "decode_with_scores",

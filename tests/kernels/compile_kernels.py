@@ -22,6 +22,7 @@ from lim_kernels import (
     adapt_budgets,
     choose_for_groups,
     choose_tokens,
+    count_sets,
     count_step,
     decide_acts,
     decode_with_scores,
@@ -164,6 +165,8 @@ def launch_all(*, fp8: bool) -> None:
     in_parts = {**grouped, "set_groups": in_sets, "set_counts": set_counts}
     for shared in ({}, grouped, in_parts, {**grouped, "acts": empty(4, dtype=torch.uint8)}):
         count_step(ledger, rows, empty(9, dtype=torch.int64), seq_lens, budget=2048, **layers, **shared, **triton)
+    for counts in (empty(4), empty(4, 8)):
+        count_sets(ledger, rows, seq_lens, counts, budget=2048, layers=9, **triton)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lim_kernels import count_step, find_prefix_groups, groups_of_sets
+from lim_kernels import count_sets, count_step, find_prefix_groups, groups_of_sets
 from lim_kernels.acts import EARLY, KEEP, RECALL, SELECT
 from lim_kernels.count_step import TOTALS, Ledger
 
@@ -170,3 +170,35 @@ def test_bad_operands_are_named():
         count_step(ledger, ones, torch.zeros(4), ones, **sizes, set_counts=ones)
     with pytest.raises(ValueError, match="implementation among"):
         count_step(ledger, ones, torch.zeros(4), ones, **sizes, implementation="numpy")
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("kv_heads", [None, 1, 3, 8])
+def test_sets_that_are_shorter_than_the_budget_are_counted_as_long_as_they_are(
+    implementation, device, kv_heads, index_dtype
+):
+    generator = torch.Generator().manual_seed(7)
+    rows = torch.tensor([3, 0, 1, 6, 0, 2, 5])
+    lens = torch.tensor([700, 1, 64, 65, 900, 5000, 12])
+    shape = (7,) if kv_heads is None else (7, kv_heads)
+    counts = torch.randint(1, 65, shape, generator=generator).clamp(max=lens.view(-1, *[1] * (len(shape) - 1)))
+    ledger = Ledger(
+        torch.arange(100, 109, dtype=torch.int64, device=device),
+        torch.full((ROWS,), -1, dtype=torch.int64, device=device),
+        torch.zeros(ROWS, dtype=torch.uint8, device=device),
+    )
+    operands = (tensor.to(index_dtype).to(device) for tensor in (rows, lens))
+    count_sets(ledger, *operands, counts.int().to(device), budget=64, layers=5, implementation=implementation)
+    sets = counts.view(7, -1)
+    short = sum(5 * (min(int(lens[n]), 64) * sets.shape[1] - int(sets[n].sum())) for n in range(7) if rows[n] != 0)
+    expected = [*range(100, 109)]
+    expected[TOTALS.index("tokens_attended")] -= -(-short // sets.shape[1])
+    assert ledger.totals.tolist() == expected
+
+
+def test_bad_set_counts_are_named():
+    ledger = Ledger(torch.zeros(9, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), torch.zeros(3))
+    rows = torch.ones(2, dtype=torch.int64)
+    for bad, message in ((torch.ones(3).int(), r"set_counts \[2\] or \[2, H_kv\]"), (torch.ones(2), "int32")):
+        with pytest.raises(ValueError, match=message):
+            count_sets(ledger, rows, rows, bad, budget=4, layers=1)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lim_kernels.count_step import reference
@@ -90,3 +91,37 @@ def count_step(
         set_followed=None if set_groups is None else set_groups.followed,
         set_counts=set_counts,
     )
+
+
+def count_sets(
+    ledger: Ledger,
+    rows: Tensor,
+    seq_lens: Tensor,
+    set_counts: Tensor,
+    *,
+    budget: int,
+    layers: int,
+    implementation: str | None = None,
+) -> None:
+    """Correct `tokens_attended` where sets have fewer tokens than `count_step` took them to have.
+
+    Args:
+        rows, seq_lens, budget: of the step, as `count_step` had them.
+        set_counts: int32 [B] or [B, H_kv], tokens in each row's set or in those of its KV heads, which share the
+            layer evenly: a remainder over the batch is rounded down to a whole token.
+        layers: how many sparse layers attend to these sets.
+
+    Raises:
+        ValueError: wrong shape or dtype, or an unknown implementation.
+    """
+    op = "count_sets"
+    require(rows.dim() == 1 and rows.shape == seq_lens.shape, op, "rows and seq_lens [B]", list(rows.shape))
+    fits = set_counts.dim() in (1, 2) and set_counts.shape[:1] == rows.shape and set_counts.is_contiguous()
+    require(fits, op, f"contiguous set_counts [{len(rows)}] or [{len(rows)}, H_kv]", list(set_counts.shape))
+    require(set_counts.dtype == torch.int32, op, "set_counts int32", set_counts.dtype)
+    require_rows(op, rows, seq_lens)
+    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(rows)) == "reference":
+        count = reference.count_sets
+    else:
+        from lim_kernels.count_step.triton import count_sets as count
+    count(ledger.totals, rows, seq_lens, set_counts, budget=budget, layers=layers)

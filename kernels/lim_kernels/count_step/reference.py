@@ -58,3 +58,11 @@ def count_step(
     )
     seen[rows] = torch.where(real, current, seen[rows])
     sparse_rows[rows] = (before | sparse).to(sparse_rows.dtype)
+
+
+def count_sets(totals: Tensor, rows: Tensor, seq_lens: Tensor, set_counts: Tensor, *, budget: int, layers: int) -> None:
+    """See `api.count_sets`."""
+    # [B, H_kv]
+    counts = set_counts.view(len(rows), -1)
+    more = (counts - seq_lens.clamp(max=budget).unsqueeze(1)).to(torch.int64) * (rows != 0).unsqueeze(1)
+    totals[1] += (layers * more.sum()).div(counts.shape[1], rounding_mode="floor")

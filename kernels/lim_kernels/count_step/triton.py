@@ -95,6 +95,32 @@ def add(totals_ptr, index: tl.constexpr, amount):
     tl.store(totals_ptr + index, tl.load(totals_ptr + index) + amount)
 
 
+@triton.jit(do_not_specialize=["batch", "budget", "layers"])
+def count_sets_kernel(
+    totals_ptr,
+    rows_ptr,
+    seq_lens_ptr,
+    set_counts_ptr,
+    batch,
+    budget,
+    layers,
+    HEADS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Add what the sets of all rows have beyond, or rather short of, the budget."""
+    items = tl.arange(0, BLOCK_ROWS)
+    heads = tl.arange(0, BLOCK_HEADS)
+    real = tl.load(rows_ptr + items, mask=items < batch, other=0) != 0
+    sets = tl.minimum(tl.load(seq_lens_ptr + items, mask=real, other=0).to(tl.int64), budget)
+    # [BLOCK_ROWS, BLOCK_HEADS]
+    there = real[:, None] & (heads < HEADS)[None, :]
+    counts = tl.load(set_counts_ptr + items[:, None] * HEADS + heads[None, :], mask=there, other=0).to(tl.int64)
+    short = layers * (HEADS * tl.sum(sets, axis=0) - tl.sum(tl.sum(counts, axis=1), axis=0))
+    # Rounded up, as division of integers goes towards zero: what is left is rounded down.
+    add(totals_ptr, 1, -((short + HEADS - 1) // HEADS))
+
+
 def count_step(
     totals: Tensor,
     seen: Tensor,
@@ -138,6 +164,24 @@ def count_step(
         ACTS=acts is not None,
         GROUPS=followed is not None,
         SETS=set_counts is not None,
+        BLOCK_ROWS=plan_block(len(rows)),
+        num_warps=4,
+    )
+
+
+def count_sets(totals: Tensor, rows: Tensor, seq_lens: Tensor, set_counts: Tensor, *, budget: int, layers: int) -> None:
+    """See `api.count_sets`."""
+    heads = 1 if set_counts.dim() == 1 else set_counts.shape[1]
+    count_sets_kernel[(1,)](
+        totals_ptr=totals,
+        rows_ptr=rows,
+        seq_lens_ptr=seq_lens,
+        set_counts_ptr=set_counts,
+        batch=len(rows),
+        budget=budget,
+        layers=layers,
+        HEADS=heads,
+        BLOCK_HEADS=triton.next_power_of_2(heads),
         BLOCK_ROWS=plan_block(len(rows)),
         num_warps=4,
     )
