@@ -20,7 +20,7 @@ from sgl_lim.config import LimConfig, load
 from sgl_lim.counters import Counters
 from sgl_lim.decode import DecodeStep, HeadShare, Scales, attend, begin_step
 from sgl_lim.methods import METHODS, LessIsMore, Method, Role
-from sgl_lim.presets import selection_layers_for
+from sgl_lim.presets import resolve_layers
 from sgl_lim.set_store import SetStore
 from sgl_lim.snapshot import Snapshot
 
@@ -111,9 +111,7 @@ def make(runner: Any) -> Any:
 def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> SparseDecode:
     """Resolve the configuration against the model: method, layer roles, head share, counters."""
     model = runner.model_config
-    layers, layers_from = config.selection_layers, "--lim-selection-layers"
-    if layers is None:
-        layers, layers_from = selection_layers_for(model.model_path, model.num_hidden_layers)
+    layers, layers_from = resolve_layers(config, model)
     method = METHODS[config.method](
         budget=config.budget,
         recency=config.recency,

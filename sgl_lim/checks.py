@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lim_kernels.select_tokens import MAX_UNION
+from sgl_lim.calibration import preset_file
 from sgl_lim.config import LimConfig, RefusedConfig
 
 BACKEND = "lessismore"
@@ -69,7 +70,23 @@ def model_problems(config: LimConfig, model: Any) -> list[str]:
             f"--lim-selection-layers {','.join(map(str, layers))} goes beyond the model's {depth} layers; "
             f"choose among 0 to {depth - 1}"
         )
+    if isinstance(config.preset, str):
+        found += preset_problems(config, model)
     return found
+
+
+def preset_problems(config: LimConfig, model: Any) -> list[str]:
+    """Reasons in the file of `--lim-preset`, read whether or not `--lim-selection-layers` wins over it."""
+    assert config.preset is not None
+    try:
+        preset = preset_file.load_for(config.preset, model)
+    except preset_file.PresetError as error:
+        return [f"--lim-preset {error}"]
+    if config.early_sets is True and config.selection_layers is None and not config.problems():
+        layers = preset.nearest(config.budget).selection_layers
+        if layers[0] == 0:
+            return ["--lim-early-sets on: no layer comes before the first of --lim-preset; leave the flag out"]
+    return []
 
 
 def server_problems(config: LimConfig, server_args: Any, device: str) -> list[str]:

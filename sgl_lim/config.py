@@ -44,6 +44,8 @@ class LimConfig:
     prefix_selection: str = "request"
     early_sets: bool = False
     scope: str | None = None
+    preset: str | None = None
+    """Path of a file by `sgl_lim.calibrate` that has the selection layers."""
 
     @property
     def remembers(self) -> bool:
@@ -89,6 +91,8 @@ class LimConfig:
                 found.append(f"--lim-selection-layers must be layer indices such as 2,12, got {layers!r}")
             elif any(b <= a for a, b in itertools.pairwise(layers)):
                 found.append(f"--lim-selection-layers must increase, got {','.join(map(str, layers))}")
+        if self.preset is not None and not isinstance(self.preset, str):
+            found.append(f"--lim-preset must be the path of a file by sgl_lim.calibrate, got {self.preset!r}")
         return found
 
     def _prefix_selection_problems(self) -> list[str]:
@@ -186,6 +190,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="I,J",
         help="Layers that attend fully and choose the set; earlier ones stay dense (default: the model's preset).",
     )
+    add(
+        "preset",
+        type=str,
+        metavar="FILE",
+        help="Selection layers from a file by python -m sgl_lim.calibrate; --lim-selection-layers wins over it.",
+    )
     add("aggregate", type=str, choices=AGGREGATES, help=f"How heads agree on one set (default {defaults.aggregate}).")
     add(
         "scope",
@@ -233,7 +243,11 @@ def take_flags(args: argparse.Namespace) -> None:
         if hasattr(args, f"lim_{field.name}")
     }
     if given:
-        os.environ[ENV] = json.dumps({**read_environment(), **given})
+        values = read_environment()
+        if "preset" in given:
+            # Layers that the variable names would win over the file, which a flag names.
+            values.pop("selection_layers", None)
+        os.environ[ENV] = json.dumps({**values, **given})
 
 
 def load() -> LimConfig:

@@ -2,6 +2,10 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
+
+from sgl_lim.calibration import preset_file
+from sgl_lim.config import LimConfig
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,26 @@ def default_layers(num_layers: int) -> tuple[int, ...]:
     first = min(2, num_layers - 1)
     correction = num_layers // 3
     return (first, correction) if correction > first else (first,)
+
+
+def resolve_layers(config: LimConfig, model: Any) -> tuple[tuple[int, ...], str]:
+    """Selection layers and where they come from: the flag, else a preset file, else a built-in preset, else a default.
+
+    Args:
+        model: SGLang's model config.
+
+    Raises:
+        preset_file.PresetError: the preset file cannot be used with this model.
+    """
+    if config.selection_layers is not None:
+        return config.selection_layers, "--lim-selection-layers"
+    if config.preset is None:
+        return selection_layers_for(model.model_path, model.num_hidden_layers)
+    preset = preset_file.load_for(config.preset, model)
+    entry = preset.nearest(config.budget)
+    for reason in preset.differences(config):
+        logger.warning("sgl-lim: --lim-preset %s was calibrated with %s", config.preset, reason)
+    return entry.selection_layers, f"--lim-preset {config.preset}, calibrated at budget {entry.budget}"
 
 
 def selection_layers_for(model_path: str, num_layers: int) -> tuple[tuple[int, ...], str]:

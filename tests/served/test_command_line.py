@@ -10,7 +10,7 @@ from support.server import run_launcher
 
 pytestmark = pytest.mark.served
 
-FLAGS = ("method", "budget", "recency", "sinks", "selection-layers", "aggregate", "dense-backend")
+FLAGS = ("method", "budget", "recency", "sinks", "selection-layers", "aggregate", "dense-backend", "preset")
 REFUSED = {
     "fractional-budget": (("--lim-budget", "1.5"), r"argument --lim-budget: invalid int value: '1\.5'"),
     "layers-that-are-no-numbers": (

@@ -88,10 +88,11 @@ LAUNCHES = {
         config=json.dumps(SLIDING),
     ),
     "negative-budget-and-pipeline": Refusal(
-        ("--lim-budget", "-5", "--lim-selection-layers", "4,2", "--pp-size", "2"),
+        ("--lim-budget", "-5", "--lim-selection-layers", "4,2", "--lim-preset", "none.json", "--pp-size", "2"),
         (
             r"--lim-budget must be a positive integer, got -5; the paper uses",
             r"--lim-selection-layers must increase, got 4,2",
+            r"--lim-preset none\.json: No such file .*; write one with python -m sgl_lim\.calibrate",
             r"--pp-size 2: .*; use --tp-size instead",
         ),
         env=NO_NCCL,

@@ -1,0 +1,151 @@
+"""Preset files: what is read back, refused and preferred."""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from sgl_lim import config
+from sgl_lim.calibration import preset_file
+from sgl_lim.calibration.preset_file import PresetError
+from sgl_lim.checks import model_problems
+from sgl_lim.config import LimConfig
+from sgl_lim.presets import resolve_layers
+
+
+def test_a_file_reads_back_as_it_was(preset, preset_path, model):
+    assert preset_file.load_for(preset_path, model) == preset
+    assert [path.name for path in Path(preset_path).parent.iterdir()] == ["preset.json"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "nearest"), [(1, 64), (64, 64), (127, 64), (128, 64), (129, 256), (511, 256), (513, 1024), (9999, 1024)]
+)
+def test_the_nearest_budget_by_ratio_decides(preset, budget, nearest):
+    assert preset.nearest(budget).budget == nearest
+
+
+def write(path, preset_path, change):
+    content = json.loads(Path(preset_path).read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format="sgl-lim-preset/9"), "not a preset of the format sgl-lim-preset/1"),
+        (lambda c: c.update(layers=[1]), r"unknown layers; known keys are architecture, calibration, entries"),
+        (lambda c: c.pop("rule"), "missing rule"),
+        (lambda c: c["rule"].update(mean=1), "rule must have method, aggregate, recency, sinks, scope"),
+        (lambda c: c.update(rule=None), "rule and calibration must be objects"),
+        (lambda c: c.update(num_layers="12"), "num_layers must be a positive integer"),
+        (lambda c: c.update(architecture=None), "architecture a text"),
+        (lambda c: c.update(entries=[]), "entries must be a list of at least one"),
+        (lambda c: c.update(entries=[3]), "an entry must be an object"),
+        (lambda c: c["entries"][0].update(selections=2), "unknown selections"),
+        (lambda c: c["entries"][0].pop("coverage"), "missing coverage"),
+        (lambda c: c["entries"][0].update(budget=0), "budget must be a positive integer, got 0"),
+        (lambda c: c["entries"][0].update(budget=True), "budget must be a positive integer, got True"),
+        (lambda c: c["entries"].reverse(), "increasing budgets"),
+        (lambda c: c["entries"][0].update(selection_layers=[]), "selection_layers must be increasing layers below 12"),
+        (lambda c: c["entries"][0].update(selection_layers=[8, 2]), "must be increasing layers"),
+        (lambda c: c["entries"][0].update(selection_layers=[2, 2]), "must be increasing layers"),
+        (lambda c: c["entries"][0].update(selection_layers=[2, 12]), "must be increasing layers below 12"),
+        (lambda c: c["entries"][0].update(selection_layers="2,8"), "must be increasing layers"),
+        (lambda c: c["entries"][0].update(selection_layers=[[2], 8]), "must be increasing layers"),
+        (lambda c: c["entries"][0].update(selection_layers=[False, 8]), "must be increasing layers"),
+    ],
+)
+def test_what_is_no_preset_is_refused(preset_path, tmp_path, change, message):
+    path = write(tmp_path / "changed.json", preset_path, change)
+    with pytest.raises(PresetError, match=message) as refused:
+        preset_file.load(path)
+    assert str(refused.value).startswith(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"{", r"not JSON .*python -m sgl_lim\.calibrate"),
+        (b"[]", "not a preset"),
+        (b"\xff", "not JSON"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tmp_path, content, message):
+    path = tmp_path / "file.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PresetError, match=message):
+        preset_file.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"layers": 36}, "made for a model of 12 layers, and this one has 36; calibrate this one"),
+        ({"architectures": ("LlamaForCausalLM",)}, "made for a Qwen3ForCausalLM, and this model is a LlamaForCausalLM"),
+        ({"architectures": ()}, "this model is a nameless"),
+    ],
+    ids=str,
+)
+def test_another_model_is_refused_with_the_flag(preset_path, model_of, other, message):
+    (reason,) = model_problems(LimConfig(preset=preset_path), model_of(**other))
+    assert reason.startswith(f"--lim-preset {preset_path}: ") and message in reason
+
+
+def test_early_sets_need_a_layer_before_the_preset_s_first(preset_path, model):
+    assert model_problems(LimConfig(preset=preset_path, budget=64, early_sets=True), model) == []
+    (reason,) = model_problems(LimConfig(preset=preset_path, budget=1024, early_sets=True), model)
+    assert reason.startswith("--lim-early-sets on: no layer comes before the first of --lim-preset")
+    layers = LimConfig(preset=preset_path, budget=1024, early_sets=True, selection_layers=(2, 8))
+    assert model_problems(layers, model) == []
+
+
+def test_flag_then_file_then_built_in_preset(preset_path, model_of):
+    model = model_of(path="models/chain-tracer")
+    both = LimConfig(budget=256, preset=preset_path, selection_layers=(3, 9))
+    assert resolve_layers(both, model) == ((3, 9), "--lim-selection-layers")
+    layers, source = resolve_layers(LimConfig(budget=200, preset=preset_path), model)
+    assert layers == (1, 7) and source == f"--lim-preset {preset_path}, calibrated at budget 256"
+    assert resolve_layers(LimConfig(budget=200), model) == ((2, 8), "preset chain-tracer")
+
+
+def test_a_server_that_differs_from_the_calibration_is_told(preset_path, model, caplog):
+    with caplog.at_level(logging.WARNING):
+        resolve_layers(LimConfig(budget=64, preset=preset_path), model)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        resolve_layers(LimConfig(budget=64, preset=preset_path, aggregate="max", scope="kv_head"), model)
+    told = [record.getMessage() for record in caplog.records]
+    assert [text.split("with ")[1] for text in told] == ["aggregate union, not max", "scope global, not kv_head"]
+
+
+def test_a_control_is_told_its_method_alone(preset):
+    assert preset.differences(LimConfig(method="window", sinks=0)) == ["method lessismore, not window"]
+
+
+def parse(*flags):
+    parser = argparse.ArgumentParser()
+    config.add_flags(parser)
+    config.take_flags(parser.parse_args(flags))
+    return config.load()
+
+
+def test_the_flag_wins_over_layers_of_the_variable(monkeypatch):
+    monkeypatch.setenv(config.ENV, json.dumps({"budget": 128, "selection_layers": [3, 9]}))
+    assert parse("--lim-preset", "a.json") == LimConfig(budget=128, preset="a.json")
+    monkeypatch.setenv(config.ENV, json.dumps({"selection_layers": [3, 9]}))
+    both = parse("--lim-preset", "a.json", "--lim-selection-layers", "2,8")
+    assert both == LimConfig(preset="a.json", selection_layers=(2, 8))
+
+
+def test_the_variable_may_name_a_preset(monkeypatch):
+    monkeypatch.setenv(config.ENV, json.dumps({"preset": "a.json"}))
+    assert config.load() == LimConfig(preset="a.json") and config.load().problems() == []
+    (reason,) = LimConfig(preset=3).problems()
+    assert reason.startswith("--lim-preset must be the path of a file")
