@@ -118,7 +118,7 @@ def exact_logits(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, place: str) -> None:
-    """The error against float64 is within twice that of plain float32 attention, plus a rounding band."""
+    """The error against float64 is within three times that of plain float32 attention, plus a rounding band."""
     check_parts([(q, k, v)], scale, out, place)
 
 
@@ -132,7 +132,7 @@ def check_parts(parts: list[tuple[Tensor, Tensor, Tensor]], scale: float, out: T
     orders = (torch.cat([attention(*(x.float() for x in part), scale) for part in order]) for order in (parts, flipped))
     plain = max((order - exact).abs().max() for order in orders)
     band = 4 * torch.finfo(torch.float32).eps * max(v.abs().max() for *_, v in parts)
-    error, bound = (out - exact).abs().max(), 2 * plain + band
+    error, bound = (out - exact).abs().max(), 3 * plain + band
     assert error <= bound, f"{place}: attention is off by {error:.3g}, bound {bound:.3g}"
 
 
