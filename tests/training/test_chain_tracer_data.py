@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 from chain_tracer.data import ANSWER, BOS, EOS, HEADER, IGNORE, PAD, Layout, draw_batch
-from chain_tracer.masks import SINKS, TrainingMasks, block_mask
+from chain_tracer.masks import SINKS, TrainingMasks
+from small_qwen3.masks import block_mask
 from torch.nn.attention.flex_attention import create_block_mask
 
 from sgl_lim.tasks.chains import make_chain, vocabulary

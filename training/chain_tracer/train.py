@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from small_qwen3.masks import attend
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from .data import ANSWER, HEADER, IGNORE, NODE, STEP_WORDS, Layout, draw_batch
-from .masks import TrainingMasks, attend
+from .masks import TrainingMasks
 from .model import (
     ChainTracer,
     LayerWeights,
