@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lim_kernels.prefix_groups import PrefixGroups
-from sgl_lim import checks, metrics
+from sgl_lim import adaptive, checks, metrics
 from sgl_lim.config import LimConfig, load
 from sgl_lim.counters import Counters
 from sgl_lim.decode import DecodeStep, HeadShare, Scales, attend, begin_step
@@ -114,12 +114,12 @@ def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> Spar
     layers, layers_from = resolve_layers(config, model)
     method = METHODS[config.method](
         budget=config.budget,
-        recency=config.recency,
         sinks=config.sinks,
         aggregate=config.aggregate,
         selection_layers=layers,
         prefix_selection=config.prefix_selection,
         scope=config.scope or METHODS[config.method].scopes[0],
+        **adaptive.parameters(config),
     )
     rows, pool = runner.req_to_token_pool, runner.token_to_kv_pool
     table = rows.req_to_token
@@ -224,6 +224,10 @@ def sparse_subclass(dense: type) -> type:
                 rows_at_once=lim.rows_at_once(),
                 store=lim.store,
             )
+            if role is Role.SELECT and lim.method.top_p is not None:
+                assert lim.step.set_counts is not None
+                rows = forward_batch.req_pool_indices
+                lim.counters.record_sets(layer.layer_id, rows, lim.step.seq_lens, lim.step.set_counts)
             return out.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     LessIsMoreBackend.__name__ = f"LessIsMore{dense.__name__}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lim_kernels.select_tokens import AGGREGATES
+from sgl_lim import adaptive
 from sgl_lim.methods import METHODS, PREFIX_SELECTIONS, SCOPES
 
 ENV = "LESSISMORE_CONFIG"
@@ -34,7 +35,7 @@ class LimConfig:
 
     method: str = "lessismore"
     budget: int = 2048
-    recency: float = 0.25
+    recency: float | str = 0.25
     sinks: int = 4
     selection_layers: tuple[int, ...] | None = None
     aggregate: str = "union"
@@ -46,6 +47,13 @@ class LimConfig:
     scope: str | None = None
     preset: str | None = None
     """Path of a file by `sgl_lim.calibrate` that has the selection layers."""
+    top_p: float | None = None
+    top_p_floor: int | None = None
+
+    @property
+    def auto_recency(self) -> bool:
+        """Whether the window's length is found for each set."""
+        return self.recency == "auto"
 
     @property
     def remembers(self) -> bool:
@@ -67,8 +75,8 @@ class LimConfig:
                 f"--lim-budget {self.budget} leaves no token beside --lim-sinks {self.sinks}; "
                 "raise the budget or lower the sinks"
             )
-        if not isinstance(self.recency, (int, float)) or isinstance(self.recency, bool) or not 0 <= self.recency <= 1:
-            found.append(f"--lim-recency must be between 0 and 1, got {self.recency!r}")
+        if not self.auto_recency and not adaptive.is_share(self.recency):
+            found.append(f"--lim-recency must be between 0 and 1, or auto, got {self.recency!r}")
         if self.aggregate not in AGGREGATES:
             found.append(f"--lim-aggregate must be one of {', '.join(AGGREGATES)}, got {self.aggregate!r}")
         if not isinstance(self.prefix_groups, bool):
@@ -81,6 +89,7 @@ class LimConfig:
                 "that could be kept; leave the interval out"
             )
         found += self._prefix_selection_problems() + self._early_sets_problems() + self._scope_problems()
+        found += adaptive.problems(self)
         layers = self.selection_layers
         if layers is not None:
             if (
@@ -179,9 +188,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "recency",
-        type=float,
-        metavar="R",
-        help=f"Share of the budget kept for recent tokens (default {defaults.recency}).",
+        type=parse_recency,
+        metavar="{R,auto}",
+        help=f"Share of the budget kept for recent tokens (default {defaults.recency}); auto: for each set, as large a "
+        "share as these hold of the attention, from a sixteenth to a half.",
     )
     add("sinks", type=int, metavar="S", help=f"Leading tokens that are always kept (default {defaults.sinks}).")
     add(
@@ -197,6 +207,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Selection layers from a file by python -m sgl_lim.calibrate; --lim-selection-layers wins over it.",
     )
     add("aggregate", type=str, choices=AGGREGATES, help=f"How heads agree on one set (default {defaults.aggregate}).")
+    add(
+        "top-p",
+        type=float,
+        metavar="P",
+        help="Sets have no more tokens than hold this share of the attention (default: always the whole budget).",
+    )
+    add(
+        "top-p-floor",
+        type=int,
+        metavar="N",
+        help="Tokens that sets have at least with --lim-top-p (default: an eighth of the budget).",
+    )
     add(
         "scope",
         type=str,
@@ -289,6 +311,14 @@ def parse_layers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected layer indices separated by commas, got {text!r}") from None
+
+
+def parse_recency(text: str) -> float | str:
+    """`"0.25"` as 0.25, `"auto"` as it is."""
+    try:
+        return "auto" if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a share or auto, got {text!r}") from None
 
 
 def parse_switch(text: str) -> bool:

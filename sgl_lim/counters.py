@@ -1,9 +1,11 @@
 """What sparse decode saved, counted on the KV pool's device so that a step never waits for it."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
-from lim_kernels.count_step import TOTALS, Ledger, count_step
+from lim_kernels.count_step import TOTALS, Ledger, count_sets, count_step
 from lim_kernels.prefix_groups import PrefixGroups
 from sgl_lim.methods import Method, Role, SharedSets
 
@@ -22,6 +24,7 @@ class Counters:
         roles = method.layer_roles(num_layers)
         self._budget = method.budget
         self._layers = {role: roles.count(role) for role in Role}
+        self._roles = roles
         self._ledger = Ledger(
             totals=torch.zeros(len(TOTALS), dtype=torch.int64, device=device),
             seen=torch.full((num_rows,), -1, dtype=torch.int64, device=device),
@@ -91,6 +94,18 @@ class Counters:
             set_groups=None if shared is None else shared.in_sets,
             set_counts=None if shared is None else shared.counts,
         )
+
+    def record_sets(self, layer: int, rows: Tensor, seq_lens: Tensor, set_counts: Tensor) -> None:
+        """Count the sets that a selection layer chose as long as they are; after `record`, may be captured in a graph.
+
+        Args:
+            layer: which chose them; the sparse layers from there to the next selection attend to them.
+            rows, seq_lens: as `record` had them; set_counts: int32 [B] or [B, H_kv].
+        """
+        readers = itertools.takewhile(lambda role: role is Role.SPARSE, self._roles[layer + 1 :])
+        layers = sum(1 for _ in readers)
+        if layers:
+            count_sets(self._ledger, rows, seq_lens, set_counts, budget=self._budget, layers=layers)
 
     @property
     def generations(self) -> Tensor:

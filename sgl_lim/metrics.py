@@ -101,10 +101,12 @@ def settings(lim: "SparseDecode") -> dict[str, Any]:
     return {
         "method": method.name,
         "budget": method.budget,
-        "recency": method.recency,
+        "recency": "auto" if method.auto_recency else method.recency,
         "sinks": method.sinks,
         "aggregate": method.aggregate,
         "scope": method.scope,
+        "top_p": method.top_p,
+        "top_p_floor": None if method.top_p is None else method.top_p_floor,
         "selection_layers": list(method.selection_layers),
         "selection_layers_from": lim.layers_from,
         "layer_roles": [role.value for role in lim.roles],
@@ -129,6 +131,7 @@ def summary(lim: "SparseDecode") -> str:
         f"prefix groups {'on' if named['prefix_groups'] else 'off'}, "
         f"prefix selection {named['prefix_selection']}, selection interval {named['selection_interval']}, "
         f"early sets {'on' if named['early_sets'] else 'off'}"
+        + ("" if lim.method.top_p is None else f", top-p {named['top_p']} from {named['top_p_floor']} tokens on")
     )
 
 

@@ -48,6 +48,9 @@ class Method(ABC):
         selection_layers: increasing layer indices; layers before the first are dense.
         prefix_selection: "request", each row chooses for itself; "group", rows that share a prefix choose it together.
         scope: "global", one set for all heads; "kv_head", one for each KV head, ranked over its query heads.
+        top_p: share of the attention that a set is to hold, with as few tokens as do; None: it has the whole budget.
+        top_p_floor: tokens in such a set, at least.
+        auto_recency: the window gets the share of the budget that it holds of the attention, `recency` at most.
     """
 
     name: ClassVar[str]
@@ -62,6 +65,9 @@ class Method(ABC):
     selection_layers: tuple[int, ...]
     prefix_selection: str = "request"
     scope: str = "global"
+    top_p: float | None = None
+    top_p_floor: int = 1
+    auto_recency: bool = False
 
     @property
     def per_kv_head(self) -> bool:

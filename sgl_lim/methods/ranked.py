@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lim_kernels import choose_tokens, score_tokens
+from lim_kernels import adapt_budgets, choose_tokens, score_tokens
 from sgl_lim.methods.base import Method, Role, SharedSets
 
 
@@ -52,17 +52,32 @@ class Ranked(Method):
         scores = score_tokens(logits, seq_lens.repeat_interleave(kv_heads), lse=lse, **sizes)
         return scores.unflatten(0, (batch, kv_heads))
 
+    def own_sizes(self, scores: Tensor, seq_lens: Tensor) -> dict[str, Any]:
+        """`budgets` and `recents` of rows of scores [R, L] for `choose_tokens`; none where all have the method's."""
+        if self.top_p is None and not self.auto_recency:
+            return {}
+        budgets, recents = adapt_budgets(
+            scores,
+            seq_lens,
+            budget=self.budget,
+            recent=None if self.auto_recency else self.recent,
+            sinks=self.kept_sinks,
+            top_p=self.top_p,
+            floor=self.top_p_floor,
+        )
+        return {"budgets": budgets, "recents": recents}
+
     def choose(
         self, scores: Tensor, seq_lens: Tensor, slots: Tensor | None, shared: SharedSets | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `lim_kernels.choose_tokens`."""
         if not self.per_kv_head:
-            return choose_tokens(scores, seq_lens, slots=slots, **self._sizes)
+            return choose_tokens(scores, seq_lens, slots=slots, **self._sizes, **self.own_sizes(scores, seq_lens))
         batch, kv_heads, length = scores.shape
-        lens = seq_lens.repeat_interleave(kv_heads)
+        scores, lens = scores.flatten(0, 1), seq_lens.repeat_interleave(kv_heads)
         chosen, counts = (
             tensor.unflatten(0, (batch, kv_heads))
-            for tensor in choose_tokens(scores.flatten(0, 1), lens, **self._sizes)
+            for tensor in choose_tokens(scores, lens, **self._sizes, **self.own_sizes(scores, lens))
         )
         if slots is None:
             return chosen, counts
