@@ -40,6 +40,8 @@ def problems(config: "LimConfig") -> list[str]:
         reasons.append(
             f"makes sets of different sizes, and --lim-selection-interval {interval} keeps them; leave one of them out"
         )
+    if config.record_budgets is not None:
+        reasons.append("finds budgets, and calibration records given ones; leave the flag out")
     found += [f"{flag} {reason}" for flag in flags for reason in reasons]
     kind = METHODS.get(config.method) if isinstance(config.method, str) else None
     if kind is not None and not issubclass(kind, Ranked):

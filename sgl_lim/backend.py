@@ -16,10 +16,12 @@ from torch import Tensor
 
 from lim_kernels.prefix_groups import PrefixGroups
 from sgl_lim import adaptive, checks, metrics
+from sgl_lim.calibration.recorder import Recorder
 from sgl_lim.config import LimConfig, load
 from sgl_lim.counters import Counters
 from sgl_lim.decode import DecodeStep, HeadShare, Scales, attend, begin_step
-from sgl_lim.methods import METHODS, LessIsMore, Method, Role
+from sgl_lim.methods import METHODS, Full, LessIsMore, Method, Role
+from sgl_lim.methods.ranked import Ranked
 from sgl_lim.presets import resolve_layers
 from sgl_lim.set_store import SetStore
 from sgl_lim.snapshot import Snapshot
@@ -50,6 +52,8 @@ class SparseDecode:
     store: SetStore | None = None
     """Sets that outlive a step, with a selection interval above 1 or early sets."""
     step: DecodeStep | None = None
+    recorder: Recorder | None = None
+    """While a model is calibrated: every layer is dense and records what sets would have covered."""
 
     def rows_at_once(self) -> int:
         """Rows that a selection layer of this step scores together."""
@@ -73,6 +77,8 @@ class SparseDecode:
     def decodes_dense_layers(self) -> bool:
         """Whether this step's dense layers run on our operators."""
         assert self.step is not None
+        if self.recorder is not None:
+            return True
         early = self.step.reuse is not None and self.step.reuse.early is not None
         return self.dense_by_kernels or self.step.groups is not None or early
 
@@ -111,16 +117,19 @@ def make(runner: Any) -> Any:
 def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> SparseDecode:
     """Resolve the configuration against the model: method, layer roles, head share, counters."""
     model = runner.model_config
-    layers, layers_from = resolve_layers(config, model)
-    method = METHODS[config.method](
-        budget=config.budget,
-        sinks=config.sinks,
-        aggregate=config.aggregate,
-        selection_layers=layers,
-        prefix_selection=config.prefix_selection,
-        scope=config.scope or METHODS[config.method].scopes[0],
-        **adaptive.parameters(config),
-    )
+    heads, recorder = head_share(model.num_attention_heads), None
+    if config.record_budgets is None:
+        layers, layers_from = resolve_layers(config, model)
+        method = METHODS[config.method](
+            budget=config.budget,
+            selection_layers=layers,
+            prefix_selection=config.prefix_selection,
+            **ranking(config),
+        )
+    else:
+        layers_from = "none while recording"
+        method = Full(budget=config.budget, selection_layers=(), **ranking(config))
+        recorder = build_recorder(config, model.num_hidden_layers, heads, runner.req_to_token_pool.req_to_token.device)
     rows, pool = runner.req_to_token_pool, runner.token_to_kv_pool
     table = rows.req_to_token
     store = None
@@ -137,7 +146,7 @@ def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> Spar
     return SparseDecode(
         method=method,
         roles=method.layer_roles(model.num_hidden_layers),
-        heads=head_share(model.num_attention_heads),
+        heads=heads,
         dense_backend=dense_name,
         # torch_native decodes request by request; the operator takes the batch at once.
         dense_by_kernels=dense_name == "torch_native",
@@ -146,9 +155,28 @@ def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> Spar
         rows=rows,
         snapshot=Snapshot(table, lead=0 if store is None else method.budget),
         counters=Counters(method, model.num_hidden_layers, table.shape[0], table.device),
-        granule=GRANULE if config.prefix_groups else None,
+        granule=GRANULE if config.prefix_groups and recorder is None else None,
         store=store,
+        recorder=recorder,
     )
+
+
+def ranking(config: LimConfig) -> dict[str, Any]:
+    """Parameters of a method that do not depend on the model or the budget."""
+    return {
+        **adaptive.parameters(config),
+        "sinks": config.sinks,
+        "aggregate": config.aggregate,
+        "scope": config.scope or METHODS[config.method].scopes[0],
+    }
+
+
+def build_recorder(config: LimConfig, num_layers: int, heads: HeadShare, device: torch.device) -> Recorder:
+    """The recorder of the configured method at the budgets of `record_budgets`."""
+    kind = METHODS[config.method]
+    assert config.record_budgets is not None and issubclass(kind, Ranked)
+    rules = [kind(budget=budget, selection_layers=(0,), **ranking(config)) for budget in config.record_budgets]
+    return Recorder(rules, num_layers, heads, device)
 
 
 def head_share(num_heads: int) -> HeadShare:
@@ -212,22 +240,20 @@ def sparse_subclass(dense: type) -> type:
             refuse_options(layer, options)
             if save_kv_cache and k is not None:
                 store_kv(lim.pool, layer, forward_batch, k, v)
-            out = attend(
-                lim.method,
-                lim.step,
-                role,
+            operands = (
                 q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),
                 lim.pool.get_key_buffer(layer.layer_id),
                 lim.pool.get_value_buffer(layer.layer_id),
-                scales=layer_scales(layer),
-                heads=lim.heads,
-                rows_at_once=lim.rows_at_once(),
-                store=lim.store,
             )
-            if role is Role.SELECT and lim.method.top_p is not None:
-                assert lim.step.set_counts is not None
-                rows = forward_batch.req_pool_indices
-                lim.counters.record_sets(layer.layer_id, rows, lim.step.seq_lens, lim.step.set_counts)
+            how: dict[str, Any] = {"scales": layer_scales(layer), "rows_at_once": lim.rows_at_once()}
+            if lim.recorder is not None:
+                out = lim.recorder.attend(layer.layer_id, lim.step, *operands, **how)
+            else:
+                out = attend(lim.method, lim.step, role, *operands, heads=lim.heads, store=lim.store, **how)
+                if role is Role.SELECT and lim.method.top_p is not None:
+                    assert lim.step.set_counts is not None
+                    rows = forward_batch.req_pool_indices
+                    lim.counters.record_sets(layer.layer_id, rows, lim.step.seq_lens, lim.step.set_counts)
             return out.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     LessIsMoreBackend.__name__ = f"LessIsMore{dense.__name__}"

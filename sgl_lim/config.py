@@ -16,8 +16,11 @@ from typing import Any
 from lim_kernels.select_tokens import AGGREGATES
 from sgl_lim import adaptive
 from sgl_lim.methods import METHODS, PREFIX_SELECTIONS, SCOPES
+from sgl_lim.methods.ranked import Ranked
 
 ENV = "LESSISMORE_CONFIG"
+
+_RECORDS_PLAINLY = "calibration records what each request selects anew at every step; leave the flag out"
 
 
 class RefusedConfig(ValueError):
@@ -44,9 +47,11 @@ class LimConfig:
     selection_interval: int = 1
     prefix_selection: str = "request"
     early_sets: bool = False
-    scope: str | None = None
     preset: str | None = None
     """Path of a file by `sgl_lim.calibrate` that has the selection layers."""
+    record_budgets: tuple[int, ...] | None = None
+    """Decode densely and record what sets of these budgets would cover; only by the variable, for calibration."""
+    scope: str | None = None
     top_p: float | None = None
     top_p_floor: int | None = None
 
@@ -102,6 +107,27 @@ class LimConfig:
                 found.append(f"--lim-selection-layers must increase, got {','.join(map(str, layers))}")
         if self.preset is not None and not isinstance(self.preset, str):
             found.append(f"--lim-preset must be the path of a file by sgl_lim.calibrate, got {self.preset!r}")
+        return found + self._recording_problems()
+
+    def _recording_problems(self) -> list[str]:
+        """Calibration asks what one selection a layer, step and request would cover."""
+        budgets = self.record_budgets
+        if budgets is None:
+            return []
+        fits = isinstance(budgets, tuple) and all(_is_int(budget) and budget > 0 for budget in budgets)
+        if not fits or not budgets or any(b <= a for a, b in itertools.pairwise(budgets)):
+            return [f"{ENV}: record_budgets must be increasing positive integers, got {budgets!r}"]
+        found = []
+        if _is_int(self.sinks) and budgets[0] <= self.sinks:
+            found.append(f"--budgets {budgets[0]} leaves no token beside --lim-sinks {self.sinks}; raise it")
+        if isinstance(self.method, str) and self.method in METHODS and not issubclass(METHODS[self.method], Ranked):
+            found.append(f"--lim-method {self.method} ranks nothing that could be calibrated; leave the flag out")
+        if _is_int(self.selection_interval) and self.selection_interval > 1:
+            found.append(f"--lim-selection-interval {self.selection_interval}: {_RECORDS_PLAINLY}")
+        if self.early_sets is True:
+            found.append(f"--lim-early-sets on: {_RECORDS_PLAINLY}")
+        if self.prefix_selection == "group":
+            found.append(f"--lim-prefix-selection group: {_RECORDS_PLAINLY}")
         return found
 
     def _prefix_selection_problems(self) -> list[str]:
@@ -286,6 +312,8 @@ def load() -> LimConfig:
         layers = tuple(layers)
     if layers is not None:
         values["selection_layers"] = layers
+    if isinstance(values.get("record_budgets"), list):
+        values["record_budgets"] = tuple(values["record_budgets"])
     return LimConfig(**values)
 
 

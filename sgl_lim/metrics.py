@@ -132,6 +132,7 @@ def summary(lim: "SparseDecode") -> str:
         f"prefix selection {named['prefix_selection']}, selection interval {named['selection_interval']}, "
         f"early sets {'on' if named['early_sets'] else 'off'}"
         + ("" if lim.method.top_p is None else f", top-p {named['top_p']} from {named['top_p_floor']} tokens on")
+        + ("" if lim.recorder is None else f", recording budgets {','.join(map(str, lim.recorder.budgets))}")
     )
 
 
@@ -139,7 +140,10 @@ def describe() -> dict[str, Any] | None:
     """Block for `/server_info`: settings and counters, or None where this process has no lessismore backend."""
     if _State.lim is None:
         return None
-    return {**settings(_State.lim), "counters": _State.lim.counters.read()}
+    block = {**settings(_State.lim), "counters": _State.lim.counters.read()}
+    if _State.lim.recorder is not None:
+        block["recording"] = _State.lim.recorder.read()
+    return block
 
 
 def after_step(lim: "SparseDecode") -> None:
