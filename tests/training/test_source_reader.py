@@ -127,6 +127,7 @@ def test_the_schedule_follows_the_clock() -> None:
     schedule = Schedule(2048, 8192, long_from=0.45, closing_from=0.6)
     assert [schedule.length(d) for d in (0.0, 0.44, 0.45, 1.0)] == [2048, 2048, 8192, 8192]
     assert [schedule.closes(d) for d in (0.3, 0.59, 0.6)] == [False, False, True]
+    assert not Schedule(1, 2, long_from=0.5, closing_from=0.1).closes(0.4)
     assert not Schedule(1, 2, closing=False).closes(0.9)
     factors = [schedule.factor(d / 100) for d in range(101)]
     assert factors[0] < 0.1 and factors[20] == 1.0 and factors[100] == 0.02

@@ -22,8 +22,8 @@ class Schedule:
         return self.short if done < self.long_from else self.long
 
     def closes(self, done: float) -> bool:
-        """Whether random layers are closed."""
-        return self.closing and done >= self.closing_from
+        """Whether random layers are closed; only in long rows."""
+        return self.closing and done >= max(self.closing_from, self.long_from)
 
     def factor(self, done: float) -> float:
         """Of the learning rate: linear warm-up, constant, linear fall."""
@@ -47,7 +47,3 @@ class Clock:
     def done(self) -> float:
         """Share of the budget that is used."""
         return self.used / self.budget
-
-    def pause(self, since: float) -> None:
-        """Leave the time since `since` (`time.monotonic`) out."""
-        self._begin += time.monotonic() - since

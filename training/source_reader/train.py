@@ -68,7 +68,8 @@ class Log:
 
 def build(args: argparse.Namespace, device: torch.device, schedule: Schedule) -> Trainer:
     """Model and optimiser from scratch, and the prepared data on the device."""
-    model = SmallQwen3(TINY if args.tiny else PUBLISHED).to(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = SmallQwen3(TINY if args.tiny else PUBLISHED, dtype).to(device)
     model.initialise()
     weights = list(model.parameters())
     layers = [w for i in range(model.shape.layers) for w in model.weights(i) if w.ndim == 2]

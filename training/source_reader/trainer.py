@@ -22,12 +22,14 @@ MASK_STEPS = 8  # batches of one closed mask: building one costs the device a mi
 FOUND = ("text", "chains", "chain words")  # losses of both kinds of row, and how many chain tokens are right
 
 
-def token_loss(x: Tensor, norm: Tensor, embed: Tensor, targets: Tensor, text: int, eps: float) -> tuple[Tensor, Tensor]:
+def token_loss(
+    x: Tensor, norm: Tensor, embed: Tensor, targets: Tensor, text: int, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Mean loss of residual rows x [N, hidden] against targets [N], and float32 [3]: what `FOUND` names.
 
     The first `text` rows are of text, the others of chains.
     """
-    logits = F.linear(rms_norm(x, norm, eps, torch.bfloat16), embed.to(torch.bfloat16)).float()
+    logits = F.linear(rms_norm(x, norm, eps, dtype), embed.to(dtype)).float()
     losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
     asked = targets != IGNORE
     chains = asked[text:].sum().clamp(min=1)
@@ -112,11 +114,11 @@ class Trainer:
         self.tokens += tokens.numel()
         x = F.embedding(tokens, self.model.embed)
         for i in range(self.model.shape.layers):
-            operands = x, self.model.weights(i), *self._ropes[length]
-            x = self._open_layer(*operands) if i in open_layers else self._closed_layer(*operands, self.closed.mask)
+            layer = x, self.model.weights(i), *self._ropes[length]
+            x = self._open_layer(*layer) if i in open_layers else self._closed_layer(*layer, self.closed.mask)
         text = round(len(tokens) * self.text_share) * length
-        rows, shape = x.flatten(0, 1), self.model.shape
-        loss, found = self._loss(rows, self.model.norm, self.model.embed, targets.flatten(), text, shape.eps)
+        operands = x.flatten(0, 1), self.model.norm, self.model.embed, targets.flatten()
+        loss, found = self._loss(*operands, text, self.model.shape.eps, self.model.dtype)
         loss.backward()
         return found
 
