@@ -7,6 +7,7 @@ A data folder holds `train.npy` and `held_out.npy` (uint16: files one after anot
 import hashlib
 import json
 import multiprocessing
+import os
 import random
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from .chains import ChainWriter
-from .corpus import HELD_OUT, Source, find_sources, fingerprint, read_text, titled
+from .corpus import HELD_OUT, Source, find_sources, fingerprint, package_folders, read_text, titled
 from .tokenizer import EOS, FILE, load_tokenizer
 
 Tokens = NDArray[np.uint16]
@@ -74,6 +75,15 @@ def prepare(folder: Path, roots: Iterable[Path], *, processes: int, limit: int |
     content["seconds"] = round(time.monotonic() - begin, 1)
     description.write_text(json.dumps(content, indent=2) + "\n")
     return content
+
+
+def held_out_tokens(folder: Path | None) -> Tokens:
+    """The held-out text of a data folder, or without one that of this interpreter's packages, encoded now."""
+    if folder is not None:
+        return np.asarray(np.load(folder / "held_out.npy"))
+    sources = [s for s in find_sources(package_folders()) if s.held_out]
+    _, held_out = split(encode_all(sources, len(os.sched_getaffinity(0))))
+    return np.concatenate([f.tokens for f in held_out])
 
 
 def split(files: Iterable[Encoded]) -> tuple[list[Encoded], list[Encoded]]:

@@ -1,0 +1,130 @@
+"""Teacher-forced decode over a served step's operators: `sgl_lim.decode` with any method of `sgl_lim.methods`.
+
+The prompt is dense, as a server's prefill. Every later token is its own decode step: it sees the keys and values that
+the steps before it left, which sparse layers have shaped. As the tokens are given, many steps run as rows of one.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lim_kernels import decode_with_scores
+from sgl_lim.decode import DecodeStep, HeadShare, Scales, attend, begin_step
+from sgl_lim.methods import Method, Role
+
+from .model import SmallQwen3, finish, project, rope_table
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a sequence has in the cache."""
+
+    keys: list[Tensor]  # per layer [P, kv_heads, D]
+    values: list[Tensor]  # per layer [P, kv_heads, D]
+    last: Tensor  # [1, hidden]: residual stream of the last token
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return len(self.keys[0])
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What the steps of one sequence found."""
+
+    logits: Tensor  # float32 [S, vocab]: of the token after each one fed
+    attended: Tensor  # float32 [S]: share of their context that sparse layers read, mean over them; 1 if there are none
+    recall: (
+        Tensor | None
+    )  # float32 [S]: share of the full attention's weight that the sets hold, mean over sparse layers
+
+    @staticmethod
+    def join(parts: list["Decoded"]) -> "Decoded":
+        """Later steps behind earlier ones."""
+        recalls = [p.recall for p in parts if p.recall is not None]
+        return Decoded(
+            torch.cat([p.logits for p in parts]),
+            torch.cat([p.attended for p in parts]),
+            torch.cat(recalls) if recalls else None,
+        )
+
+
+@torch.inference_mode()
+def prefill(model: SmallQwen3, tokens: Tensor) -> Context:
+    """Dense causal pass over one sequence of token ids [P]."""
+    x = model.embed[tokens][None]
+    cos, sin = rope_table(torch.arange(len(tokens), device=x.device), model.shape)
+    keys, values = [], []
+    for i in range(model.shape.layers):
+        w = model.weights(i)
+        q, k, v = project(x, w, cos, sin, model.shape, model.dtype)
+        keys.append(k[0].transpose(0, 1).contiguous())
+        values.append(v[0].transpose(0, 1).contiguous())
+        x = finish(
+            x, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), w, model.shape, model.dtype
+        )
+    return Context(keys, values, x[0, -1:])
+
+
+@torch.inference_mode()
+def decode(
+    model: SmallQwen3, context: Context, fed: Tensor, method: Method, *, rows: int = 128, recall: bool = False
+) -> Decoded:
+    """Feed tokens [S] behind a context under a method, `rows` steps at once; `recall` costs a full pass a layer."""
+    parts = []
+    for first in range(0, len(fed), rows):
+        context, part = _decode_rows(model, context, fed[first : first + rows], method, recall)
+        parts.append(part)
+    return Decoded.join(parts)
+
+
+def _decode_rows(
+    model: SmallQwen3, context: Context, fed: Tensor, method: Method, recall: bool
+) -> tuple[Context, Decoded]:
+    shape, before = model.shape, context.length
+    positions = torch.arange(before, before + len(fed), device=fed.device)
+    cos, sin = rope_table(positions, shape)
+    slots = torch.arange(before + len(fed), device=fed.device, dtype=torch.int32).repeat(len(fed), 1)
+    step = begin_step(method, slots, (positions + 1).to(torch.int32))
+    heads, scales = HeadShare(0, shape.heads, shape.heads, None), Scales(shape.scale, 0.0)
+    x, keys, values = model.embed[fed][None], [], []
+    shares, recalls = [], []
+    for i, role in enumerate(method.layer_roles(shape.layers)):
+        w = model.weights(i)
+        q, k, v = (t[0].transpose(0, 1).contiguous() for t in project(x, w, cos, sin, shape, model.dtype))
+        keys.append(torch.cat((context.keys[i], k)))
+        values.append(torch.cat((context.values[i], v)))
+        out = attend(method, step, role, q, keys[i], values[i], scales=scales, heads=heads)
+        if role is Role.SPARSE:
+            shares.append(_share(step))
+            if recall:
+                recalls.append(_recall(step, q, keys[i], values[i], shape.scale))
+        x = finish(x, out.transpose(0, 1)[None], w, shape, model.dtype)
+    attended = torch.stack(shares).mean(0) if shares else torch.ones(len(fed), device=fed.device)
+    found = Decoded(model.logits(x[0]), attended, torch.stack(recalls).mean(0) if recalls else None)
+    return replace(context, keys=keys, values=values, last=x[0, -1:]), found
+
+
+def _share(step: DecodeStep) -> Tensor:
+    assert step.set_counts is not None
+    counts = step.set_counts.float()
+    return (counts if counts.dim() == 1 else counts.mean(1)) / step.seq_lens
+
+
+def _recall(step: DecodeStep, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Weight of the set in full attention, float32 [S], mean over query heads."""
+    assert step.set_slots is not None and step.set_counts is not None
+    _, lse, logits = decode_with_scores(q, keys, values, step.slots, step.seq_lens, scale=scale)
+    chosen, counts = step.set_slots, step.set_counts
+    if chosen.dim() == 2:
+        chosen, counts = chosen[:, None], counts[:, None]
+    group = q.shape[1] // chosen.shape[1]
+    chosen, counts = chosen.repeat_interleave(group, dim=1), counts.repeat_interleave(group, dim=1)
+    valid = torch.arange(chosen.shape[2], device=q.device) < counts[..., None]
+    # Slots are positions here. What lies behind `counts` may be anything.
+    index = chosen.long().masked_fill(~valid, 0)
+    weights = (logits.gather(2, index) - lse[..., None]).exp()
+    return weights.masked_fill(~valid, 0).sum(2).mean(1)
