@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from chain_tracer.data import EOS, IDS
-from chain_tracer.decode import Policy, encode, prefill, score
+from chain_tracer.decode import Policy, Reads, encode, prefill, score
 from chain_tracer.export import build_tokenizer, export, mute_heads
 from chain_tracer.model import ChainTracer, Shape, load_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -122,6 +122,26 @@ def test_at_a_small_budget_only_the_selected_tokens_help(ours: ChainTracer, prob
     assert score(ours, batch, Policy("lessismore", 64, SELECTION)).all(dim=1).all()
     for window_only in (Policy("window", 64), Policy("window", 64, SELECTION)):
         assert not score(ours, batch, window_only).all(dim=1).any()
+
+
+def test_tokens_read_follow_the_budget_and_the_attention(ours: ChainTracer, problems) -> None:
+    batch = prefill(ours, problems)
+    chains, first, words = len(problems), batch.keys[0].shape[2] + 1, batch.solution.shape[1] - 1
+    lengths = range(first, first + words)
+    layers = len(batch.keys)
+
+    def reads(**how) -> int:
+        counted = Reads()
+        score(ours, batch, Policy("lessismore", 64, SELECTION, "sum", **how), counted)
+        assert counted.dense == chains * layers * sum(lengths)
+        return counted.attended
+
+    full_layers = SELECTION[0] + len(SELECTION)
+    fixed = chains * sum(full_layers * n + (layers - full_layers) * min(n, 64) for n in lengths)
+    assert reads() == reads(recency=None) == fixed
+    assert reads(top_p=0.3) < reads(top_p=0.7) < fixed
+    # No share asks for less than 12 tokens of the window, 4 sinks and one more.
+    assert reads(top_p=0.001) == chains * sum(full_layers * n + (layers - full_layers) * 17 for n in lengths)
 
 
 def test_a_muted_head_writes_nothing() -> None:

@@ -5,12 +5,13 @@ chains run at once. Prompt rows are dense whatever the policy, so one prefill se
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lim_kernels import select_tokens
+from lim_kernels import adapt_budgets, choose_tokens, score_tokens
 from sgl_lim.tasks.chains import ChainProblem
 
 from .data import BOS, EOS, IDS
@@ -30,7 +31,10 @@ class Policy:
     budget: int = 0
     selection: tuple[int, ...] = ()
     aggregate: str = "union"
-    recency: float = 0.25
+    recency: float | None = 0.25
+    """None: windows get the share of the budget that they hold of the attention."""
+    top_p: float | None = None
+    """Share of the attention that sets hold, with as few tokens as do; None: they have the whole budget."""
 
     @property
     def dense_below(self) -> int:
@@ -38,7 +42,8 @@ class Policy:
 
     @property
     def middle(self) -> int:
-        return int(self.budget * (1 - self.recency)) if self.method == "lessismore" else 0
+        recency = 0.5 if self.recency is None else self.recency
+        return int(self.budget * (1 - recency)) if self.method == "lessismore" else 0
 
     @property
     def sinks(self) -> int:
@@ -57,6 +62,15 @@ class Prefilled:
     values: list[Tensor]
     last: Tensor  # [B, hidden]: residual stream of the prompt's last word
     solution: Tensor  # int64 [B, S]: solution words and `<eos>`
+
+
+@dataclass
+class Reads:
+    """Tokens that the decode steps of some chains read, in all layers."""
+
+    attended: int = 0
+    dense: int = 0
+    """The same without a policy."""
 
 
 def encode(problems: list[ChainProblem], device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -84,8 +98,8 @@ def prefill(model: ChainTracer, problems: list[ChainProblem]) -> Prefilled:
 
 
 @torch.inference_mode()
-def score(model: ChainTracer, batch: Prefilled, policy: Policy) -> Tensor:
-    """bool [B, S]: which solution words (`<eos>` included) the policy's argmax gets right."""
+def score(model: ChainTracer, batch: Prefilled, policy: Policy, reads: Reads | None = None) -> Tensor:
+    """bool [B, S]: which solution words (`<eos>` included) the policy's argmax gets right. Adds to `reads`."""
     fed = batch.solution[:, :-1]
     before = batch.keys[0].shape[2]
     positions = torch.arange(before, before + fed.shape[1], device=fed.device)
@@ -99,7 +113,11 @@ def score(model: ChainTracer, batch: Prefilled, policy: Policy) -> Tensor:
         q, k, v = project(x, w, cos, sin, model.shape, model.dtype)
         k, v = torch.cat((batch.keys[i], k), dim=2), torch.cat((batch.values[i], v), dim=2)
         sparse = i >= policy.dense_below and i not in policy.selection and policy.method != "full"
-        attended = _attend(q, k, v, visible if sparse else causal)
+        mask = visible if sparse else causal
+        if reads is not None:
+            reads.attended += int(mask.sum()) * (len(fed) if mask.ndim == 2 else 1)
+            reads.dense += int(causal.sum()) * len(fed)
+        attended = _attend(q, k, v, mask)
         if i in policy.selection and policy.method == "lessismore":
             visible = _select(q, k, positions + 1, policy, model.shape.scale)
         x = finish(x, attended, w, model.shape, model.dtype)
@@ -128,14 +146,14 @@ def _select(q: Tensor, k: Tensor, seq_lens: Tensor, policy: Policy, scale: float
     for i in range(0, batch, step):
         wide = k[i : i + step].float().repeat_interleave(group, dim=1)
         logits = (q[i : i + step].float() @ wide.transpose(2, 3) * scale).transpose(1, 2).flatten(0, 1)
-        positions, _ = select_tokens(
-            logits.contiguous(),
-            seq_lens.repeat(len(wide)).to(torch.int32),
-            budget=policy.budget,
-            recent=policy.recent,
-            sinks=policy.sinks,
-            aggregate=policy.aggregate,
-        )
+        lens = seq_lens.repeat(len(wide)).to(torch.int32)
+        sizes: dict[str, Any] = {"budget": policy.budget, "recent": policy.recent, "sinks": policy.sinks}
+        scores = score_tokens(logits.contiguous(), lens, **sizes, aggregate=policy.aggregate)
+        own: dict[str, Any] = {}
+        if policy.top_p is not None or policy.recency is None:
+            found = {**sizes, "recent": None if policy.recency is None else policy.recent, "top_p": policy.top_p}
+            own["budgets"], own["recents"] = adapt_budgets(scores, lens, **found)
+        positions, _ = choose_tokens(scores, lens, **sizes, **own)
         index = positions.long().masked_fill(positions < 0, length).view(len(wide), count, -1)
         visible[i : i + step].scatter_(2, index, True)
     return visible[..., :length]

@@ -1,9 +1,10 @@
-"""Measure the chain tracer: accuracy against budget, the search for selection layers, accuracy against size.
+"""Measure the chain tracer: accuracy against budget, fixed or adaptive, and size; the search for selection layers.
 
     PYTHONPATH=.:kernels:training python -m chain_tracer.evaluate budget models/chain-tracer --selection 2,8 \\
         --csv benchmarks/results/chain_tracer_budget.csv
     … evaluate search models/chain-tracer --chains 64 --csv search.csv
     … evaluate sizes models/chain-tracer --chains 64 --csv sizes.csv
+    … evaluate adaptive models/chain-tracer --chains 16 --csv benchmarks/results/chain_tracer_adaptive.csv
 """
 
 import argparse
@@ -18,12 +19,16 @@ import torch
 
 from sgl_lim.tasks.chains import generate_chains
 
-from .decode import Policy, Prefilled, prefill, score
+from .decode import Policy, Prefilled, Reads, prefill, score
 from .model import ChainTracer, load_checkpoint
 
 BUDGETS = (64, 128, 256, 512)
+FEW = (20, 24, 28, 32, 40, 48, 64, 128, 256)
+"""Budgets that are as small as adaptive sets."""
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 ASKED = ("method", "aggregate", "budget", "selection_layers", "dense_below", "facts", "steps", "chains", "seed")
-FIELDS = (*ASKED, "whole_chains", "tokens", "weights_sha256", "device", "torch", "commit")
+MEASURED = ("whole_chains", "tokens", "weights_sha256", "device", "torch", "commit")
+FIELDS = (*ASKED, *MEASURED, "recency", "top_p", "attended")
 
 
 def budget_policies(selection: tuple[int, ...]) -> Iterator[Policy]:
@@ -33,6 +38,14 @@ def budget_policies(selection: tuple[int, ...]) -> Iterator[Policy]:
         yield from (Policy("lessismore", b, selection, aggregate) for b in BUDGETS)
     yield from (Policy("window", b) for b in BUDGETS)
     yield from (Policy("window", b, selection) for b in BUDGETS)
+
+
+def adaptive_policies(selection: tuple[int, ...]) -> Iterator[Policy]:
+    """Fixed budgets, and sets of at most the largest of them that hold a share, beside a window of two kinds."""
+    yield Policy("full")
+    for recency in (0.25, None):
+        yield from (Policy("lessismore", budget, selection, "sum", recency) for budget in FEW)
+        yield from (Policy("lessismore", FEW[-1], selection, "sum", recency, share) for share in SHARES)
 
 
 def search_policies(firsts: Iterable[int], seconds: Iterable[int], budgets: Iterable[int]) -> Iterator[Policy]:
@@ -61,14 +74,17 @@ class Bench:
         return [prefill(self.model, problems[i : i + self.batch]) for i in range(0, len(problems), self.batch)]
 
     def row(self, batches: list[Prefilled], policy: Policy, facts: int, steps: int) -> dict[str, object]:
-        right = torch.cat([score(self.model, b, policy) for b in batches])
+        reads = Reads()
+        right = torch.cat([score(self.model, b, policy, reads) for b in batches])
         whole, tokens = right.all(dim=1).float().mean().item(), right.float().mean().item()
         sparse = policy.method != "full"
         selection = "-".join(map(str, policy.selection))
         aggregate = policy.aggregate if policy.method == "lessismore" else ""
         budget, dense = (policy.budget, policy.dense_below) if sparse else ("", "")
         asked = (policy.method, aggregate, budget, selection, dense, facts, steps, self.chains, self.seed)
-        return dict(zip(FIELDS, (*asked, f"{whole:.4f}", f"{tokens:.5f}", *self.machine), strict=True))
+        recency = ("auto" if policy.recency is None else policy.recency) if policy.method == "lessismore" else ""
+        adaptive = (recency, "" if policy.top_p is None else policy.top_p, f"{reads.attended / reads.dense:.4f}")
+        return dict(zip(FIELDS, (*asked, f"{whole:.4f}", f"{tokens:.5f}", *self.machine, *adaptive), strict=True))
 
 
 def git_commit() -> str:
@@ -78,7 +94,7 @@ def git_commit() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("budget", "search", "sizes"))
+    parser.add_argument("what", choices=("budget", "adaptive", "search", "sizes"))
     parser.add_argument("folder", type=Path, help="published model or training checkpoint; rounded to bfloat16")
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--selection", type=lambda s: tuple(map(int, s.split(","))), default=(2, 8))
@@ -99,6 +115,8 @@ def main() -> None:
     policies = [Policy("full")]
     if args.what == "sizes":
         sizes = [(f, s) for f in (64, 128, 200, 330, 400) for s in (4, 16, 32, 48, 64)]
+    elif args.what == "adaptive":
+        policies = list(adaptive_policies(args.selection))
     elif args.what == "search":
         policies = list(search_policies(args.first, args.second, args.budgets))
     else:
@@ -114,7 +132,9 @@ def main() -> None:
                 row = bench.row(batches, policy, facts, steps)
                 writer.writerow(row)
                 file.flush()
-                print(*list(row.values())[:11], f"{time.monotonic() - begin:.2f}s", flush=True)
+                print(
+                    *list(row.values())[:11], *list(row.values())[-3:], f"{time.monotonic() - begin:.2f}s", flush=True
+                )
 
 
 if __name__ == "__main__":
