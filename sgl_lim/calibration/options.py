@@ -2,10 +2,10 @@
 
 import argparse
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sgl_lim.programs.flags import integer
 from sgl_lim.tasks.chains import MAX_STEPS, NUM_NODES
 
 _FACTS, _STEPS, _MAX_TOKENS = 330, 48, 256
@@ -132,59 +132,43 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="JSONL with 'prompt' or 'problem' in each line, or any other file: its text is one prompt",
     )
-    source.add_argument("--chains", type=_integer(1), metavar="N", help="N generated chains, for models/chain-tracer")
+    source.add_argument("--chains", type=integer(1), metavar="N", help="N generated chains, for models/chain-tracer")
     files = parser.add_argument_group("with --prompts")
     files.add_argument("--chat", action="store_true", help="put prompts into a user turn of the model's chat template")
-    files.add_argument("--limit", type=_integer(1), metavar="N", help="only the first N prompts")
+    files.add_argument("--limit", type=integer(1), metavar="N", help="only the first N prompts")
     chains = parser.add_argument_group("with --chains")
     chains.add_argument(
-        "--facts", type=_integer(2, NUM_NODES), metavar="N", help=f"facts in the context (default: {_FACTS})"
+        "--facts", type=integer(2, NUM_NODES), metavar="N", help=f"facts in the context (default: {_FACTS})"
     )
-    chains.add_argument(
-        "--steps", type=_integer(1, MAX_STEPS), metavar="N", help=f"links to follow (default: {_STEPS})"
-    )
-    chains.add_argument("--seed", type=_integer(0), metavar="N", help="default: 0")
+    chains.add_argument("--steps", type=integer(1, MAX_STEPS), metavar="N", help=f"links to follow (default: {_STEPS})")
+    chains.add_argument("--seed", type=integer(0), metavar="N", help="default: 0")
 
     what = parser.add_argument_group("calibration")
     what.add_argument(
         "--max-tokens",
-        type=_integer(2),
+        type=integer(2),
         metavar="N",
         help=f"tokens to generate after each prompt, greedily (default: {_MAX_TOKENS}, or what a chain's answer takes)",
     )
     what.add_argument(
         "--budgets",
-        type=_integer(1),
+        type=integer(1),
         nargs="+",
         default=_BUDGETS,
         metavar="K",
         help=f"budgets to record (default: {' '.join(map(str, _BUDGETS))})",
     )
     what.add_argument(
-        "--selections", type=_integer(1), default=2, metavar="N", help="selection layers (default: %(default)s)"
+        "--selections", type=integer(1), default=2, metavar="N", help="selection layers (default: %(default)s)"
     )
     what.add_argument(
         "--max-dense",
-        type=_integer(0),
+        type=integer(0),
         default=2,
         metavar="N",
         help="most dense layers before the first selection layer (default: %(default)s)",
     )
     what.add_argument(
-        "--concurrency", type=_integer(1), default=8, metavar="N", help="prompts in a batch (default: %(default)s)"
+        "--concurrency", type=integer(1), default=8, metavar="N", help="prompts in a batch (default: %(default)s)"
     )
     return parser
-
-
-def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        expected = f"at least {low}" if high is None else f"{low} to {high}"
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be an integer, {expected}, got {text!r}") from None
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"must be {expected}, got {value}")
-        return value
-
-    return convert
