@@ -18,16 +18,29 @@ say "style and types"
 
 ensure_venv "$LIM_ROOT/.venv-$LIM_SGLANG_NEXT" "$LIM_SGLANG_NEXT" test
 export SGL_LIM_NEXT_PYTHON=$LIM_ROOT/.venv-$LIM_SGLANG_NEXT/bin/python
-say "tests"
-"$python" -m pytest --durations=15 --ignore=tests/kernels
-"$SGL_LIM_NEXT_PYTHON" -m pytest tests/unit
-# Processes of their own: without a GPU, Triton's interpreter has to be chosen before anything imports Triton. They take
-# a core each, so both releases run at once.
-kernels=(-m pytest tests/kernels --require-triton --durations=5 -p no:cacheprovider)
-next_log=$(mktemp)
-OMP_NUM_THREADS=1 "$SGL_LIM_NEXT_PYTHON" "${kernels[@]}" >"$next_log" 2>&1 &
-next=$!
-OMP_NUM_THREADS=1 "$python" "${kernels[@]}" || { kill "$next"; exit 1; }
-wait "$next" || { cat "$next_log"; exit 1; }
-tail -n 12 "$next_log"
+
+# Tests without servers take a core each, so they run in two chains at once; servers take what there is and come last.
+# tests/kernels has processes of its own: without a GPU, Triton's interpreter has to be chosen before Triton is imported.
+export OMP_NUM_THREADS=1
+kernels=(tests/kernels --require-triton --durations=5)
+others=(tests/programs tests/training tests/calibration)
+say "tests without servers"
+beside_log=$(mktemp)
+beside() {
+    set -e
+    "$SGL_LIM_NEXT_PYTHON" -m pytest -p no:cacheprovider tests/unit
+    "$SGL_LIM_NEXT_PYTHON" -m pytest -p no:cacheprovider "${kernels[@]}"
+    "$python" -m pytest -p no:cacheprovider --durations=5 "${others[@]}"
+}
+(beside) >"$beside_log" 2>&1 &
+chain=$!
+trap 'kill "$chain" 2>/dev/null || true' EXIT
+"$python" -m pytest --durations=5 --ignore=tests/kernels --ignore=tests/served "${others[@]/#/--ignore=}"
+"$python" -m pytest "${kernels[@]}"
+wait "$chain" || { cat "$beside_log"; exit 1; }
+trap - EXIT
+grep -E "^=+ .*(passed|failed)" "$beside_log"
+unset OMP_NUM_THREADS
+say "tests on servers"
+"$python" -m pytest --durations=15 tests/served
 say "all of it took $((SECONDS - started)) s"
