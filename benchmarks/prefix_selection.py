@@ -33,6 +33,7 @@ from torch import Tensor
 from sgl_lim.backend import GRANULE
 from sgl_lim.decode import DecodeStep, HeadShare, Scales, attend, begin_step
 from sgl_lim.methods import Full, LessIsMore, Method, SharedSets
+from sgl_lim.set_store import SetStore
 from sgl_lim.tasks.chains import MODULUS, ChainProblem, make_chain
 
 _ASKED = (
@@ -114,28 +115,43 @@ class Pool:
         return cache
 
 
+def forward(
+    model: ChainTracer,
+    pool: Pool,
+    place: int,
+    method: Method,
+    step: DecodeStep,
+    rows: Tensor | slice = slice(None),
+    *,
+    store: SetStore | None = None,
+) -> Tensor:
+    """[B, hidden], what rows of the pool make of word `place` of their solutions; it ends the `step`'s slots."""
+    shape, length = model.shape, step.slots.shape[1]
+    roles, scales = method.layer_roles(shape.layers), Scales(shape.scale, 0.0)
+    heads = HeadShare(0, shape.heads, shape.heads, None)
+    written = pool.slots[rows, length - 1].long()
+    x = model.embed[pool.solution[rows, place : place + 1]]
+    cos, sin = rope_table(torch.tensor([length - 1]), shape)
+    for layer in range(shape.layers):
+        w = model.weights(layer)
+        q, k, v = project(x, w, cos, sin, shape, model.dtype)
+        keys, values = pool.keys[layer], pool.values[layer]
+        keys[written], values[written] = k[:, :, 0].float(), v[:, :, 0].float()
+        operands = q[:, :, 0].float(), keys, values
+        out = attend(method, step, roles[layer], *operands, scales=scales, heads=heads, store=store)
+        x = finish(x, out.to(model.dtype).unsqueeze(2), w, shape, model.dtype)
+    return x[:, 0]
+
+
 @torch.inference_mode()
 def decode(model: ChainTracer, pool: Pool, method: Method) -> tuple[Tensor, list[DecodeStep]]:
     """bool [B, S], which words of the solutions are right; and the steps that decoded them, a word each."""
-    roles, shape = method.layer_roles(model.shape.layers), model.shape
-    heads, scales = HeadShare(0, shape.heads, shape.heads, None), Scales(shape.scale, 0.0)
     rows, steps = [pool.last], []
     for place in range(pool.solution.shape[1] - 1):
         length = pool.prompt + place + 1
         lens = torch.full((len(pool.slots),), length, dtype=torch.int32)
-        step = begin_step(method, pool.slots[:, :length], lens, GRANULE)
-        written = pool.slots[:, length - 1].long()
-        x = model.embed[pool.solution[:, place : place + 1]]
-        cos, sin = rope_table(torch.tensor([length - 1]), shape)
-        for layer in range(shape.layers):
-            w = model.weights(layer)
-            q, k, v = project(x, w, cos, sin, shape, model.dtype)
-            keys, values = pool.keys[layer], pool.values[layer]
-            keys[written], values[written] = k[:, :, 0].float(), v[:, :, 0].float()
-            out = attend(method, step, roles[layer], q[:, :, 0].float(), keys, values, scales=scales, heads=heads)
-            x = finish(x, out.to(model.dtype).unsqueeze(2), w, shape, model.dtype)
-        rows.append(x[:, 0])
-        steps.append(step)
+        steps.append(begin_step(method, pool.slots[:, :length], lens, GRANULE))
+        rows.append(forward(model, pool, place, method, steps[-1]))
     return model.logits(torch.stack(rows, dim=1)).argmax(-1) == pool.solution, steps
 
 

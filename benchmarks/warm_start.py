@@ -25,16 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chain_tracer.model import ChainTracer, finish, load_checkpoint, project, rope_table
+from chain_tracer.model import ChainTracer, load_checkpoint
 from machine import machine_line
-from prefix_selection import Pool, siblings
+from prefix_selection import Pool, forward, siblings
 from results_file import append_rows, require_columns
 from torch import Tensor
 
 from lim_kernels import decide_acts, keep_sets
 from lim_kernels.acts import EARLY, RECALL, SELECT
 from sgl_lim.counters import Counters
-from sgl_lim.decode import DecodeStep, HeadShare, Scales, attend, begin_step
+from sgl_lim.decode import begin_step
 from sgl_lim.methods import LessIsMore, SharedSets
 from sgl_lim.set_store import SetStore
 from sgl_lim.tasks.chains import ChainProblem, generate_chains, make_chain
@@ -59,40 +59,12 @@ class Watched(LessIsMore):
         return super().choose(scores, seq_lens, slots, shared)
 
 
-def forward(
-    model: ChainTracer,
-    pool: Pool,
-    rows: Tensor,
-    place: int,
-    method: LessIsMore,
-    step: DecodeStep,
-    store: SetStore | None = None,
-) -> Tensor:
-    """bool [B], whether rows of the pool name the right word after their solutions' first `place` + 1 words."""
-    shape, length = model.shape, step.slots.shape[1]
-    roles, scales = method.layer_roles(shape.layers), Scales(shape.scale, 0.0)
-    heads = HeadShare(0, shape.heads, shape.heads, None)
-    written = pool.slots[rows, length - 1].long()
-    x = model.embed[pool.solution[rows, place : place + 1]]
-    cos, sin = rope_table(torch.tensor([length - 1]), shape)
-    for layer in range(shape.layers):
-        w = model.weights(layer)
-        q, k, v = project(x, w, cos, sin, shape, model.dtype)
-        keys, values = pool.keys[layer], pool.values[layer]
-        keys[written], values[written] = k[:, :, 0].float(), v[:, :, 0].float()
-        operands = q[:, :, 0].float(), keys, values
-        out = attend(method, step, roles[layer], *operands, scales=scales, heads=heads, store=store)
-        x = finish(x, out.to(model.dtype).unsqueeze(2), w, shape, model.dtype)
-    return model.logits(x[:, 0]).argmax(-1) == pool.solution[rows, place + 1]
-
-
 class Recall:
     """Decodes rows by fresh sets, remembers these, and compares each with the one that was there before."""
 
     def __init__(self, model: ChainTracer, method: Watched, num_rows: int, num_slots: int) -> None:
         self.model, self.method = model, method
         self.memory = SetStore(method, 2, num_rows, num_slots, "cpu").memory
-        self.sizes: dict[str, Any] = {"budget": method.budget, "recent": method.recent, "sinks": method.kept_sinks}
         self.shares: dict[tuple[int, str], list[float]] = defaultdict(list)
         self.began: dict[str, list[bool]] = defaultdict(list)
 
@@ -104,11 +76,11 @@ class Recall:
             length = pool.prompt + place + 1
             lens = torch.full((len(rows),), length, dtype=torch.int32)
             at = request_rows, tenants, slots[:, :length], lens
-            decided = decide_acts(self.memory, *at, **self.sizes, interval=1, early=True)
+            decided = decide_acts(self.memory, *at, **self.method.sizes, interval=1, early=True)
             had = self.memory.sets[:, request_rows].clone()
             self.method.chosen.clear()
             forward(
-                self.model, pool, rows, place, self.method, begin_step(self.method, pool.slots[rows, :length], lens)
+                self.model, pool, place, self.method, begin_step(self.method, pool.slots[rows, :length], lens), rows
             )
             if place == 0:
                 self.began[begins] += ((decided.acts & RECALL) != 0).tolist()
@@ -119,7 +91,7 @@ class Recall:
                 self.shares[layer, begins if place == 0 else "own"] += shares[there].tolist()
                 room = torch.zeros(len(rows), self.method.budget, dtype=torch.int32)
                 extended = torch.cat([room, slots[:, :length]], dim=1)
-                keep_sets(self.memory, layer, request_rows, acts, extended, lens, chosen, **self.sizes)
+                keep_sets(self.memory, layer, request_rows, acts, extended, lens, chosen, **self.method.sizes)
 
 
 def measure_recall(model: ChainTracer, args: argparse.Namespace, budget: int) -> Iterator[dict[str, Any]]:
@@ -162,7 +134,7 @@ def measure_chains(
     """Right chains and the attended share, by the backend's own steps."""
     method = LessIsMore(args.chain_budget, 0.25, 4, "union", args.selection)
     batch, budget = len(pool.slots), method.budget
-    rows, request_rows = torch.arange(batch), torch.arange(1, batch + 1)
+    request_rows = torch.arange(1, batch + 1)
     counters = Counters(method, model.shape.layers, batch + 1, torch.device("cpu"))
     tenants, store = torch.ones(batch + 1, dtype=torch.int64), None
     if interval > 1 or early != "off":
@@ -181,7 +153,8 @@ def measure_chains(
                 drawn = candidates.topk(method.middle).indices.sort().values + method.kept_sinks
                 extended[:, method.kept_sinks : budget - method.recent] = step.slots.gather(1, drawn)
         counters.record(request_rows, lens, acts=acts)
-        right.append(forward(model, pool, rows, place, method, step, store))
+        hidden = forward(model, pool, place, method, step, store=store)
+        right.append(model.logits(hidden).argmax(-1) == pool.solution[:, place + 1])
     words, totals = torch.stack(right, dim=1), counters.read()
     return {
         "whole_chains": int(words.all(1).sum()),

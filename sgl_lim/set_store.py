@@ -15,7 +15,6 @@ of fixed shapes (`lim_kernels.set_memory`).
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +78,7 @@ class SetStore:
         early: bool = False,
     ) -> None:
         self.interval, self.early = interval, early
-        self._sizes: dict[str, Any] = {"budget": method.budget, "recent": method.recent, "sinks": method.kept_sinks}
+        self._sizes = method.sizes
         # Where every row selects anew at every step, early layers alone attend to sets from before: the first one's.
         layers = len(method.selection_layers) if interval > 1 else 1
         per_row = torch.zeros(2, num_rows, dtype=torch.int32, device=device)

@@ -27,14 +27,7 @@ class LessIsMore(Ranked):
             return None
         groups = find_prefix_groups(slots, torch.where(seq_lens > self.budget, seq_lens, 1), granule=granule)
         # Sets are shorter than what they are chosen from, and a part of a few tokens costs more than it saves.
-        in_sets, counts = groups_of_sets(
-            seq_lens,
-            groups,
-            budget=self.budget,
-            recent=self.recent,
-            sinks=self.kept_sinks,
-            smallest=max(1, granule // 4),
-        )
+        in_sets, counts = groups_of_sets(seq_lens, groups, smallest=max(1, granule // 4), **self.sizes)
         return SharedSets(groups, in_sets, counts)
 
     def choose(
@@ -47,10 +40,8 @@ class LessIsMore(Ranked):
             scores,
             seq_lens,
             shared.groups,
-            budget=self.budget,
-            recent=self.recent,
-            sinks=self.kept_sinks,
             # The scores of rows are combined as those of ranks.
             combine=self.rank_reduction[self.aggregate],
             slots=slots,
+            **self.sizes,
         )

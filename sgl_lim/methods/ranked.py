@@ -30,7 +30,8 @@ class Ranked(Method):
         return self.budget - self.middle - self.kept_sinks
 
     @property
-    def _sizes(self) -> dict[str, Any]:
+    def sizes(self) -> dict[str, Any]:
+        """`budget`, `recent` and `sinks` as the operators take them."""
         return {"budget": self.budget, "recent": self.recent, "sinks": self.kept_sinks}
 
     def role(self, layer: int) -> Role:
@@ -43,7 +44,7 @@ class Ranked(Method):
         self, logits: Tensor, seq_lens: Tensor, *, lse: Tensor, kv_heads: int, first_head: int, num_heads: int
     ) -> Tensor:
         """See `lim_kernels.score_tokens`; KV heads are ranked as if each were a row of its own."""
-        sizes: dict[str, Any] = {**self._sizes, "aggregate": self.aggregate}
+        sizes: dict[str, Any] = {**self.sizes, "aggregate": self.aggregate}
         if not self.per_kv_head:
             return score_tokens(logits, seq_lens, lse=lse, first_head=first_head, num_heads=num_heads, **sizes)
         batch = len(seq_lens)
@@ -72,12 +73,12 @@ class Ranked(Method):
     ) -> tuple[Tensor, Tensor]:
         """See `lim_kernels.choose_tokens`."""
         if not self.per_kv_head:
-            return choose_tokens(scores, seq_lens, slots=slots, **self._sizes, **self.own_sizes(scores, seq_lens))
+            return choose_tokens(scores, seq_lens, slots=slots, **self.sizes, **self.own_sizes(scores, seq_lens))
         batch, kv_heads, length = scores.shape
         scores, lens = scores.flatten(0, 1), seq_lens.repeat_interleave(kv_heads)
         chosen, counts = (
             tensor.unflatten(0, (batch, kv_heads))
-            for tensor in choose_tokens(scores, lens, **self._sizes, **self.own_sizes(scores, lens))
+            for tensor in choose_tokens(scores, lens, **self.sizes, **self.own_sizes(scores, lens))
         )
         if slots is None:
             return chosen, counts
