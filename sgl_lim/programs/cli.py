@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from sgl_lim.programs import endpoint, limits, options, server_stats
@@ -21,6 +20,7 @@ from sgl_lim.programs.problems import Problem, ProblemError, ProblemSet, chain_p
 from sgl_lim.programs.progress import Progress
 from sgl_lim.programs.records import Generation, Measurement, RecordError, RecordFile
 from sgl_lim.programs.runner import EndpointLost, Invocation, run_items
+from sgl_lim.programs.signals import SignalHandlers
 from sgl_lim.programs.summary import summarize, table
 
 OK, FAILED, USAGE = 0, 1, 2
@@ -262,25 +262,15 @@ def _how_to_resume(run: Run, records: RecordFile) -> str:
     )
 
 
-class _StopOnSignal:
+class _StopOnSignal(SignalHandlers):
     """Turns the first SIGINT or SIGTERM into `event`; a second one acts as it did before."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.event = threading.Event()
-        self.signal_number = 0
-        self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> "_StopOnSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self.signal_number = number
+    def handle(self, number: int) -> None:
+        """Stop, and leave the next one alone."""
         self.event.set()
         self.__exit__()
 

@@ -4,7 +4,6 @@ import argparse
 import json
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from sgl_lim.programs import cli, flags, options
@@ -21,6 +19,7 @@ from sgl_lim.programs.comparison import Result, comparison_rows, markdown, write
 from sgl_lim.programs.comparison_plot import PlotError, draw
 from sgl_lim.programs.options import Options
 from sgl_lim.programs.records import RecordError, RecordFile, describe_differences, read_rows
+from sgl_lim.programs.signals import SignalHandlers
 
 _SERVER = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(https?://.+)")
 _TABLES = "comparison"
@@ -167,22 +166,12 @@ def _ask_all(comparison: _Comparison) -> None:
                 raise Exit(FAILED, f"no comparison: {', '.join(failed)} failed; to go on: {comparison.resume_command}")
 
 
-class _Children:
+class _Children(SignalHandlers):
     """Runs of `python -m sgl_lim.programs`; SIGINT and SIGTERM are handed to them, once each."""
 
     def __init__(self) -> None:
-        self.signal_number = 0
+        super().__init__()
         self._running: dict[str, tuple[subprocess.Popen[str], list[threading.Thread]]] = {}
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Children":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
     def start(self, server: _Server, stack: ExitStack) -> None:
         """Start a server's run; its lines get its name in front."""
@@ -209,8 +198,8 @@ class _Children:
             reader.join()
         return code
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self.signal_number = number
+    def handle(self, number: int) -> None:
+        """Hand it on to the runs that have not ended."""
         for process, _ in self._running.values():
             if process.poll() is None:
                 process.send_signal(number)

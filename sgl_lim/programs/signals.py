@@ -1,0 +1,30 @@
+"""What a program does about SIGINT and SIGTERM while it runs."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+
+class SignalHandlers:
+    """Context in which `handle` is called for SIGINT and SIGTERM; afterwards they act as they did before."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Any:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int) -> None:
+        """Called for each signal, once `signal_number` is set."""
+        raise NotImplementedError
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.signal_number = number
+        self.handle(number)
