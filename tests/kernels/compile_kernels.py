@@ -20,22 +20,26 @@ from triton.runtime.jit import JITFunction
 import lim_kernels
 from lim_kernels import (
     adapt_budgets,
+    bound_pages,
     choose_for_groups,
     choose_tokens,
     count_sets,
     count_step,
     decide_acts,
     decode_with_scores,
+    expand_pages,
     find_prefix_groups,
     grouped_decode,
     groups_of_sets,
     keep_sets,
     place_sets,
+    score_pages,
     score_tokens,
     select_tokens,
     sparse_decode,
 )
 from lim_kernels.count_step import Ledger
+from lim_kernels.page_bounds import PageBounds
 from lim_kernels.set_memory import SetMemory
 
 MULTIPROCESSORS = 132
@@ -109,6 +113,16 @@ def launch_set_memory(layers: int, *, interval: int, early: bool) -> None:
     find_prefix_groups(slots, lens, granule=128, lead=2048, apart=decided.select_apart, implementation="triton")
 
 
+def launch_page_bounds(batch, heads, kv_heads, dim, dtype, cache_dtype=None) -> None:
+    triton = {"implementation": "triton"}
+    bounds = PageBounds(*(empty(1 << 12, kv_heads, dim, dtype=dtype) for _ in range(2)))
+    written = empty(batch, dtype=torch.int64)
+    bound_pages(bounds, empty(1 << 16, kv_heads, dim, dtype=cache_dtype or dtype), written, **triton)
+    slots, lens = empty(batch, 4096), empty(batch)
+    score_pages(empty(batch, heads, dim, dtype=dtype), bounds, slots, lens, score_beyond=2048, **triton)
+    expand_pages(empty(batch, kv_heads, 128), slots, lens, **triton)
+
+
 def launch_all(*, fp8: bool) -> None:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     # A few rows, and more than the device has multiprocessors.
@@ -152,6 +166,14 @@ def launch_all(*, fp8: bool) -> None:
         how = {"combine": combine, "slots": slots if to_slots else None}
         groups = find_prefix_groups(slots, lens, granule=128, **triton)
         choose_for_groups(empty(batch, 32768, dtype=fp32), lens, groups, **sizes, **how, **triton)
+
+    launch_page_bounds(64, 32, 8, 128, bf16)
+    launch_page_bounds(3, 16, 1, 64, fp32)
+    launch_page_bounds(17, 14, 2, 80, fp16)
+    launch_page_bounds(1, 64, 2, 256, bf16)
+    if fp8:
+        launch_page_bounds(16, 32, 8, 128, bf16, torch.float8_e4m3fn)
+        launch_page_bounds(16, 4, 4, 128, fp16, torch.float8_e5m2)
 
     launch_set_memory(2, interval=4, early=False)
     launch_set_memory(1, interval=1, early=True)
