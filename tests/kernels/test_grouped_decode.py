@@ -37,7 +37,7 @@ def test_every_row_attends_as_if_alone(implementation, device, case, precision):
     groups = find_prefix_groups(slots, seq_lens, granule=4)
     assert case == "one row" or int((groups.counts > 0).sum()) > 0
     beyond = int(seq_lens.float().quantile(0.3))
-    how = {"scale": 0.3, "logit_cap": 4.0 if case == "g5" else 0.0}
+    how = {"scale": q.shape[2] ** -0.5, "logit_cap": 4.0 if case == "g5" else 0.0}
     how |= {"k_scale": 0.7, "v_scale": 1.9} if PRECISIONS[precision][1] == FP8 else {}
     out, lse, none = grouped_decode(q, k, v, slots, seq_lens, groups, **how, implementation=implementation)
     assert none is None
