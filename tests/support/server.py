@@ -23,8 +23,8 @@ QUIET = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLEL
 # Tiny models: threads that wait for one another cost more than they give, and a test may share two cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
-
-_handed_out: set[int] = set()
+# One a port that was handed out; see `free_port`.
+_claims: list[socket.socket] = []
 
 
 class ServerFailed(RuntimeError):
@@ -100,19 +100,23 @@ def run_launcher(args: Sequence[str], *, cwd: Path, env: Sequence[tuple[str, str
 
 
 def free_port() -> int:
-    """A port that nothing listens on, different at every call.
+    """A port that nothing listens on, different at every call, also of test sessions that run at the same time.
 
-    It lies below the range from which systems number outgoing connections: a server binds some of its ports only
-    seconds after it chose them.
+    A server binds some of its ports only seconds after it chose them. So they lie below the range from which systems
+    number outgoing connections, and each is claimed by a name that the system frees when this process ends.
     """
     while True:
         port = random.randrange(12000, 32000)
-        if port in _handed_out:
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0sgl-lim-test-port-{port}")
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            claim.close()
             continue
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            _handed_out.add(port)
-            return port
+        _claims.append(claim)
+        return port
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:
