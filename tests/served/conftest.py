@@ -13,6 +13,12 @@ from support.server import Server, ServerPool, ServerSpec
 CHAIN_TRACER = Path(__file__).parents[2] / "models" / "chain-tracer"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest groups them by case
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a case's tests, those on its own server come first: others start servers that would take its place."""
+    items.sort(key=lambda item: "server" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """The float64 oracle's matrices are tiny, and the servers want the cores."""
