@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from sgl_lim.methods import METHODS, LessIsMore
+from sgl_lim.methods import LessIsMore
 from sgl_lim.methods.ranked import Ranked
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def problems(config: "LimConfig") -> list[str]:
     if config.record_budgets is not None:
         reasons.append("finds budgets, and calibration records given ones; leave the flag out")
     found += [f"{flag} {reason}" for flag in flags for reason in reasons]
-    kind = METHODS.get(config.method) if isinstance(config.method, str) else None
+    kind = config.kind
     if kind is not None and not issubclass(kind, Ranked):
         found += [f"{flag}: --lim-method {config.method} weighs no tokens; leave the flag out" for flag in flags]
     elif kind is not None and not issubclass(kind, LessIsMore) and config.auto_recency:

@@ -22,6 +22,7 @@ from sgl_lim.counters import Counters
 from sgl_lim.decode import DecodeStep, HeadShare, Scales, attend, begin_step
 from sgl_lim.methods import METHODS, Full, LessIsMore, Method, Role
 from sgl_lim.methods.ranked import Ranked
+from sgl_lim.page_store import PageStore
 from sgl_lim.presets import resolve_layers
 from sgl_lim.set_store import SetStore
 from sgl_lim.snapshot import Snapshot
@@ -51,6 +52,8 @@ class SparseDecode:
     """Shared prefixes are found in multiples of so many tokens; None where they are not looked for."""
     store: SetStore | None = None
     """Sets that outlive a step, with a selection interval above 1 or early sets."""
+    pages: PageStore | None = None
+    """Bounds of the pages' keys, where layers choose pages for themselves."""
     step: DecodeStep | None = None
     recorder: Recorder | None = None
     """While a model is calibrated: every layer is dense and records what sets would have covered."""
@@ -67,12 +70,20 @@ class SparseDecode:
         """
         assert self.step is not None
         groups, reuse = self.step.groups, self.step.reuse
-        together = (Role.SELECT,) if len(self.step.slots) <= self.rows_at_once() else ()
+        together: tuple[Role, ...] = (Role.SELECT,) if len(self.step.slots) <= self.rows_at_once() else ()
+        if self.method.budget >= self.step.slots.shape[1]:
+            # Layers that choose for themselves attend to everything, as dense layers do.
+            together += (Role.OWN,)
         if reuse is None:
             return groups, (Role.DENSE, *together)
         if reuse.selecting is None:
             return groups, together
         return groups if reuse.early is None else reuse.early.groups, (Role.DENSE,)
+
+    def learn(self, layer: Any, forward_batch: Any) -> None:
+        """Take note of the keys that a layer has just stored for the tokens of a batch."""
+        if self.pages is not None:
+            self.pages.learn(layer.layer_id, forward_batch.out_cache_loc)
 
     def decodes_dense_layers(self) -> bool:
         """Whether this step's dense layers run on our operators."""
@@ -143,9 +154,11 @@ def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> Spar
             device=table.device,
             early=config.early_sets,
         )
+    roles = method.layer_roles(model.num_hidden_layers)
+    choosing = [layer for layer, role in enumerate(roles) if role is Role.OWN]
     return SparseDecode(
         method=method,
-        roles=method.layer_roles(model.num_hidden_layers),
+        roles=roles,
         heads=heads,
         dense_backend=dense_name,
         # torch_native decodes request by request; the operator takes the batch at once.
@@ -157,6 +170,7 @@ def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> Spar
         counters=Counters(method, model.num_hidden_layers, table.shape[0], table.device),
         granule=GRANULE if config.prefix_groups and recorder is None else None,
         store=store,
+        pages=PageStore(pool, choosing, model.dtype) if choosing else None,
         recorder=recorder,
     )
 
@@ -223,6 +237,14 @@ def sparse_subclass(dense: type) -> type:
             if decodes(forward_batch):
                 begin(self.lim, forward_batch)
 
+        def forward_extend(
+            self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, *more: Any, **options: Any
+        ) -> Tensor:
+            # Prefill and mixed steps are the dense backend's; keys are learnt once they are stored.
+            out: Tensor = super().forward_extend(q, k, v, layer, forward_batch, *more, **options)
+            self.lim.learn(layer, forward_batch)
+            return out
+
         def forward_decode(
             self,
             q: Tensor,
@@ -236,10 +258,13 @@ def sparse_subclass(dense: type) -> type:
             lim = self.lim
             role = lim.roles[layer.layer_id]
             if lim.step is None or (role is Role.DENSE and not lim.decodes_dense_layers()):
-                return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **options)
+                dense_out: Tensor = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **options)
+                lim.learn(layer, forward_batch)
+                return dense_out
             refuse_options(layer, options)
             if save_kv_cache and k is not None:
                 store_kv(lim.pool, layer, forward_batch, k, v)
+            lim.learn(layer, forward_batch)
             operands = (
                 q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),
                 lim.pool.get_key_buffer(layer.layer_id),
@@ -249,8 +274,11 @@ def sparse_subclass(dense: type) -> type:
             if lim.recorder is not None:
                 out = lim.recorder.attend(layer.layer_id, lim.step, *operands, **how)
             else:
+                if lim.pages is not None:
+                    how["bounds"] = lim.pages.bounds(layer.layer_id)
                 out = attend(lim.method, lim.step, role, *operands, heads=lim.heads, store=lim.store, **how)
-                if role is Role.SELECT and lim.method.top_p is not None:
+                # Sets that have fewer tokens than the budget allows.
+                if role is Role.OWN or (role is Role.SELECT and lim.method.top_p is not None):
                     assert lim.step.set_counts is not None
                     rows = forward_batch.req_pool_indices
                     lim.counters.record_sets(layer.layer_id, rows, lim.step.seq_lens, lim.step.set_counts)

@@ -8,6 +8,7 @@ import torch
 from lim_kernels.select_tokens import MAX_UNION
 from sgl_lim.calibration import preset_file
 from sgl_lim.config import LimConfig, RefusedConfig
+from sgl_lim.methods.ranked import Ranked
 
 BACKEND = "lessismore"
 DENSE_BACKENDS = ("fa3", "flashinfer", "triton", "torch_native")
@@ -45,9 +46,10 @@ def check_before_weights(config: LimConfig, model_runner: Any) -> None:
         RefusedConfig: with all reasons at once.
     """
     model, server_args = model_runner.model_config, model_runner.server_args
-    reasons = (
-        config.problems() + model_problems(config, model) + server_problems(config, server_args, model_runner.device)
-    )
+    # Where the runner has it, it is resolved; a server argument may be as the user left it.
+    page_size = getattr(model_runner, "page_size", None) or getattr(server_args, "page_size", None) or 1
+    reasons = config.problems() + model_problems(config, model)
+    reasons += server_problems(config, server_args, model_runner.device) + page_problems(config, server_args, page_size)
     if reasons:
         raise RefusedConfig(reasons)
 
@@ -130,7 +132,8 @@ def server_problems(config: LimConfig, server_args: Any, device: str) -> list[st
         e5m2 = str(server_args.kv_cache_dtype) == "fp8_e5m2"
         if e5m2 and (config.dense_backend or default_dense_backend(device)) == "fa3":
             found.append("--kv-cache-dtype fp8_e5m2 is not read by fa3; use fp8_e4m3 or --lim-dense-backend triton")
-        if config.aggregate == "union" and config.budget > MAX_UNION:
+        ranks = config.kind is not None and issubclass(config.kind, Ranked)
+        if ranks and config.aggregate == "union" and config.budget > MAX_UNION:
             found.append(
                 f"--lim-budget {config.budget} is more than union ranks on a GPU; use at most {MAX_UNION}, or "
                 "--lim-aggregate max"
@@ -147,13 +150,21 @@ def server_problems(config: LimConfig, server_args: Any, device: str) -> list[st
 
 
 def memory_problems(config: LimConfig, server_args: Any) -> list[str]:
-    """Reasons in SGLang's server arguments for each flag by which sets outlive a step: all that writes KV is seen."""
+    """Reasons in SGLang's server arguments for each flag that makes us see all that writes KV.
+
+    These are flags by which sets outlive a step, and methods that know of each page what it holds.
+    """
     flags = []
     if _is_above_one(config.selection_interval):
         flags.append(f"--lim-selection-interval {config.selection_interval}")
     if config.early_sets is True:
         flags.append("--lim-early-sets on")
-    loaders = ("enable_hierarchical_cache", "enable_lmcache", "enable_flexkv", "radix_cache_backend")
+    if config.kind is not None and config.kind.page > 1:
+        flags.append(f"--lim-method {config.method}")
+    loaders = (
+        *("enable_hierarchical_cache", "enable_lmcache", "enable_flexkv", "radix_cache_backend"),
+        *("enable_unified_cache_external_linker", "enable_hisparse"),
+    )
     loading = [f"--{name.replace('_', '-')}" for name in loaders if getattr(server_args, name, None)]
     disaggregation = getattr(server_args, "disaggregation_mode", "null")
     found = []
@@ -167,6 +178,24 @@ def memory_problems(config: LimConfig, server_args: Any) -> list[str]:
             found.append(
                 f"{flag} does not see what --disaggregation-mode {disaggregation} transfers; leave the flag out"
             )
+    return found
+
+
+def page_problems(config: LimConfig, server_args: Any, page_size: int) -> list[str]:
+    """Reasons why a method that chooses pages cannot have the server's."""
+    if config.kind is None or config.kind.page == 1:
+        return []
+    name, page, found = f"--lim-method {config.method}", config.kind.page, []
+    if page_size % page:
+        found.append(
+            f"--page-size {page_size}: {name} chooses pages of {page} tokens, which have to lie together; "
+            f"use --page-size {page}"
+        )
+    if server_args.speculative_algorithm:
+        found.append(
+            f"--speculative-algorithm {server_args.speculative_algorithm}: {name} bounds the keys of tokens that "
+            "verification may take back; leave one of them out"
+        )
     return found
 
 

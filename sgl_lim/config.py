@@ -15,7 +15,7 @@ from typing import Any
 
 from lim_kernels.select_tokens import AGGREGATES
 from sgl_lim import adaptive
-from sgl_lim.methods import METHODS, PREFIX_SELECTIONS, SCOPES
+from sgl_lim.methods import METHODS, PREFIX_SELECTIONS, SCOPES, Method
 from sgl_lim.methods.ranked import Ranked
 
 ENV = "LESSISMORE_CONFIG"
@@ -56,6 +56,11 @@ class LimConfig:
     top_p_floor: int | None = None
 
     @property
+    def kind(self) -> type[Method] | None:
+        """The method's class, None where the name is no method's."""
+        return METHODS.get(self.method) if isinstance(self.method, str) else None
+
+    @property
     def auto_recency(self) -> bool:
         """Whether the window's length is found for each set."""
         return self.recency == "auto"
@@ -68,7 +73,7 @@ class LimConfig:
     def problems(self) -> list[str]:
         """Reasons why these values cannot work with any model; empty if they can."""
         found = []
-        if not isinstance(self.method, str) or self.method not in METHODS:
+        if self.kind is None:
             found.append(f"--lim-method must be one of {', '.join(sorted(METHODS))}, got {self.method!r}")
         sinks_ok = _is_int(self.sinks) and self.sinks >= 0
         if not sinks_ok:
@@ -79,6 +84,11 @@ class LimConfig:
             found.append(
                 f"--lim-budget {self.budget} leaves no token beside --lim-sinks {self.sinks}; "
                 "raise the budget or lower the sinks"
+            )
+        elif self.kind is not None and self.budget % self.kind.page:
+            found.append(
+                f"--lim-budget {self.budget}: --lim-method {self.method} chooses pages of {self.kind.page} tokens; "
+                f"take a multiple of {self.kind.page}, such as {-(-self.budget // self.kind.page) * self.kind.page}"
             )
         if not self.auto_recency and not adaptive.is_share(self.recency):
             found.append(f"--lim-recency must be between 0 and 1, or auto, got {self.recency!r}")
@@ -120,7 +130,7 @@ class LimConfig:
         found = []
         if _is_int(self.sinks) and budgets[0] <= self.sinks:
             found.append(f"--budgets {budgets[0]} leaves no token beside --lim-sinks {self.sinks}; raise it")
-        if isinstance(self.method, str) and self.method in METHODS and not issubclass(METHODS[self.method], Ranked):
+        if self.kind is not None and not issubclass(self.kind, Ranked):
             found.append(f"--lim-method {self.method} ranks nothing that could be calibrated; leave the flag out")
         if _is_int(self.selection_interval) and self.selection_interval > 1:
             found.append(f"--lim-selection-interval {self.selection_interval}: {_RECORDS_PLAINLY}")
@@ -138,7 +148,7 @@ class LimConfig:
         if self.prefix_selection != "group":
             return []
         found = []
-        if isinstance(self.method, str) and self.method in METHODS and self.method != "lessismore":
+        if self.kind is not None and self.method != "lessismore":
             found.append(
                 f"--lim-prefix-selection group: --lim-method {self.method} selects nothing that rows could agree on; "
                 "leave the flag out"
@@ -161,7 +171,7 @@ class LimConfig:
         if not self.early_sets:
             return []
         found = []
-        if isinstance(self.method, str) and self.method in METHODS and self.method != "lessismore":
+        if self.kind is not None and self.method != "lessismore":
             found.append(
                 f"--lim-early-sets on: --lim-method {self.method} selects nothing that could be kept; "
                 "leave the flag out"
@@ -179,9 +189,9 @@ class LimConfig:
         """Where each KV head has a set of its own: what takes one set a row."""
         if self.scope is not None and self.scope not in SCOPES:
             return [f"--lim-scope must be one of {', '.join(SCOPES)}, got {self.scope!r}"]
-        if not isinstance(self.method, str) or self.method not in METHODS:
+        if self.kind is None:
             return []
-        scopes = METHODS[self.method].scopes
+        scopes = self.kind.scopes
         if self.scope is not None and self.scope not in scopes:
             return [
                 f"--lim-scope {self.scope}: --lim-method {self.method} has {' or '.join(scopes)} alone; "

@@ -85,8 +85,8 @@ class Counters:
             seq_lens,
             budget=self._budget,
             num_layers=sum(self._layers.values()),
-            sparse_layers=self._layers[Role.SPARSE],
-            selection_layers=self._layers[Role.SELECT],
+            sparse_layers=self._layers[Role.SPARSE] + self._layers[Role.OWN],
+            selection_layers=self._layers[Role.SELECT] + self._layers[Role.OWN],
             acts=acts,
             early_layers=self._layers[Role.DENSE],
             groups=groups,
@@ -96,14 +96,18 @@ class Counters:
         )
 
     def record_sets(self, layer: int, rows: Tensor, seq_lens: Tensor, set_counts: Tensor) -> None:
-        """Count the sets that a selection layer chose as long as they are; after `record`, may be captured in a graph.
+        """Count the sets that a layer chose as long as they are; after `record`, may be captured in a graph.
 
         Args:
-            layer: which chose them; the sparse layers from there to the next selection attend to them.
+            layer: which chose them; the sparse layers from there to the next selection attend to them. Of layers that
+                choose for themselves the first speaks for all, as their sets are as long.
             rows, seq_lens: as `record` had them; set_counts: int32 [B] or [B, H_kv].
         """
-        readers = itertools.takewhile(lambda role: role is Role.SPARSE, self._roles[layer + 1 :])
-        layers = sum(1 for _ in readers)
+        if self._roles[layer] is Role.OWN:
+            layers = self._layers[Role.OWN] if self._roles.index(Role.OWN) == layer else 0
+        else:
+            readers = itertools.takewhile(lambda role: role is Role.SPARSE, self._roles[layer + 1 :])
+            layers = sum(1 for _ in readers)
         if layers:
             count_sets(self._ledger, rows, seq_lens, set_counts, budget=self._budget, layers=layers)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lim_kernels import decode_with_scores, find_prefix_groups, grouped_decode, sparse_decode
+from lim_kernels.page_bounds import PageBounds
 from lim_kernels.prefix_groups import PrefixGroups
 from sgl_lim.methods import Method, Role, SharedSets
 from sgl_lim.set_store import Reuse, SetStore, read
@@ -31,7 +32,7 @@ class DecodeStep:
     """Which rows choose what they share together, where not each for itself."""
     reuse: Reuse | None = None
     """Which rows select in this step, where not all do."""
-    set_slots: Tensor | None = None  # int32 [B, K] or [B, H_kv, K]: the set in force, filled by a selection layer
+    set_slots: Tensor | None = None  # int32 [B, K] or [B, H_kv, K]: the set in force, filled by the layer that chose it
     set_counts: Tensor | None = None  # int32 [B] or [B, H_kv]
 
 
@@ -85,19 +86,21 @@ def attend(
     heads: HeadShare,
     rows_at_once: int | None = None,
     store: SetStore | None = None,
+    bounds: PageBounds | None = None,
 ) -> Tensor:
-    """Attention of one layer; a selection layer also puts its set in force.
+    """Attention of one layer; a layer that chooses a set also puts it in force.
 
     Args:
         q: [B, H, D]; k_cache, v_cache: [num_slots, H_kv, D] and [num_slots, H_kv, D_v], current token stored.
         store: where sets outlive a step; needed if `step.reuse` is there.
+        bounds: of the layer's pages, current token learnt; needed where the layer chooses for itself.
         rows_at_once: how many rows a selection layer scores together, None for all: logits take 4·H·L bytes a row.
 
     Returns:
         [B, H, D_v] in q's dtype.
 
     Raises:
-        RuntimeError: a sparse layer ran before any set was in force.
+        RuntimeError: a sparse layer ran before any set was in force, or a layer has no bounds to choose by.
     """
     sizes = vars(scales)
     if role is Role.SPARSE:
@@ -107,9 +110,14 @@ def attend(
         if step.shared is not None:
             return grouped_decode(*operands, step.shared.in_sets, **sizes)[0]
         return sparse_decode(*operands, **sizes)[0]
+    if role is Role.OWN and method.budget < step.slots.shape[1]:
+        if bounds is None:
+            raise RuntimeError(f"method {method.name} chooses by the bounds of pages, and none were given")
+        step.set_slots, step.set_counts = method.choose_own(q, bounds, step.slots, step.seq_lens)
+        return sparse_decode(q, k_cache, v_cache, step.set_slots, step.set_counts, **sizes)[0]
     if role is Role.DENSE or method.budget >= step.slots.shape[1]:
         # No row can exceed the budget: the set is the whole context, and nobody asks for logits.
-        if role is Role.SELECT:
+        if role is not Role.DENSE:
             step.set_slots, step.set_counts = step.slots, step.seq_lens
         early = None if step.reuse is None else step.reuse.early
         if role is Role.DENSE and step.reuse is not None and early is not None:

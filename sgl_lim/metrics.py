@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sgl_lim.counters import named
+from sgl_lim.methods import Role
 
 if TYPE_CHECKING:
     from sgl_lim.backend import SparseDecode
@@ -121,13 +122,14 @@ def settings(lim: "SparseDecode") -> dict[str, Any]:
 def summary(lim: "SparseDecode") -> str:
     """One line: method, budget, layer plan, dense backend."""
     named = settings(lim)
-    count = {role: named["layer_roles"].count(role) for role in ("dense", "select", "sparse")}
+    kinds = [role.value for role in Role if role is not Role.OWN or Role.OWN in lim.roles]
+    counts = [str(named["layer_roles"].count(kind)) for kind in kinds]
     return (
         f"method {named['method']}, budget {named['budget']} (recency {named['recency']}, sinks {named['sinks']}, "
         f"aggregate {named['aggregate']}, scope {named['scope']}), "
-        f"selection layers {','.join(map(str, named['selection_layers']))} "
-        f"({named['selection_layers_from']}), layers dense/select/sparse "
-        f"{count['dense']}/{count['select']}/{count['sparse']}, dense backend {named['dense_backend']}, "
+        f"selection layers {','.join(map(str, named['selection_layers'])) or 'none'} "
+        f"({named['selection_layers_from']}), layers {'/'.join(kinds)} {'/'.join(counts)}, "
+        f"dense backend {named['dense_backend']}, "
         f"prefix groups {'on' if named['prefix_groups'] else 'off'}, "
         f"prefix selection {named['prefix_selection']}, selection interval {named['selection_interval']}, "
         f"early sets {'on' if named['early_sets'] else 'off'}"

@@ -6,6 +6,7 @@ from typing import Any
 
 from sgl_lim.calibration import preset_file
 from sgl_lim.config import LimConfig
+from sgl_lim.methods import METHODS
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +52,22 @@ def default_layers(num_layers: int) -> tuple[int, ...]:
 def resolve_layers(config: LimConfig, model: Any) -> tuple[tuple[int, ...], str]:
     """Selection layers and where they come from: the flag, else a preset file, else a built-in preset, else a default.
 
+    Methods that have none get none, whatever was asked for, so that methods can be compared under the same flags.
+
     Args:
         model: SGLang's model config.
 
     Raises:
         preset_file.PresetError: the preset file cannot be used with this model.
     """
+    kind = METHODS[config.method]
+    if not kind.has_selection_layers:
+        asked = {"--lim-selection-layers": config.selection_layers, "--lim-preset": config.preset}
+        for flag in (flag for flag, value in asked.items() if value is not None):
+            logger.warning(
+                "sgl-lim: %s does nothing with --lim-method %s, which has no selection layers", flag, kind.name
+            )
+        return (), f"method {kind.name} has none"
     if config.selection_layers is not None:
         return config.selection_layers, "--lim-selection-layers"
     if config.preset is None:

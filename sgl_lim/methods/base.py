@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lim_kernels.page_bounds import PageBounds
 from lim_kernels.prefix_groups import PrefixGroups
 
 PREFIX_SELECTIONS = ("request", "group")
@@ -22,6 +23,8 @@ class Role(Enum):
     """Attends to the whole context and chooses the set of the layers after it."""
     SPARSE = "sparse"
     """Attends to the set alone."""
+    OWN = "own"
+    """Chooses a set of its own and attends to it alone."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ class Method(ABC):
     name: ClassVar[str]
     scopes: ClassVar[tuple[str, ...]] = ("global",)
     """Scopes that the method has, its default first."""
+    page: ClassVar[int] = 1
+    """Tokens that are chosen together: the budget and the server's page size are multiples of it."""
+    has_selection_layers: ClassVar[bool] = True
+    """Whether `selection_layers` mean anything to the method."""
     rank_reduction: ClassVar[dict[str, str]] = {"union": "max", "max": "max", "sum": "logsumexp"}
 
     budget: int
@@ -118,6 +125,18 @@ class Method(ABC):
             shared: of these rows, by `share_sets`.
         """
         raise NotImplementedError(f"method {self.name} has no selection layers")
+
+    def choose_own(self, q: Tensor, bounds: PageBounds, slots: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """The sets of a layer that chooses for itself.
+
+        Args:
+            q: [B, H, D]; bounds: of the layer's pages; slots: int32 [B, L]; seq_lens: int32 [B].
+
+        Returns:
+            KV slots int32 [B, H_kv, K], in order of position, and counts int32 [B, H_kv], as many for every KV head
+            of a row and in every layer of a step.
+        """
+        raise NotImplementedError(f"method {self.name} has no layers that choose for themselves")
 
     def layer_roles(self, num_layers: int) -> tuple[Role, ...]:
         """Role of each layer of a model."""

@@ -71,6 +71,7 @@ FLOAT32_CASES = (
     LimCase("mha", 16, SetRule("lessismore", 256, 0.0, 4, "union")),
     LimCase("gqa", 1, SetRule("lessismore", 256, 0.25, 4, "union", "kv_head")),
     LimCase("gqa", 16, SetRule("tidaldecode", 256, 0.0, 0, "max", "kv_head")),
+    LimCase("gqa", 16, SetRule("quest", 256, 0.0, 0, "max", "kv_head")),
 )
 NEXT_CASES = tuple(replace(case, release="next") for case in FLOAT32_CASES[:2])
 LOW_PRECISION_CASES = tuple(replace(MAIN, dtype=dtype) for dtype in ("bfloat16", "float16"))

@@ -54,7 +54,9 @@ def test_steps_at_once_are_steps_one_by_one(model: SmallQwen3, tokens: torch.Ten
     context = prefill(model, tokens[:100])
     one, many = (decode(model, context, tokens[100:130], method, rows=r, recall=True) for r in (1, 30))
     torch.testing.assert_close(one.logits, many.logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(one.attended, torch.full((30,), 32.0) / torch.arange(101, 131))
+    lens = torch.arange(101, 131)
+    # A set of pages lacks what the last page does.
+    torch.testing.assert_close(one.attended, (32.0 - -lens % METHODS[name].page) / lens)
     assert one.recall is not None and many.recall is not None and one.recall.max() < 1
     torch.testing.assert_close(one.recall, many.recall)
     dense = model(tokens[None])[0, 100:130]

@@ -97,8 +97,9 @@ def test_each_reason_names_flag_and_way_out(changes, named):
     [
         (LimConfig(selection_interval=4), "--lim-selection-interval 4"),
         (LimConfig(early_sets=True), "--lim-early-sets on"),
+        (LimConfig(method="quest"), "--lim-method quest"),
     ],
-    ids=["interval", "early"],
+    ids=["interval", "early", "quest"],
 )
 @pytest.mark.parametrize(
     ("changes", "named"),
@@ -112,10 +113,30 @@ def test_each_reason_names_flag_and_way_out(changes, named):
     ],
     ids=["decode-alone", "other-prefill-by-default", "other-prefill", "hierarchical", "lmcache", "disaggregated"],
 )
-def test_sets_that_outlive_a_step_need_to_see_what_is_written(config, flag, changes, named):
-    assert reasons(config) == []
-    found = reasons(config, **changes)
+def test_sets_that_outlive_a_step_and_bounds_need_to_see_what_is_written(config, flag, changes, named):
+    assert reasons(config, page_size=16) == []
+    found = reasons(config, page_size=16, **changes)
     assert [flag in reason and named in reason for reason in found] == [True]
+
+
+@pytest.mark.parametrize("page_size", [None, 1, 8, 24])
+def test_quest_needs_pages_of_16(page_size):
+    (reason,) = reasons(LimConfig(method="quest"), page_size=page_size)
+    assert f"--page-size {page_size or 1}:" in reason and "use --page-size 16" in reason
+    assert reasons(LimConfig(method="quest"), page_size=64) == reasons(page_size=page_size) == []
+
+
+def test_the_page_size_that_counts_is_the_runner_s():
+    runner = SimpleNamespace(
+        model_config=SimpleNamespace(**MODEL), server_args=SimpleNamespace(**SERVER), device="cpu", page_size=16
+    )
+    check_before_weights(LimConfig(method="quest"), runner)
+
+
+def test_quest_is_not_served_with_speculation():
+    how = {"speculative_algorithm": "EAGLE", "speculative_draft_attention_backend": "triton", "page_size": 16}
+    (reason,) = reasons(LimConfig(method="quest"), **how)
+    assert "--speculative-algorithm EAGLE" in reason and "leave one of them out" in reason
 
 
 def test_a_speculative_draft_backend_of_its_own_is_served():
@@ -127,6 +148,7 @@ def test_budgets_and_caches_that_the_kernels_take_are_served_on_a_gpu():
     assert reasons(LimConfig(budget=9000, aggregate="max"), device="cuda") == []
     assert reasons(LimConfig(dense_backend="triton"), device="cuda", kv_cache_dtype="fp8_e5m2") == []
     assert reasons(LimConfig(budget=9000)) == []
+    assert reasons(LimConfig(method="quest", budget=16384), device="cuda", page_size=64) == []
 
 
 @pytest.mark.parametrize(("dense", "refused"), [("fa3", True), ("flashinfer", False)])

@@ -152,6 +152,29 @@ def test_selection_by_group_arrives_from_flag_and_environment(monkeypatch):
     assert parse("--lim-prefix-selection", "request") == LimConfig(budget=128)
 
 
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (
+            {"budget": 40},
+            "--lim-budget 40: --lim-method quest chooses pages of 16 tokens; take a multiple of 16, such as 48",
+        ),
+        ({"scope": "global"}, "--lim-scope global: --lim-method quest has kv_head alone; leave the flag out"),
+        ({"prefix_selection": "group"}, "--lim-prefix-selection group: --lim-method quest"),
+        ({"selection_interval": 2}, "--lim-selection-interval 2: --lim-method quest"),
+        ({"early_sets": True}, "--lim-early-sets on: --lim-method quest"),
+        ({"top_p": 0.9, "aggregate": "max"}, "--lim-top-p 0.9: --lim-method quest weighs no tokens"),
+        ({"recency": "auto", "aggregate": "max"}, "--lim-recency auto: --lim-method quest weighs no tokens"),
+        ({"record_budgets": (64,)}, "--lim-method quest ranks nothing"),
+    ],
+    ids=str,
+)
+def test_what_quest_cannot_do_is_refused(values, reason):
+    assert LimConfig(method="quest").problems() == [] == LimConfig(method="quest", scope="kv_head").problems()
+    (problem,) = LimConfig(method="quest", **values).problems()
+    assert reason in problem and ("leave the" in problem or "take a multiple" in problem)
+
+
 def test_all_reasons_are_told_at_once():
     config_ = LimConfig(budget=-1, recency=2, selection_layers=(3, 1))
     message = str(RefusedConfig(config_.problems()))

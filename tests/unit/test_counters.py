@@ -105,6 +105,23 @@ def test_padded_rows_count_for_nothing():
     assert counters.read()["decode_steps"] == 1
 
 
+def test_sets_of_pages_are_counted_as_full_as_they_are():
+    # Layers 0 and 1 dense, 2 to 4 choose for themselves.
+    method = METHODS["quest"](32, 0, 0, "max", ())
+    counters = Counters(method, num_layers=5, num_rows=8, device=torch.device("cpu"))
+    rows, lens = torch.tensor([1, 2, 0, 3]), torch.tensor([50, 20, 1, 48])
+    counters.learn_generations(torch.ones(8, dtype=torch.int64))
+    counters.record(rows, lens)
+    # The last page of the first row has 2 tokens.
+    held = torch.tensor([18, 20, 1, 32], dtype=torch.int32).unsqueeze(1).expand(-1, 2).contiguous()
+    for layer in (2, 3, 4):
+        counters.record_sets(layer, rows, lens, held)
+    totals = counters.read()
+    assert totals["tokens_attended"] == 2 * (50 + 20 + 48) + 3 * (18 + 20 + 32)
+    assert (totals["tokens_dense"], totals["selections"]) == (5 * (50 + 20 + 48), 2 * 3)
+    assert (totals["requests"], totals["requests_dense"]) == (3, 1)
+
+
 def test_full_method_attends_to_everything():
     counters = build("full")
     record(counters, [1], [1], [30])

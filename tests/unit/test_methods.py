@@ -1,16 +1,18 @@
 """Layer plans and budgets of the methods, and presets."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sgl_lim.config import LimConfig
 from sgl_lim.methods import METHODS, Role
-from sgl_lim.presets import PRESETS, default_layers, find_preset, selection_layers_for
+from sgl_lim.presets import PRESETS, default_layers, find_preset, resolve_layers, selection_layers_for
 
-D, S, P = Role.DENSE, Role.SELECT, Role.SPARSE
+D, S, P, Q = Role.DENSE, Role.SELECT, Role.SPARSE, Role.OWN
 
 
 def build(name="lessismore", budget=64, recency=0.25, sinks=4, layers=(2, 4), aggregate="union"):
@@ -19,7 +21,12 @@ def build(name="lessismore", budget=64, recency=0.25, sinks=4, layers=(2, 4), ag
 
 @pytest.mark.parametrize(
     ("name", "plan"),
-    [("lessismore", (D, D, S, P, S, P)), ("window", (D, D, P, P, P, P)), ("full", (D,) * 6)],
+    [
+        ("lessismore", (D, D, S, P, S, P)),
+        ("window", (D, D, P, P, P, P)),
+        ("full", (D,) * 6),
+        ("quest", (D, D, Q, Q, Q, Q)),
+    ],
 )
 def test_layer_plan(name, plan):
     assert build(name).layer_roles(6) == plan
@@ -83,6 +90,19 @@ def test_a_preset_needs_the_model_s_depth(caplog):
         layers, source = selection_layers_for("my-qwen3-8b-pruned", 30)
     assert (layers, source) == ((2, 10), "default")
     assert len(caplog.records) == 1 and "--lim-selection-layers" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["full", "quest"])
+def test_a_method_without_selection_layers_says_that_it_ignores_them(caplog, name):
+    model = SimpleNamespace(model_path="my-model", num_hidden_layers=30)
+    with caplog.at_level(logging.WARNING):
+        assert resolve_layers(LimConfig(method=name), model) == ((), f"method {name} has none")
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert resolve_layers(LimConfig(method=name, selection_layers=(2, 9), preset="x.json"), model)[0] == ()
+    said = [record.getMessage() for record in caplog.records]
+    assert "--lim-selection-layers does nothing" in said[0] and "--lim-preset does nothing" in said[1]
+    assert all(f"--lim-method {name}" in line for line in said)
 
 
 @pytest.mark.parametrize("depth", range(1, 100))

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lim_kernels import decode_with_scores
+from lim_kernels import bound_pages, decode_with_scores
+from lim_kernels.page_bounds import PAGE, PageBounds
 from sgl_lim.decode import DecodeStep, HeadShare, Scales, attend, begin_step
 from sgl_lim.methods import Method, Role
 
@@ -97,8 +98,9 @@ def _decode_rows(
         q, k, v = (t[0].transpose(0, 1).contiguous() for t in project(x, w, cos, sin, shape, model.dtype))
         keys.append(torch.cat((context.keys[i], k)))
         values.append(torch.cat((context.values[i], v)))
-        out = attend(method, step, role, q, keys[i], values[i], scales=scales, heads=heads)
-        if role is Role.SPARSE:
+        bounds = _bounds(keys[i], slots[0]) if role is Role.OWN else None
+        out = attend(method, step, role, q, keys[i], values[i], scales=scales, heads=heads, bounds=bounds)
+        if role in (Role.SPARSE, Role.OWN):
             shares.append(_share(step))
             if recall:
                 recalls.append(_recall(step, q, keys[i], values[i], shape.scale))
@@ -106,6 +108,14 @@ def _decode_rows(
     attended = torch.stack(shares).mean(0) if shares else torch.ones(len(fed), device=fed.device)
     found = Decoded(model.logits(x[0]), attended, torch.stack(recalls).mean(0) if recalls else None)
     return replace(context, keys=keys, values=values, last=x[0, -1:]), found
+
+
+def _bounds(keys: Tensor, slots: Tensor) -> PageBounds:
+    """Bounds of all pages. A row's last one may hold later rows' tokens, but no row ranks its last page."""
+    sides = (keys.new_empty(-(-len(keys) // PAGE), *keys.shape[1:]) for _ in range(2))
+    bounds = PageBounds(*sides)
+    bound_pages(bounds, keys, slots)
+    return bounds
 
 
 def _share(step: DecodeStep) -> Tensor:
