@@ -5,42 +5,63 @@ set -euo pipefail
 source "$(dirname "$0")/env.sh"
 cd "$LIM_ROOT"
 
+venv=$LIM_ROOT/.venv next=$LIM_ROOT/.venv-$LIM_SGLANG_NEXT
+python=$venv/bin/python
+set_up() { ensure_venv "$venv" "$LIM_SGLANG" dev,test,bench; }
+if (($#)); then set_up; exec "$python" -m pytest "$@"; fi
+
 started=$SECONDS
-ensure_venv "$LIM_ROOT/.venv" "$LIM_SGLANG" dev,test,bench
-python=$LIM_ROOT/.venv/bin/python
-say "set-up took $((SECONDS - started)) s"
-if (($#)); then exec "$python" -m pytest "$@"; fi
-
-say "style and types"
-"$python" -m ruff check .
-"$python" -m ruff format --check .
-"$python" -m mypy
-
-ensure_venv "$LIM_ROOT/.venv-$LIM_SGLANG_NEXT" "$LIM_SGLANG_NEXT" test
-export SGL_LIM_NEXT_PYTHON=$LIM_ROOT/.venv-$LIM_SGLANG_NEXT/bin/python
-
-# Tests without servers take a core each, so they run in two chains at once; servers take what there is and come last.
-# tests/kernels has processes of its own: without a GPU, Triton's interpreter has to be chosen before Triton is imported.
+export SGL_LIM_NEXT_PYTHON=$next/bin/python
+cores=$(nproc)
 export OMP_NUM_THREADS=1
-kernels=(tests/kernels --require-triton --durations=5)
-others=(tests/programs tests/training tests/calibration)
-say "tests without servers"
-beside_log=$(mktemp)
-beside() {
-    set -e
-    "$SGL_LIM_NEXT_PYTHON" -m pytest -p no:cacheprovider tests/unit
-    "$SGL_LIM_NEXT_PYTHON" -m pytest -p no:cacheprovider "${kernels[@]}"
-    "$python" -m pytest -p no:cacheprovider --durations=5 "${others[@]}"
+
+logs=$(mktemp -d)
+trap 'stop_all; rm -r "$logs"' EXIT
+
+# job NAME COMMAND…: runs beside others, one a core. The first one that fails shows all it printed and ends the others.
+job() {
+    while (($(jobs -rp | wc -l) >= cores)); do wait -n; done
+    set -m  # in a process group of its own
+    logged "$@" </dev/null &
+    set +m
+    LIM_GROUPS+=("$!")
 }
-(beside) >"$beside_log" 2>&1 &
-chain=$!
-trap 'kill "$chain" 2>/dev/null || true' EXIT
-"$python" -m pytest --durations=5 --ignore=tests/kernels --ignore=tests/served "${others[@]/#/--ignore=}"
-"$python" -m pytest "${kernels[@]}"
-wait "$chain" || { cat "$beside_log"; exit 1; }
-trap - EXIT
-grep -E "^=+ .*(passed|failed)" "$beside_log"
-unset OMP_NUM_THREADS
-say "tests on servers"
-"$python" -m pytest --durations=15 tests/served
+logged() {
+    name=$1 log=$logs/$1 began=$SECONDS
+    shift
+    trap 'cat "$log"; say "$name failed"' EXIT
+    trap 'trap - EXIT; exit 1' TERM  # because another one failed
+    "$@" >"$log" 2>&1
+    trap - EXIT
+    say "$name took $((SECONDS - began)) s"
+    sed -n '/slowest .*durations/,$p' "$log"
+}
+style() {
+    "$python" -m ruff check .
+    "$python" -m ruff format --check .
+    "$python" -m mypy
+}
+tests() { "$1" -m pytest -p no:cacheprovider --durations=5 "${@:2}"; }
+
+job "set-up of SGLang $LIM_SGLANG_NEXT" ensure_venv "$next" "$LIM_SGLANG_NEXT" test
+next_set_up=$!
+set_up
+say "set-up took $((SECONDS - started)) s"
+
+# The longest come first, and every test is in one of them. Tests that share servers share a job.
+# tests/kernels has processes of its own: without a GPU, Triton's interpreter has to be chosen before Triton is imported.
+own_servers=(tests/served/test_{calibration,churn,command_line,programs,refusals}.py)
+no_servers=(tests/programs tests/training tests/calibration)
+kernels=(tests/kernels --require-triton)
+job "style and types" style
+job "shared servers" tests "$python" tests/served "${own_servers[@]/#/--ignore=}" -k "not next"
+wait "$next_set_up"
+job "servers of SGLang $LIM_SGLANG_NEXT" tests "$python" tests/served -k next
+job "servers of their own" tests "$python" "${own_servers[@]}" -k "not next"
+job "kernels" tests "$python" "${kernels[@]}"
+job "kernels on SGLang $LIM_SGLANG_NEXT" tests "$SGL_LIM_NEXT_PYTHON" "${kernels[@]}"
+job "programs" tests "$python" "${no_servers[@]}"
+job "all others" tests "$python" "${no_servers[@]/#/--ignore=}" --ignore=tests/kernels --ignore=tests/served
+job "unit tests on SGLang $LIM_SGLANG_NEXT" tests "$SGL_LIM_NEXT_PYTHON" tests/unit
+for group in "${LIM_GROUPS[@]}"; do wait "$group"; done
 say "all of it took $((SECONDS - started)) s"
