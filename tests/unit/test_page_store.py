@@ -55,7 +55,8 @@ class World:
             self.lens[row] += tokens[row]
             written += self.table[row, first : first + tokens[row]].tolist() if row else [0]
         lens = [self.lens[row] or 1 for row in rows]
-        batch = batch_of(rows, lens, mode, written=written, extend_seq_lens=torch.tensor([tokens[row] for row in rows]))
+        more = {"extend_seq_lens": torch.tensor([tokens[row] for row in rows]), "out_cache_loc_is_physical": False}
+        batch = batch_of(rows, lens, mode, written=written, **more)
         self.backend.init_forward_metadata(batch)
         if not prepared:
             self.backend.lim.step = None
