@@ -3,9 +3,9 @@
 The dense backend is built by its own factory and its instance is given a subclass of its own class, so prefill,
 mixed, verify and idle steps, metadata and whatever a release adds stay exactly the dense backend's. A decode step
 copies its rows of `req_to_token` when SGLang prepares the step's metadata (`observe`, never captured) and reads nothing
-of the scheduler's afterwards; no state crosses from one step to the next, except where `set_store` reuses sets. What a
-captured graph runs is `begin` and the layers: sizes depend on batch size, budget and the pool's width alone, and
-nothing waits for the device.
+of the scheduler's afterwards; no state crosses from one step to the next, except where `set_store` reuses sets and for
+what `page_store` knows of the keys in the pool. What a captured graph runs is `begin` and the layers: sizes depend on
+batch size, budget and the pool's width alone, and nothing waits for the device.
 """
 
 from dataclasses import dataclass

@@ -22,7 +22,7 @@ HELP = {
     "decode_steps": "Decode steps run by the lessismore backend",
     "tokens_attended": "KV tokens read in decode, over all layers",
     "tokens_dense": "KV tokens a dense decode would have read, over all layers",
-    "selections": "Token sets chosen, over rows and selection layers",
+    "selections": "Token sets chosen, over rows and the layers that choose",
     "tokens_shared": "KV tokens not read again, because they were read for another row of a prefix group",
     "rows_grouped": "Rows that were in a prefix group, summed over decode steps",
     "warm_starts": "Requests that began with a set that earlier selections had left on their KV slots",
