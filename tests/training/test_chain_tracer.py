@@ -1,11 +1,13 @@
 """Is the published checkpoint an ordinary Qwen3 that solves its task, and does evaluation measure what it says?"""
 
+import csv
 import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from chain_tracer import methods
 from chain_tracer.data import EOS, IDS
 from chain_tracer.decode import Policy, Reads, encode, prefill, score
 from chain_tracer.export import build_tokenizer, export, mute_heads
@@ -142,6 +144,22 @@ def test_tokens_read_follow_the_budget_and_the_attention(ours: ChainTracer, prob
     assert reads(top_p=0.3) < reads(top_p=0.7) < fixed
     # No share asks for less than 12 tokens of the window, 4 sinks and one more.
     assert reads(top_p=0.001) == chains * sum(full_layers * n + (layers - full_layers) * 17 for n in lengths)
+
+
+def test_every_method_is_measured_through_the_code_of_a_served_step(tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    asked = "lessismore,lessismore:scope=kv_head,lessismore:aggregate=sum:top_p=0.9,tidaldecode,quest,window"
+    size = ["--items", "2", "--facts", "64", "--steps", "6", "--budgets", "64", "--device", "cpu"]
+    methods.main([str(FOLDER), "--csv", str(out), "--methods", asked, *size])
+    rows = {row["method"]: row for row in csv.DictReader(out.open())}
+    assert list(rows) == ["full", *asked.split(",")]
+    fractions = {name: float(row["attended_fraction"]) for name, row in rows.items()}
+    assert fractions["full"] == 1 and fractions["lessismore:aggregate=sum:top_p=0.9"] < fractions["lessismore"] < 0.5
+    # Two of twelve layers are dense.
+    assert fractions["window"] == pytest.approx(2 / 12 + 10 / 12 * float(rows["window"]["attended"]), abs=1e-3)
+    whole = {name: float(row["whole"]) for name, row in rows.items()}
+    assert whole["full"] == whole["lessismore"] == 1 and whole["window"] == 0
+    assert float(rows["full"]["whole_low"]) < 0.5 and float(rows["full"]["whole_high"]) == 1
 
 
 def test_a_muted_head_writes_nothing() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_qwen3.bench import build_method, half_interval, methods_of
 from small_qwen3.decode import decode, prefill
 from small_qwen3.model import SmallQwen3, finish, project, rope_table
 from source_reader import evaluate
-from source_reader.evaluate import build_method, half_interval
 from source_reader.export import export
 from source_reader.identifiers import find_occurrences, token_bytes
 from source_reader.model import TINY
@@ -111,7 +111,7 @@ def test_names_are_distant_near_or_fresh() -> None:
 
 def test_a_search_is_of_every_pair_with_a_sparse_layer_behind_each() -> None:
     args = evaluate.parse(["search", "model", "--csv", "out.csv", "--methods", "lessismore", "--budgets", "64"])
-    pairs = [method.selection_layers for _, method in evaluate.settings(args, 8)][1:]
+    pairs = [method.selection_layers for _, method in methods_of(args, evaluate.every_pair(8))][1:]
     assert pairs == [(2, 4), (2, 5), (2, 6), (3, 5), (3, 6), (4, 6)]
 
 

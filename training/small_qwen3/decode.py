@@ -38,6 +38,7 @@ class Decoded:
 
     logits: Tensor  # float32 [S, vocab]: of the token after each one fed
     attended: Tensor  # float32 [S]: share of their context that sparse layers read, mean over them; 1 if there are none
+    read: Tensor  # float32 [S]: tokens that a layer reads, mean over all layers
     recall: (
         Tensor | None
     )  # float32 [S]: share of the full attention's weight that the sets hold, mean over sparse layers
@@ -49,6 +50,7 @@ class Decoded:
         return Decoded(
             torch.cat([p.logits for p in parts]),
             torch.cat([p.attended for p in parts]),
+            torch.cat([p.read for p in parts]),
             torch.cat(recalls) if recalls else None,
         )
 
@@ -106,7 +108,8 @@ def _decode_rows(
                 recalls.append(_recall(step, q, keys[i], values[i], shape.scale))
         x = finish(x, out.transpose(0, 1)[None], w, shape, model.dtype)
     attended = torch.stack(shares).mean(0) if shares else torch.ones(len(fed), device=fed.device)
-    found = Decoded(model.logits(x[0]), attended, torch.stack(recalls).mean(0) if recalls else None)
+    read = step.seq_lens * (1 - (1 - attended) * len(shares) / shape.layers)
+    found = Decoded(model.logits(x[0]), attended, read, torch.stack(recalls).mean(0) if recalls else None)
     return replace(context, keys=keys, values=values, last=x[0, -1:]), found
 
 
