@@ -23,7 +23,9 @@ ensure_venv() {
     # A first try that failed half way leaves a python without pip.
     "$dir/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$dir" ||
         die "python venv module missing; on Debian and Ubuntu: apt-get install python3-venv"
-    "$dir/bin/python" -m pip install --quiet --disable-pip-version-check \
+    "$dir/bin/python" -m pip install --quiet --disable-pip-version-check "sglang==$version"
+    # One environment at a time: a build of this checkout writes into it.
+    flock "$LIM_ROOT/pyproject.toml" "$dir/bin/python" -m pip install --quiet --disable-pip-version-check \
         "sglang==$version" -e "$LIM_ROOT${extras:+[$extras]}"
     printf '%s [%s]' "$want" "$extras" >"$dir/.lim-ready"
 }
