@@ -4,6 +4,8 @@
     python benchmarks/plot.py speedup out/decode_step.csv -o speedup.png      # ratio to the first backend, by case
     python benchmarks/plot.py speedup out/decode_step.csv --column pipelined_ratio -o speedup.png
     python benchmarks/plot.py throughput out/throughput.csv -o throughput.png # output tokens/s, by workload
+    python benchmarks/plot.py accuracy out/methods.csv -o methods.png         # chains right, by tokens attended
+    python benchmarks/plot.py accuracy out/text.csv --column agreement -o text.png
 
 Rows with an error are left out; of rows measured twice, the last counts.
 """
@@ -199,11 +201,54 @@ def throughput_figure(rows: list[Row], column: str = "tokens_per_s") -> Any:
     return figure
 
 
+def accuracies(rows: list[Row], column: str = "whole") -> dict[str, list[tuple[float, float, float, float]]]:
+    """Tokens attended, share and its interval in percent, by method, from the benches of `training`.
+
+    An interval is in the columns `…_low` and `…_high`, or half of it in `…±`; without these it has no width.
+    """
+    found: dict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
+    for row in rows:
+        if not row.get(column):
+            continue
+        value, half = float(row[column]), float(row.get(f"{column}±") or 0)
+        low, high = float(row.get(f"{column}_low") or value - half), float(row.get(f"{column}_high") or value + half)
+        found[row["method"]].append((float(row["attended_tokens"]), 100 * value, 100 * low, 100 * high))
+    if not found:
+        raise SystemExit(f"no row has {column}; columns are {', '.join(rows[0])}")
+    return {name: sorted(points) for name, points in found.items()}
+
+
+def accuracy_figure(rows: list[Row], column: str = "whole") -> Any:
+    """Lines of a share against tokens attended; full attention's as a level."""
+    from matplotlib.ticker import StrMethodFormatter
+
+    device, torch = rows[0].get("device", ""), rows[0].get("torch", "")
+    figure, (ax,) = new_figure(
+        1, f"{rows[0].get('items', '')} items of {rows[0].get('size', '')}; {device}; torch {torch}"
+    )
+    for i, (name, points) in enumerate(accuracies(rows, column).items()):
+        x, y, low, high = zip(*points, strict=True)
+        spread = [
+            [at - end for at, end in zip(y, low, strict=True)],
+            [end - at for at, end in zip(y, high, strict=True)],
+        ]
+        style: dict[str, Any] = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markersize": 4.5, "capsize": 2.5}
+        # More methods than colours: those of a second round are dashed.
+        ax.errorbar(x, y, yerr=spread, label=name, linewidth=1.4, linestyle="--" if i >= 7 else "-", **style)
+        if name == "full":
+            ax.axhline(y[0], color=COLOURS[0], linewidth=1, zorder=0.5)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    ax.set(xlabel="KV tokens attended, a generated token and layer", ylabel=f"{column}, % (95% intervals)")
+    add_legend(figure, ax)
+    return figure
+
+
 def main(argv: list[str] | None = None) -> None:
     """Draw one figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     figures = parser.add_subparsers(dest="figure", required=True)
-    for name in ("decode", "speedup", "throughput"):
+    for name in ("decode", "speedup", "throughput", "accuracy"):
         figure = figures.add_parser(name)
         figure.add_argument("csv", type=Path)
         figure.add_argument("-o", "--output", type=Path, required=True, help="PNG, SVG or PDF")
@@ -214,14 +259,18 @@ def main(argv: list[str] | None = None) -> None:
             figure.add_argument("--column", default="ratio", help="the CSV's column of ratios")
         if name == "throughput":
             figure.add_argument("--column", default="tokens_per_s", help="the CSV's column of tokens/s")
+        if name == "accuracy":
+            figure.add_argument("--column", default="whole", help="the CSV's column of shares")
     args = parser.parse_args(argv)
     rows = read_rows(args.csv)
     if args.figure == "decode":
         drawn = decode_figure(rows, args.batch, args.context)
     elif args.figure == "speedup":
         drawn = speedup_figure(rows, args.column)
-    else:
+    elif args.figure == "throughput":
         drawn = throughput_figure(rows, args.column)
+    else:
+        drawn = accuracy_figure(rows, args.column)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(args.output)
 

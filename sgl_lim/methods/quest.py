@@ -30,6 +30,8 @@ class Quest(Method):
     has_selection_layers = False
 
     def __post_init__(self) -> None:
+        if self.budget % PAGE:
+            raise ValueError(f"quest: expected a budget that is a multiple of {PAGE}, got {self.budget}")
         for field, value in (("recency", 0), ("sinks", 0), ("aggregate", "max")):
             object.__setattr__(self, field, value)
 

@@ -116,10 +116,28 @@ def test_the_figures_hold_the_numbers(rows: list[dict[str, str]], tmp_path: Path
     assert [bar.get_height() for bar in bars.patches] == [4000, 5200.5]
 
 
-@pytest.mark.parametrize("figure", ["decode", "speedup", "throughput"])
+def accuracy_csv(path: Path) -> Path:
+    path.write_text(
+        "method,budget,whole,whole_low,whole_high,agreement,agreement±,attended_tokens,items,size,device,torch\n"
+        "full,,1.0,0.98,1.0,1.0,0.0,2179.5,200,330/48,CPU,2.11\n"
+        "quest,128,0.5,0.4,0.6,0.9,0.02,400,200,330/48,CPU,2.11\n"
+        "quest,64,0.1,0.05,0.2,0.8,0.03,300,200,330/48,CPU,2.11\n"
+    )
+    return path
+
+
+def test_accuracies_stand_beside_the_tokens_they_took(tmp_path: Path) -> None:
+    rows = plot.read_rows(accuracy_csv(tmp_path / "a.csv"))
+    assert plot.accuracies(rows) == {"full": [(2179.5, 100, 98, 100)], "quest": [(300, 10, 5, 20), (400, 50, 40, 60)]}
+    assert plot.accuracies(rows, "agreement")["quest"][1] == pytest.approx((400, 90, 88, 92))
+    with pytest.raises(SystemExit, match="no row has loss; columns are method"):
+        plot.accuracies(rows, "loss")
+
+
+@pytest.mark.parametrize("figure", ["decode", "speedup", "throughput", "accuracy"])
 def test_a_png_is_written(figure: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    source = (throughput_csv if figure == "throughput" else steps_csv)(tmp_path / "in.csv")
+    source = {"throughput": throughput_csv, "accuracy": accuracy_csv}.get(figure, steps_csv)(tmp_path / "in.csv")
     plot.main([figure, str(source), "-o", str(tmp_path / "new" / "out.png")])
     assert (tmp_path / "new" / "out.png").read_bytes().startswith(b"\x89PNG")
 

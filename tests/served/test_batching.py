@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from support.agreement import largest_difference, same_tokens
-from support.fleet import FLOAT32_CASES, MAIN, NEXT_CASES, Fleet, LimCase, random_prompt
+from support.fleet import MAIN, NEXT_CASES, Fleet, LimCase, random_prompt
 from support.server import Server
 
-CASES = [MAIN, FLOAT32_CASES[1], *NEXT_CASES]
-pytestmark = [pytest.mark.served, pytest.mark.parametrize("case", CASES, ids=str, indirect=True)]
+pytestmark = [pytest.mark.served, pytest.mark.parametrize("case", [MAIN, *NEXT_CASES], ids=str, indirect=True)]
 
 SHORT, LONG = random_prompt(61, 200), random_prompt(613, 201)
 CROWD = [random_prompt(length, 210 + length) for length in (3, 700, 250, 19, 401, 120)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from sgl_lim.methods import METHODS
 from support.agreement import errors
 from support.float64_qwen3 import Float64Qwen3
 from support.probe_records import Probe
@@ -20,6 +21,8 @@ SELECTION_LAYERS = (1, 3)
 ROLES = ("dense", "select", "sparse", "select", "sparse", "sparse")
 HEADS = {"gqa": (8, 2), "mqa": (5, 1), "mha": (4, 4)}
 NEW_TOKENS = 24
+CHUNK = 512
+"""Tokens of a prompt that a lessismore server prefills at once."""
 COMMON_ARGS = ("--max-total-tokens", "8192", "--max-running-requests", "32")
 NEXT_PYTHON = "SGL_LIM_NEXT_PYTHON"
 
@@ -62,7 +65,7 @@ class LimCase:
 
 MAIN = LimCase("gqa", 1, SetRule("lessismore", 256, 0.25, 4, "union"))
 GROUP = replace(MAIN, prefix_selection="group")
-FLOAT32_CASES = (
+_GIVEN_CASES = (
     MAIN,
     LimCase("gqa", 16, SetRule("lessismore", 256, 0.3, 5, "max")),
     LimCase("mqa", 1, SetRule("lessismore", 193, 0.25, 4, "sum")),
@@ -72,6 +75,22 @@ FLOAT32_CASES = (
     LimCase("gqa", 1, SetRule("lessismore", 256, 0.25, 4, "union", "kv_head")),
     LimCase("gqa", 16, SetRule("tidaldecode", 256, 0.0, 0, "max", "kv_head")),
     LimCase("gqa", 16, SetRule("quest", 256, 0.0, 0, "max", "kv_head")),
+)
+
+
+def default_case(method: str) -> LimCase:
+    """A case of a method that no case was written for."""
+    kind = METHODS[method]
+    return LimCase("gqa", kind.page, SetRule(method, 256, 0.25, 4, "max", kind.scopes[0]))
+
+
+_GIVEN_METHODS = {case.rule.method for case in _GIVEN_CASES}
+FLOAT32_CASES = (*_GIVEN_CASES, *(default_case(name) for name in METHODS if name not in _GIVEN_METHODS))
+"""Every registered method is among them."""
+METHOD_CASES = tuple(
+    # Of each method one case: larger pages have more ways to go wrong.
+    max((case for case in FLOAT32_CASES if case.rule.method == name), key=lambda case: case.page_size)
+    for name in METHODS
 )
 NEXT_CASES = tuple(replace(case, release="next") for case in FLOAT32_CASES[:2])
 LOW_PRECISION_CASES = tuple(replace(MAIN, dtype=dtype) for dtype in ("bfloat16", "float16"))
@@ -131,7 +150,8 @@ class Fleet:
     def lim_spec(self, case: LimCase) -> ServerSpec:
         """A lessismore server with metrics and the probe."""
         args = ("--attention-backend", "lessismore", *case.flags(), "--dtype", case.dtype)
-        args += ("--page-size", str(case.page_size), "--enable-metrics", *COMMON_ARGS)
+        args += ("--page-size", str(case.page_size), "--enable-metrics", "--chunked-prefill-size", str(CHUNK))
+        args += COMMON_ARGS
         return ServerSpec(case.name, self.model(case.kind), args, env=self.probe.env, python=interpreter(case.release))
 
     def dense_spec_to_come(self, case: LimCase) -> ServerSpec | None:

@@ -98,3 +98,5 @@ def test_quest_keeps_to_its_own_rule():
     method = METHODS["quest"](BUDGET, 0.25, 4, "union", (1, 3), scope="kv_head")
     assert (method.recency, method.sinks, method.aggregate, method.per_kv_head) == (0, 0, "max", True)
     assert [role.value for role in method.layer_roles(4)] == ["dense", "dense", "own", "own"]
+    with pytest.raises(ValueError, match="a multiple of 16, got 40"):
+        METHODS["quest"](40, 0.25, 4, "max", ())
