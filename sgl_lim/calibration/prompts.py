@@ -63,7 +63,8 @@ def encode(prompts: Sequence[str], tokenizer: Any, *, chat: bool) -> list[list[i
 
 def _read(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        # Some editors begin a file with a byte order mark.
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise PromptError(f"--prompts {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -75,6 +76,8 @@ def _parse_line(line: str, where: str) -> str:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise PromptError(f"--prompts {where}: not JSON ({error.msg}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists in lists
+        raise PromptError(f"--prompts {where}: JSON that Python does not read ({error})") from error
     if not isinstance(row, dict):
         raise PromptError(f"--prompts {where}: expected a JSON object, got {type(row).__name__}")
     key = next((key for key in ("prompt", "problem") if key in row), None)

@@ -51,10 +51,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     summaries = {}
     for item in args.summaries:
         name, _, path = item.rpartition("=")
+        name = name or Path(path).stem
+        if name in summaries:
+            parser.error(f"argument NAME=FILE: {name} is taken; every summary needs a name of its own")
         try:
-            summaries[name or Path(path).stem] = json.loads(Path(path).read_text())
+            summaries[name] = json.loads(Path(path).read_text())
+            columns(summaries[name])
         except (OSError, ValueError) as error:
             parser.error(f"argument NAME=FILE: {path} is no summary: {error}")
+        except (KeyError, TypeError, AttributeError) as error:
+            parser.error(f"argument NAME=FILE: {path} is JSON, but no summary that --summary wrote ({error!r})")
     print(comparison(summaries))
 
 

@@ -1,5 +1,6 @@
 """The few HTTP calls that are not generations, with errors for people. Standard library only."""
 
+import http.client
 import json
 import time
 import urllib.error
@@ -80,5 +81,7 @@ def request_json(url: str, payload: object | None = None, *, timeout: float = 30
         raise EndpointError(
             f"{url}: no answer ({reason}); is the server up? Start one with: python -m sglang.launch_server"
         ) from error
+    except http.client.HTTPException as error:
+        raise EndpointError(f"{url}: the answer is not HTTP ({error!r}); is --endpoint a SGLang server?") from error
     except ValueError as error:
         raise EndpointError(f"{url}: the answer is not JSON; is --endpoint a SGLang server?") from error

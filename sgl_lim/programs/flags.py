@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from sgl_lim.programs.forcing import DEFAULT_END
 from sgl_lim.programs.named import DATA_DIR, NAMED
@@ -121,17 +122,24 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--top-p",
-        type=number(0.0, 1.0),
+        type=number(0.0, 1.0, or_low=False),
         metavar="P",
         help=f"default: {TOP_P} with several samples or branches, else 1",
     )
-    add("--top-k", type=integer(-1), default=-1, metavar="N", help="default: -1, no limit")
+    add("--top-k", type=top_k, default=-1, metavar="N", help="default: -1, no limit")
 
 
 def url(text: str) -> str:
     """An argument's type: an endpoint, without a trailing slash."""
     if not text.startswith(("http://", "https://")):
         raise argparse.ArgumentTypeError(f"must begin with http:// or https://, got {text!r}")
+    try:
+        parts = urlsplit(text)
+        known = parts.hostname and (parts.port is None or parts.port) and not any(map(str.isspace, text))
+    except ValueError:  # brackets that do not match, or a port that is no port
+        known = False
+    if not known:
+        raise argparse.ArgumentTypeError(f"must be such as http://127.0.0.1:30000, got {text!r}")
     return text.rstrip("/")
 
 
@@ -151,16 +159,25 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
     return convert
 
 
-def number(low: float, high: float) -> Callable[[str], float]:
-    """An argument's type: a number in a range."""
+def top_k(text: str) -> int:
+    """An argument's type: as many tokens, or -1 for all; servers fail every request that has 0."""
+    value = integer(-1)(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be at least 1, or -1 for no limit, got 0")
+    return value
+
+
+def number(low: float, high: float, *, or_low: bool = True) -> Callable[[str], float]:
+    """An argument's type: a number in a range, whose lower end is outside without `or_low`."""
 
     def convert(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be a number from {low:g} to {high:g}, got {text!r}")
+        if not low <= value <= high or (value == low and not or_low):
+            expected = f"from {low:g}" if or_low else f"above {low:g}, up"
+            raise argparse.ArgumentTypeError(f"must be a number {expected} to {high:g}, got {text!r}")
         return value
 
     return convert

@@ -78,7 +78,8 @@ def parse_jsonl(content: bytes, name: str, path: str, template: str) -> ProblemS
     if PLACEHOLDER not in template:
         raise ProblemError(f"the prompt template has no {PLACEHOLDER}, so no problem would be asked: {template!r}")
     try:
-        lines = content.decode("utf-8").split("\n")
+        # Some editors begin a file with a byte order mark.
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ProblemError(f"{path}: not UTF-8 text (byte {error.start}); expected one JSON object a line") from error
     problems: list[Problem] = []
@@ -106,6 +107,8 @@ def _parse_line(line: str, template: str, where: str, *, default_id: str) -> Pro
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ProblemError(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists in lists
+        raise ProblemError(f"{where}: JSON that Python does not read ({error})") from error
     if not isinstance(row, dict):
         raise ProblemError(f"{where}: expected a JSON object, got {type(row).__name__}")
     text = _field(row, "problem", (str,), where)

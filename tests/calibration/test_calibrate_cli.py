@@ -76,6 +76,8 @@ def test_prompts_of_files_come_in_order(tmp_path):
         ("a.txt", b"\xff", "not UTF-8 text"),
         ("a.jsonl", b"{}\n", r"a\.jsonl:1: neither 'prompt' nor 'problem'"),
         ("a.jsonl", b'{"prompt": "x"}\n{\n', r"a\.jsonl:2: not JSON"),
+        ("a.jsonl", b'\xef\xbb\xbf{"prompt": "x"}\n' + b"[" * 100_000, r"a\.jsonl:2: JSON that Python does not read"),
+        ("a.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}", r"a\.jsonl:1: JSON that Python does not read"),
         ("a.jsonl", b"[1]\n", r"a\.jsonl:1: expected a JSON object, got list"),
         ("a.jsonl", b'{"prompt": 4}\n', r"'prompt' must be a text that is not empty, got 4"),
         ("a.jsonl", b'{"problem": " "}\n', "'problem' must be a text that is not empty"),

@@ -41,6 +41,23 @@ def test_command_line_reads_files(tmp_path, capsys):
     assert lines[1].startswith("first") and lines[2].startswith("run ")
 
 
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"accuracy": 1}', "\xff"])
+def test_a_file_that_is_no_summary_is_named(tmp_path, capsys, content):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        main([f"x={path}"])
+    assert stop.value.code == 2 and "other.json is" in capsys.readouterr().err
+
+
+def test_two_summaries_of_one_name_are_refused(tmp_path, capsys):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(SUMMARY))
+    with pytest.raises(SystemExit):
+        main([f"run={path}", str(path)])
+    assert "run is taken" in capsys.readouterr().err
+
+
 def test_unreadable_summary_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main([f"x={tmp_path / 'none.json'}"])

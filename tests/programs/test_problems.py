@@ -60,6 +60,8 @@ def test_the_spec_follows_content_and_template(tmp_path: Path) -> None:
         pytest.param('{"problem": " ", "answer": "1"}', [":2", "'problem'", "empty"], id="empty-problem"),
         pytest.param('{"problem": "a", "answer": "1"', [":2", "not JSON"], id="cut-line"),
         pytest.param('["a", "1"]', [":2", "object", "list"], id="list"),
+        pytest.param('{"answer": ' + "1" * 5000 + "}", [":2", "JSON", "4300"], id="endless-number"),
+        pytest.param("[" * 100_000, [":2", "JSON"], id="endless-list"),
         pytest.param('{"id": "x", "problem": "b", "answer": "1"}', [":2", "'x'", "line 1"], id="same-id"),
         pytest.param('{"id": [1], "problem": "b", "answer": "1"}', [":2", "'id'", "list"], id="list-id"),
     ],
@@ -88,6 +90,12 @@ def test_files_without_problems_are_refused(tmp_path: Path) -> None:
 def test_a_line_separator_inside_a_string_does_not_split_a_line(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({"problem": "a\u2028b\x85c", "answer": "1"}, ensure_ascii=False) + "\n")
+    assert len(jsonl_problems(path).problems) == 1
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"problem": "a", "answer": "1"}\n', encoding="utf-8-sig")
     assert len(jsonl_problems(path).problems) == 1
 
 

@@ -1,5 +1,7 @@
 """The server's state and the attended fraction between two looks at it."""
 
+import socket
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -90,3 +92,19 @@ def test_no_server_is_said_so() -> None:
 def test_another_server_is_said_so(stub: StubEndpoint) -> None:
     with pytest.raises(EndpointError, match="404"):
         server_info(f"{stub.url}/v1")
+
+
+def test_what_speaks_no_http_is_said_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def greet() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+                connection.recv(4096)
+
+        greeter = threading.Thread(target=greet, daemon=True)
+        greeter.start()
+        with pytest.raises(EndpointError, match="not HTTP"):
+            server_info(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        greeter.join()
