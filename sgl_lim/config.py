@@ -227,7 +227,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=parse_recency,
         metavar="{R,auto}",
         help=f"Share of the budget kept for recent tokens (default {defaults.recency}); auto: for each set, as large a "
-        "share as these hold of the attention, from a sixteenth to a half.",
+        "share as these hold of the attention, from a sixteenth (32 tokens or a quarter, if more) to a half.",
     )
     add("sinks", type=int, metavar="S", help=f"Leading tokens that are always kept (default {defaults.sinks}).")
     add(

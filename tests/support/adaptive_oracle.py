@@ -33,8 +33,9 @@ def explains_adaptive(
         parts = [(max(1, budget * part // 16), part / 16) for part in range(1, 9)]
         held = [(window, float(shares[-window:].sum()), part) for window, part in parts]
         surely = [window for window, share, part in held if share >= part * slack]
+        least = max(parts[0][0], min(32, budget // 4))
         windows = [
-            window
+            max(window, least)
             for window, share, part in held
             if window >= max(surely, default=1) and (share >= part / slack or window == parts[0][0])
         ]

@@ -28,8 +28,9 @@ def adapt_budgets(
     weighs nothing, and every implementation finds the same sizes. In rows longer than the budget:
 
     - With `recent=None` the window gets the share of the budget that it holds of the attention: it is the longest of
-      1 … 8 sixteenths of the budget whose tokens hold as many sixteenths of the attention at least, or one sixteenth
-      if none does. (The current token is always in it; sixteenths are rounded down.)
+      1 … 8 sixteenths of the budget whose tokens hold as many sixteenths of the attention at least, but not shorter
+      than one sixteenth, nor than 32 tokens where a quarter of the budget is as many, nor than that quarter where it
+      is not. (The current token is always in it; sixteenths are rounded down.)
     - With `top_p` the row's budget is the smallest with which sinks, window and the heaviest candidates hold that share
       of the attention, but not less than `floor`, nor than sinks, window and one token, nor more than `budget`.
 
@@ -44,7 +45,7 @@ def adapt_budgets(
 
     Returns:
         budgets and recents, int32 [B] each, as `choose_tokens` takes them. A row within the budget gets its length, and
-        the given window or one of a sixteenth.
+        the given window or the shortest.
 
     Raises:
         ValueError: wrong shape, dtype or device, an unknown implementation, nothing to adapt, a share not between 0 and

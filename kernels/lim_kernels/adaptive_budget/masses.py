@@ -27,3 +27,8 @@ WINDOWS = 8
 def window_of(budget: int, part: int) -> int:
     """Tokens of a window of `part` sixteenths of the budget; the current token at least."""
     return max(1, budget * part // 16)
+
+
+def least_window(budget: int) -> int:
+    """Tokens that a window has whatever they hold: a sixteenth of the budget, or 32 where a quarter is as many."""
+    return max(window_of(budget, 1), min(window_of(budget, 4), 32))

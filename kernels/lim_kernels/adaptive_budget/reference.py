@@ -13,6 +13,7 @@ from lim_kernels.adaptive_budget.masses import (
     STEPS,
     TOP_SCORE,
     WINDOWS,
+    least_window,
     window_of,
 )
 
@@ -43,11 +44,11 @@ def adapt_budgets(
     of_tokens = weights.gather(1, bins)
 
     if recent is None:
-        recents = torch.full_like(lens, window_of(budget, 1))
+        recents = torch.full_like(lens, least_window(budget))
         for part in range(1, WINDOWS + 1):
             window = window_of(budget, part)
             held = of_tokens.masked_fill(~((positions >= ends - window) & (positions < ends)), 0).sum(dim=1)
-            recents = torch.where(longer & (held >= (mass >> 4) * part), window, recents)
+            recents = torch.where(longer & (held >= (mass >> 4) * part), recents.clamp(min=window), recents)
     else:
         recents = torch.full_like(lens, recent)
     budgets = lens.clamp(max=budget)

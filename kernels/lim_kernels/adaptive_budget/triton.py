@@ -111,11 +111,9 @@ def size_kernel(
     FIND_RECENT: tl.constexpr,
     FIND_BUDGET: tl.constexpr,
 ):
-    """Find a row's window and budget."""
+    """Find a row's window, of `recent` tokens at least with FIND_RECENT and as many without, and its budget."""
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lens_ptr + row).to(tl.int32)
-    if FIND_RECENT:
-        recent = tl.maximum(budget // 16, 1)
     if length <= budget:
         tl.store(budgets_ptr + row, length)
         tl.store(recents_ptr + row, recent)
@@ -129,7 +127,7 @@ def size_kernel(
     weights = weights_of(bins - first, FACTORS)
     mass = tl.sum(counts * weights, axis=0)
     if FIND_RECENT:
-        recent = find_window(scores_row, first, mass, length, budget, FACTORS, CHUNK)
+        recent = tl.maximum(recent, find_window(scores_row, first, mass, length, budget, FACTORS, CHUNK))
     size = budget
     if FIND_BUDGET:
         of_sinks, sink_counts = weigh_tokens(scores_row, first, 0, sinks, FACTORS, CHUNK)
@@ -179,7 +177,7 @@ def adapt_budgets(
     size_kernel[(batch,)](
         budgets_ptr=budgets,
         recents_ptr=recents,
-        recent=0 if recent is None else recent,
+        recent=masses.least_window(budget) if recent is None else recent,
         sinks=sinks,
         share=0 if share is None else share,
         floor=floor,
