@@ -118,6 +118,7 @@ def make(runner: Any) -> Any:
         return ATTENTION_BACKENDS[dense_name](runner)
     checks.check_before_weights(config, runner)
     checks.check_pool(runner.token_to_kv_pool)
+    checks.warn_if_always_dense(config, runner.model_config)
     backend = ATTENTION_BACKENDS[dense_name](runner)
     backend.__class__ = sparse_subclass(type(backend))
     backend.lim = build_sparse_decode(config, runner, dense_name)
@@ -144,7 +145,8 @@ def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> Spar
     rows, pool = runner.req_to_token_pool, runner.token_to_kv_pool
     table = rows.req_to_token
     store = None
-    if config.remembers:
+    # Where rows are no wider than the budget, no set is ever chosen, and a store would be as large as the budget.
+    if config.remembers and config.budget < table.shape[1]:
         assert isinstance(method, LessIsMore)
         store = SetStore(
             method,

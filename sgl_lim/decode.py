@@ -49,8 +49,7 @@ def begin_step(method: Method, slots: Tensor, seq_lens: Tensor, granule: int | N
     chosen = method.initial_set(seq_lens, slots.shape[1])
     if chosen is not None:
         positions, step.set_counts = chosen
-        # No row has more tokens than the snapshot is wide, and a budget may be much wider.
-        step.set_slots = slots.gather(1, positions[:, : slots.shape[1]].clamp(min=0).long())
+        step.set_slots = slots.gather(1, positions.clamp(min=0).long())
     return step
 
 

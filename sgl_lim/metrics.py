@@ -103,7 +103,7 @@ def settings(lim: "SparseDecode") -> dict[str, Any]:
         "method": method.name,
         "budget": method.budget,
         "recency": "auto" if method.auto_recency else method.recency,
-        "sinks": method.sinks,
+        "sinks": method.kept_sinks,
         "aggregate": method.aggregate,
         "scope": method.scope,
         "top_p": method.top_p,

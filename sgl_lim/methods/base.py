@@ -81,6 +81,11 @@ class Method(ABC):
         """Whether each KV head has a set of its own."""
         return self.scope == "kv_head"
 
+    @property
+    def kept_sinks(self) -> int:
+        """Leading tokens that every set has."""
+        return self.sinks
+
     @abstractmethod
     def role(self, layer: int) -> Role:
         """What `layer` does in a decode step of a request longer than the budget."""
@@ -92,7 +97,7 @@ class Method(ABC):
             seq_lens: int32 [B]; length: width of the snapshot, at least max(seq_lens).
 
         Returns:
-            positions int32 [B, budget] and counts int32 [B], as `lim_kernels.choose_tokens`.
+            positions int32 [B, min(budget, length)] and counts int32 [B], as `lim_kernels.choose_tokens`.
         """
         return None
 

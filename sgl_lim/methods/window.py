@@ -20,7 +20,8 @@ class Window(Method):
 
     def initial_set(self, seq_lens: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Positions 0 … sinks-1 and the last budget-sinks; rows within the budget keep all their positions."""
-        ranks = torch.arange(self.budget, device=seq_lens.device)
+        # A budget may be much wider than any row.
+        ranks = torch.arange(min(self.budget, length), device=seq_lens.device)
         skipped = (seq_lens.unsqueeze(1) - self.budget).clamp(min=0)
         positions = torch.where(ranks < self.sinks, ranks, ranks + skipped)
         positions = positions.masked_fill(positions >= seq_lens.unsqueeze(1), -1)

@@ -70,6 +70,11 @@ def test_window_set_is_sinks_and_recent_tokens():
     assert counts.tolist() == [8, 8, 3]
 
 
+def test_a_window_s_set_is_no_wider_than_the_rows_are():
+    positions, counts = build("window", budget=1 << 50).initial_set(torch.tensor([3, 2]), 3)
+    assert positions.tolist() == [[0, 1, 2], [0, 1, -1]] and counts.tolist() == [3, 2]
+
+
 @pytest.mark.parametrize(
     ("path", "depth", "layers"),
     [
