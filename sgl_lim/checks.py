@@ -1,6 +1,8 @@
 """What sparse decode cannot serve, told before weights load where possible. Every reason names a flag and a way out."""
 
+import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +10,10 @@ import torch
 from lim_kernels.select_tokens import MAX_UNION
 from sgl_lim.calibration import preset_file
 from sgl_lim.config import LimConfig, RefusedConfig
+from sgl_lim.methods import Full
 from sgl_lim.methods.ranked import Ranked
+
+logger = logging.getLogger(__name__)
 
 BACKEND = "lessismore"
 DENSE_BACKENDS = ("fa3", "flashinfer", "triton", "torch_native")
@@ -201,6 +206,34 @@ def page_problems(config: LimConfig, server_args: Any, page_size: int) -> list[s
 
 def _is_above_one(value: object) -> bool:
     return isinstance(value, int) and value > 1
+
+
+def warn_if_always_dense(config: LimConfig, model: Any) -> None:
+    """Say so where no request can outgrow the budget.
+
+    Args:
+        model: SGLang's model config.
+    """
+    if config.record_budgets is None and config.method != Full.name and config.budget >= model.context_len:
+        logger.warning(
+            "sgl-lim: --lim-budget %d is no less than the context of %d tokens, so that all decode is dense; lower it",
+            config.budget,
+            model.context_len,
+        )
+
+
+def warn_if_unused(flags: Sequence[str], server_args: Any) -> None:
+    """Say so where flags of ours were given, and no attention backend flag names ours.
+
+    Args:
+        flags: as typed; server_args: SGLang's, or its parser's namespace.
+    """
+    if flags and not names_us(server_args):
+        logger.warning(
+            "sgl-lim: %s without --attention-backend %s: decode stays dense, and the flags do nothing",
+            ", ".join(flags),
+            BACKEND,
+        )
 
 
 def check_pool(pool: Any) -> None:

@@ -20,6 +20,7 @@ from sgl_lim.methods.ranked import Ranked
 
 ENV = "LESSISMORE_CONFIG"
 
+_SWITCH = {"on": True, "off": False, "true": True, "false": False}
 _RECORDS_PLAINLY = "calibration records what each request selects anew at every step; leave the flag out"
 
 
@@ -293,8 +294,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def take_flags(args: argparse.Namespace) -> None:
-    """Merge parsed flags over `LESSISMORE_CONFIG` and write the result back for the workers to inherit."""
+def take_flags(args: argparse.Namespace) -> list[str]:
+    """Merge parsed flags over `LESSISMORE_CONFIG` and write the result back for the workers to inherit.
+
+    Returns:
+        The flags that were given, as typed.
+    """
     given = {
         field.name: getattr(args, f"lim_{field.name}")
         for field in dataclasses.fields(LimConfig)
@@ -306,6 +311,7 @@ def take_flags(args: argparse.Namespace) -> None:
             # Layers that the variable names would win over the file, which a flag names.
             values.pop("selection_layers", None)
         os.environ[ENV] = json.dumps({**values, **given})
+    return [f"--lim-{name.replace('_', '-')}" for name in given]
 
 
 def load() -> LimConfig:
@@ -322,6 +328,10 @@ def load() -> LimConfig:
         layers = tuple(layers)
     if layers is not None:
         values["selection_layers"] = layers
+    for name in ("prefix_groups", "early_sets"):
+        # As the flag takes it; what is neither on nor off is told with all other problems.
+        if isinstance(values.get(name), str):
+            values[name] = _SWITCH.get(values[name].lower(), values[name])
     if isinstance(values.get("record_budgets"), list):
         values["record_budgets"] = tuple(values["record_budgets"])
     return LimConfig(**values)
@@ -361,10 +371,9 @@ def parse_recency(text: str) -> float | str:
 
 def parse_switch(text: str) -> bool:
     """`"on"` as True, `"off"` as False; what YAML makes of them as well."""
-    values = {"on": True, "off": False, "true": True, "false": False}
-    if text.lower() not in values:
+    if text.lower() not in _SWITCH:
         raise argparse.ArgumentTypeError(f"expected on or off, got {text!r}")
-    return values[text.lower()]
+    return _SWITCH[text.lower()]
 
 
 def _layers_or_refuse(text: str) -> tuple[int, ...]:

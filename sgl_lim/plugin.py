@@ -1,5 +1,6 @@
 """Plugin entry point: registers the backend, its flags and the hooks in every SGLang process."""
 
+import argparse
 from typing import Any
 
 
@@ -15,7 +16,7 @@ def plug() -> None:
     from lim_patches import cli_flags, refuse_before_weights, row_generations, server_info, triton_on_cpu
     from sgl_lim import checks, config, metrics
 
-    lim_patches.use(cli_flags, add_flags=config.add_flags, take_flags=config.take_flags)
+    lim_patches.use(cli_flags, add_flags=config.add_flags, take_flags=_take_flags)
     lim_patches.use(refuse_before_weights, check=_check_before_weights)
     lim_patches.use(server_info, key=metrics.INFO_KEY, describe=metrics.describe, on_idle=metrics.on_idle)
     lim_patches.use(row_generations)
@@ -29,6 +30,12 @@ def _make(runner: Any) -> Any:
     from sgl_lim.backend import make
 
     return make(runner)
+
+
+def _take_flags(args: argparse.Namespace) -> None:
+    from sgl_lim import checks, config
+
+    checks.warn_if_unused(config.take_flags(args), args)
 
 
 def _check_before_weights(model_runner: Any) -> None:

@@ -6,7 +6,13 @@ import pytest
 from sglang.srt.configs.model_config import AttentionArch
 
 from sgl_lim import checks
-from sgl_lim.checks import check_before_weights, check_pool, decodes_sparsely
+from sgl_lim.checks import (
+    check_before_weights,
+    check_pool,
+    decodes_sparsely,
+    warn_if_always_dense,
+    warn_if_unused,
+)
 from sgl_lim.config import LimConfig, RefusedConfig
 
 MODEL = {
@@ -180,6 +186,24 @@ def test_all_reasons_are_told_at_once():
 def test_either_form_of_the_flag_is_seen(prefill, decode, ours):
     args = SimpleNamespace(attention_backend=prefill, decode_attention_backend=decode)
     assert decodes_sparsely(args) is ours
+
+
+@pytest.mark.parametrize(
+    ("backend", "flags", "warned"),
+    [(None, ["--lim-budget"], True), ("lessismore", ["--lim-budget"], False), ("fa3", [], False)],
+)
+def test_flags_without_the_backend_are_said_to_do_nothing(caplog, backend, flags, warned):
+    warn_if_unused(flags, SimpleNamespace(**{**SERVER, "attention_backend": backend}))
+    assert ("--lim-budget without --attention-backend lessismore" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("values", "warned"),
+    [({"budget": 512}, True), ({"budget": 511}, False), ({"budget": 512, "method": "full"}, False)],
+)
+def test_a_budget_that_no_request_outgrows_is_said_to_be_one(caplog, values, warned):
+    warn_if_always_dense(LimConfig(**values), SimpleNamespace(context_len=512))
+    assert ("--lim-budget 512 is no less than the context of 512" in caplog.text) == warned
 
 
 def test_foreign_pools_and_layouts_are_refused():

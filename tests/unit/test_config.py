@@ -46,6 +46,23 @@ def test_environment_may_name_a_file(monkeypatch, tmp_path):
     assert config.load() == LimConfig(budget=96, selection_layers=(2, 4))
 
 
+def test_environment_takes_switches_as_the_flags_do(monkeypatch):
+    monkeypatch.setenv(config.ENV, '{"prefix_groups": "off", "early_sets": "on"}')
+    assert config.load() == LimConfig(prefix_groups=False, early_sets=True)
+    monkeypatch.setenv(config.ENV, '{"prefix_groups": "maybe"}')
+    assert config.load().problems() == ["--lim-prefix-groups must be on or off, got 'maybe'"]
+
+
+def test_what_was_given_is_told_as_typed():
+    parser = argparse.ArgumentParser()
+    config.add_flags(parser)
+    assert config.take_flags(parser.parse_args(["--lim-top-p", "0.5", "--lim-sinks", "2"])) == [
+        "--lim-sinks",
+        "--lim-top-p",
+    ]
+    assert config.take_flags(parser.parse_args([])) == []
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
