@@ -5,6 +5,7 @@
 
 import os
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ pytest.importorskip("sglang.srt.mem_cache.radix_cache")
 from lim_kernels import sparse_decode
 from lim_kernels.acts import EARLY, KEEP, RECALL, SELECT
 from lim_patches.row_generations import keep_generations
-from sgl_lim.decode import Scales, attend
+from sgl_lim import backend
+from sgl_lim.config import LimConfig
+from sgl_lim.decode import HeadShare, Scales, attend
 from sgl_lim.methods import Role
 from support.fake_backend import BUDGET, EXTEND, attention, batch_of, build, operands
 from support.radix_world import RadixWorld, random_schedule, sglang_config
@@ -314,3 +317,17 @@ def test_any_schedule(page, early):
         except Exception as error:
             raise AssertionError(f"page size {page}, seed {seed}, after {done}: {error}") from error
     assert min(seen.values()) > SCHEDULES / 4, f"schedules hardly do anything: {seen}"
+
+
+def test_no_store_is_made_where_no_row_outgrows_the_budget(monkeypatch):
+    monkeypatch.setattr(backend, "head_share", lambda heads: HeadShare(0, heads, heads, None))
+    model = SimpleNamespace(num_attention_heads=4, num_hidden_layers=4, model_path="m", dtype=torch.float32)
+    runner = SimpleNamespace(
+        model_config=model,
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(3, 100, dtype=torch.int32)),
+        token_to_kv_pool=SimpleNamespace(size=64, page_size=1),
+    )
+    for budget, there in ((99, True), (100, False), (1 << 50, False)):
+        config = LimConfig(budget=budget, selection_interval=2, early_sets=True, selection_layers=(1,))
+        lim = backend.build_sparse_decode(config, runner, "torch_native")
+        assert (lim.store is not None) == there and lim.method.budget == budget
