@@ -50,5 +50,6 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     ax.set_axisbelow(True)
     figure.legend(loc="outside upper center", ncols=min(len(found), 4), frameon=False, fontsize=8)
     caption = "; ".join(filter(None, (f"{rows[0]['program']}, {rows[0]['problems']} problems", rows[0]["machine"])))
-    figure.supxlabel(textwrap.fill(caption, 110), fontsize=7, color="0.4")
+    # A machine's name is no formula, whatever dollar signs it has.
+    figure.supxlabel(textwrap.fill(caption, 110), fontsize=7, color="0.4", parse_math=False)
     figure.savefig(path)

@@ -19,7 +19,8 @@ def wilson_interval(rate: float, trials: float) -> Interval | None:
     z2 = _Z95 * _Z95
     centre = (rate + z2 / (2 * trials)) / (1 + z2 / trials)
     half = _Z95 / (1 + z2 / trials) * math.sqrt(rate * (1 - rate) / trials + z2 / (4 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Rounding must not put the rate outside, as it would where none of 12 is right.
+    return max(0.0, min(centre - half, rate)), min(1.0, max(centre + half, rate))
 
 
 def clustered_interval(item_rates: Sequence[float], samples: int) -> Interval | None:

@@ -16,6 +16,7 @@ from stub_endpoint import COUNTERS, Reply, StubEndpoint
 
 from sgl_lim.programs import comparison_plot
 from sgl_lim.programs.compare_servers import main
+from sgl_lim.programs.intervals import wilson_interval
 from sgl_lim.programs.problems import chain_problems
 from sgl_lim.programs.records import read_rows
 
@@ -124,6 +125,15 @@ def test_points_without_a_place_are_left_out() -> None:
         "accuracy_high": 0.6,
     }
     assert comparison_plot.points([row, {**row, "attended_tokens": None}]) == [("a", 3.0, 0.5, 0.4, 0.6)]
+
+
+def test_nothing_right_and_a_machine_with_dollars_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    low, high = wilson_interval(0.0, 12) or (1, 0)
+    row = {"server": "a", "attended_tokens": 3.0, "accuracy": 0.0, "accuracy_low": low, "accuracy_high": high}
+    told = {"metric": "pass@1", "program": "solve", "problems": 12, "machine": "$2_ an hour, not $3^"}
+    comparison_plot.draw([{**row, **told}], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
 
 
 def test_a_server_that_fails_ends_the_comparison(
