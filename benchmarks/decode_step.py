@@ -12,6 +12,8 @@ step is one forward pass with greedy sampling, timed in two ways that see the sa
   ones, as under a server's overlap scheduler, and counts only where it is the slower of the two. Devices without events
   (a CPU) are timed on the host.
 
+Both are medians. With `selection_interval` steps differ: `pipelined_mean_*` are means, for `--steps` a multiple of it.
+
 The query of step i (from 0, `--warmup` steps first) attends to C + i + 1 tokens, so the timed ones see C + warmup + 1
 to C + warmup + steps. Dummy weights are SGLang's, seeded, except that norms multiply by 1: as loaded, they scale
 queries to nearly nothing, all tokens score alike, and neither a selection nor an error in it would show.
@@ -53,8 +55,9 @@ LARGEST_LOGITS_ERROR = 0.05
 CHECKED_REQUESTS = 2
 ALONE = ("step_ms", "p20_ms", "p80_ms", "ratio")
 PIPELINED = ("pipelined_ms", "pipelined_p20_ms", "pipelined_p80_ms", "pipelined_ratio")
+MEAN = ("pipelined_mean_ms", "pipelined_mean_ratio")
 COLUMNS = (
-    *("backend", "batch", "context", "prefixes", *ALONE, "tokens_per_s", *PIPELINED),
+    *("backend", "batch", "context", "prefixes", *ALONE, "tokens_per_s", *PIPELINED, *MEAN),
     *("logits_error_within_budget", "slots", "steps", "error", "command", "machine"),
 )
 
@@ -179,6 +182,14 @@ def timing(names: Sequence[str], times: Sequence[float], baseline: Sequence[floa
     return dict(zip(names, found, strict=False))
 
 
+def mean(times: Sequence[float], baseline: Sequence[float] | None) -> dict[str, float]:
+    """Columns `MEAN`, the second with a baseline's times."""
+    found = [round(float(np.mean(times)), 4)]
+    if baseline:
+        found.append(round(float(np.mean(baseline) / np.mean(times)), 3))
+    return dict(zip(MEAN, found, strict=False))
+
+
 def make_rows(
     backend: Backend, outcome: Outcome, first: Outcome, cases: Sequence[Forest], check: bool = True, **more: Any
 ) -> list[dict[str, Any]]:
@@ -196,6 +207,7 @@ def make_rows(
         if times and not row["error"]:
             row.update(timing(ALONE, times, first.times.get(name)))
             row.update(timing(PIPELINED, outcome.pipelined[name], first.pipelined.get(name)))
+            row.update(mean(outcome.pipelined[name], first.pipelined.get(name)))
             row["tokens_per_s"] = round(1e3 * case.batch / float(np.median(times)), 1)
         rows.append(row)
     return rows

@@ -90,7 +90,7 @@ def test_rows_have_times_and_the_ratio_to_the_first_backend() -> None:
     assert row["tokens_per_s"] == 2000
     assert row["p20_ms"] == pytest.approx(7.84) and row["p80_ms"] == pytest.approx(8.16)
     assert [row["pipelined_ratio"] for row in first + second] == [1, 1, 3, 3]
-    assert row["pipelined_ms"] == 6
+    assert row["pipelined_ms"] == row["pipelined_mean_ms"] == 6 and row["pipelined_mean_ratio"] == 3
     assert row["pipelined_p20_ms"] == pytest.approx(5.88) and row["pipelined_p80_ms"] == pytest.approx(6.12)
 
 
