@@ -20,6 +20,8 @@ from sgl_lim.methods.ranked import Ranked
 
 ENV = "LESSISMORE_CONFIG"
 
+_MOST = 2**31 - 1
+"""Lengths are int32 on the device."""
 _SWITCH = {"on": True, "off": False, "true": True, "false": False}
 _RECORDS_PLAINLY = "calibration records what each request selects anew at every step; leave the flag out"
 
@@ -81,6 +83,8 @@ class LimConfig:
             found.append(f"--lim-sinks must be an integer >= 0, got {self.sinks!r}")
         if not _is_int(self.budget) or self.budget < 1:
             found.append(f"--lim-budget must be a positive integer, got {self.budget!r}; the paper uses 1024 to 6144")
+        elif self.budget > _MOST:
+            found.append(f"--lim-budget {self.budget}: no context has more than {_MOST} tokens; lower it")
         elif sinks_ok and self.budget <= self.sinks:
             found.append(
                 f"--lim-budget {self.budget} leaves no token beside --lim-sinks {self.sinks}; "
@@ -99,6 +103,8 @@ class LimConfig:
             found.append(f"--lim-prefix-groups must be on or off, got {self.prefix_groups!r}")
         if not _is_int(self.selection_interval) or self.selection_interval < 1:
             found.append(f"--lim-selection-interval must be a positive integer, got {self.selection_interval!r}")
+        elif self.selection_interval > _MOST:
+            found.append(f"--lim-selection-interval {self.selection_interval}: no request has so many steps; lower it")
         elif self.selection_interval > 1 and self.method != "lessismore":
             found.append(
                 f"--lim-selection-interval {self.selection_interval}: --lim-method {self.method} selects nothing "

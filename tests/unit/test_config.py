@@ -101,6 +101,8 @@ def test_parser_names_the_flag(flag, capsys):
         ({"budget": -8}, "--lim-budget"),
         ({"budget": 64.0}, "--lim-budget"),
         ({"budget": True}, "--lim-budget"),
+        ({"budget": 1 << 31}, "--lim-budget"),
+        ({"selection_interval": 1 << 31}, "--lim-selection-interval"),
         ({"budget": 4, "sinks": 4}, "--lim-budget"),
         ({"sinks": -1}, "--lim-sinks"),
         ({"recency": 1.5}, "--lim-recency"),
