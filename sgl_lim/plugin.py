@@ -13,7 +13,14 @@ def plug() -> None:
     from sglang.srt.server_args import add_attention_backend_choices
 
     import lim_patches
-    from lim_patches import cli_flags, refuse_before_weights, row_generations, server_info, triton_on_cpu
+    from lim_patches import (
+        cli_flags,
+        grammar_on_cpu,
+        refuse_before_weights,
+        row_generations,
+        server_info,
+        triton_on_cpu,
+    )
     from sgl_lim import checks, config, metrics
 
     lim_patches.use(cli_flags, add_flags=config.add_flags, take_flags=_take_flags)
@@ -21,6 +28,7 @@ def plug() -> None:
     lim_patches.use(server_info, key=metrics.INFO_KEY, describe=metrics.describe, on_idle=metrics.on_idle)
     lim_patches.use(row_generations)
     lim_patches.use(triton_on_cpu)
+    lim_patches.use(grammar_on_cpu)
     # Last: were a hook to raise above, the backend's name would be unknown rather than half served.
     add_attention_backend_choices([checks.BACKEND])
     register_attention_backend(checks.BACKEND)(_make)

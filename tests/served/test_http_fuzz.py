@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import string
 from collections.abc import Iterator
 from typing import Any
@@ -78,6 +79,14 @@ def test_limits_are_answered(sound: Server) -> None:
     assert (
         sound.post("/generate", {"text": " ".join(["v1", "->", "é漢😀", "\u0000"] * 9), **sampling()}).status_code < 500
     )
+
+
+def test_a_grammar_is_kept_to_and_a_wrong_one_is_refused(sound: Server) -> None:
+    regex = r"(v[0-9]+ ?-> ?)+"
+    reply = sound.post("/generate", {"input_ids": PROMPT, **sampling(regex=regex, max_new_tokens=6, ignore_eos=True)})
+    assert reply.status_code == 200
+    assert re.match(r"\s*v\d+\s?(\d+\s?)*(->|$)", reply.json()["text"]), reply.json()["text"]
+    assert sound.post("/generate", sampling(regex="(")).status_code == 400
 
 
 @pytest.mark.parametrize("seed", range(3))

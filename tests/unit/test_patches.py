@@ -4,11 +4,12 @@ import importlib
 import pkgutil
 
 import pytest
+import torch
 
 import lim_patches
 from lim_patches import registry
 
-SEAMS = ("cli_flags", "refuse_before_weights", "row_generations", "server_info", "triton_on_cpu")
+SEAMS = ("cli_flags", "grammar_on_cpu", "refuse_before_weights", "row_generations", "server_info", "triton_on_cpu")
 
 
 @pytest.mark.parametrize("name", SEAMS)
@@ -39,3 +40,15 @@ def test_a_seam_that_this_release_does_not_need_is_left_out(monkeypatch):
     monkeypatch.setattr(triton_on_cpu, "applies", lambda version: False)
     registry.use(triton_on_cpu)
     assert registry.installed_targets() == ()
+
+
+def test_a_grammar_s_mask_is_applied_bit_by_bit():
+    from lim_patches.grammar_on_cpu import allocate, apply
+
+    mask, logits = allocate(None, 70, 2), torch.zeros(2, 70, dtype=torch.bfloat16)
+    assert mask.shape == (2, 3) and not mask.is_pinned()
+    apply(None, None, logits=logits, vocab_mask=mask)
+    assert logits.count_nonzero() == 0, "at first everything is allowed"
+    mask[0] = torch.tensor([1 << 4, -(1 << 31), 0], dtype=torch.int32)
+    apply(None, None, logits=logits, vocab_mask=mask)
+    assert (logits[0] == 0).nonzero().view(-1).tolist() == [4, 63] and logits[1].count_nonzero() == 0
