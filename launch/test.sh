@@ -63,5 +63,6 @@ job "kernels on SGLang $LIM_SGLANG_NEXT" tests "$SGL_LIM_NEXT_PYTHON" "${kernels
 job "programs" tests "$python" "${no_servers[@]}"
 job "all others" tests "$python" "${no_servers[@]/#/--ignore=}" --ignore=tests/kernels --ignore=tests/served
 job "unit tests on SGLang $LIM_SGLANG_NEXT" tests "$SGL_LIM_NEXT_PYTHON" tests/unit
+while (($(jobs -rp | wc -l))); do wait -n; done  # not in their order, so that none outlives a failed one for long
 for group in "${LIM_GROUPS[@]}"; do wait "$group"; done
 say "all of it took $((SECONDS - started)) s"
