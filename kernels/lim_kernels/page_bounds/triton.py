@@ -129,14 +129,14 @@ def expand_kernel(
     BLOCK: tl.constexpr,
 ):
     """Expand a block of one KV head's set of one row; `width` pages at most."""
-    item = tl.program_id(1).to(tl.int64)
+    item = tl.program_id(0).to(tl.int64)
     row = item // HEADS
     length = tl.load(lens_ptr + row).to(tl.int32)
     in_row = tl.cdiv(length, _PAGE)
     count = tl.minimum(in_row, width) * _PAGE - (in_row * _PAGE - length)
-    if tl.program_id(0) == 0:
+    if tl.program_id(1) == 0:
         tl.store(counts_ptr + item, count)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < count
     pages = tl.load(pages_ptr + item * width + columns // _PAGE, mask=inside, other=0)
     slots = tl.load(slots_ptr + row * stride_slots + pages * _PAGE + columns % _PAGE, mask=inside, other=0)
@@ -199,7 +199,8 @@ def expand_pages(pages: Tensor, slots: Tensor, seq_lens: Tensor) -> tuple[Tensor
     batch, kv_heads, width = pages.shape
     expanded = torch.empty(batch, kv_heads, width * state.PAGE, dtype=torch.int32, device=pages.device)
     counts = torch.empty(batch, kv_heads, dtype=torch.int32, device=pages.device)
-    expand_kernel[(triton.cdiv(width * state.PAGE, _BLOCK_SET), batch * kv_heads)](
+    # Rows by heads may be more than CUDA takes in any dimension but the first.
+    expand_kernel[(batch * kv_heads, triton.cdiv(width * state.PAGE, _BLOCK_SET))](
         pages_ptr=pages,
         slots_ptr=slots,
         lens_ptr=seq_lens,
