@@ -16,7 +16,7 @@ _BLOCK_PAGES = 64
 _BLOCK_SET = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_written"])
 def bound_kernel(
     k_ptr,
     written_ptr,
