@@ -113,6 +113,14 @@ def test_heads_split_over_ranks_choose_the_same_set(implementation, device, aggr
     assert torch.equal(choose_tokens(combined, seq_lens, **sizes, implementation=implementation)[0], expected)
 
 
+def test_a_place_far_ahead_does_not_outweigh_a_score():
+    # Position and score share an integer, which has to have room for the longest row.
+    scores = torch.full((1, (1 << 22) - 1), -3.0)
+    scores[0, 0], scores[0, -1] = 1.0, torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+    how = {"budget": 1, "recent": 0, "sinks": 0, "implementation": "reference"}
+    assert choose_tokens(scores, torch.tensor([scores.shape[1]]), **how)[0].item() == scores.shape[1] - 1
+
+
 def test_negative_zero_ties_with_zero(implementation, device):
     logits = torch.tensor([[[0.0, -0.0, 0.0, -0.0, 1.0, 2.0]]], device=device)
     seq_lens = torch.tensor([6], device=device)

@@ -64,8 +64,8 @@ def choose_tokens(
     candidates = candidate_mask(seq_lens, length, recent=recent if recents is None else recents, sinks=sinks)
     forced = ~candidates & (torch.arange(length, device=scores.device) < seq_lens.unsqueeze(1))
     # Forced tokens outrank every candidate, tokens outside the row rank last: one top-k then gives the whole set.
-    keys = _ordered(scores) + torch.where(forced, 1 << 40, 0)
-    keys = keys.masked_fill(~(forced | candidates), -(1 << 41))
+    keys = _ordered(scores) + torch.where(forced, 1 << 34, 0)
+    keys = keys.masked_fill(~(forced | candidates), -(1 << 35))
     width = min(budget, length)
     top = _top_positions(keys, width)
     counts = (seq_lens.clamp(max=budget) if budgets is None else torch.minimum(seq_lens, budgets)).to(torch.int32)
@@ -86,7 +86,7 @@ def _union_scores(logits: Tensor, candidates: Tensor, middle: int, *, first_head
     scores = logits.new_full((batch, length), float("-inf"))
     if middle == 0:
         return scores
-    keys = _ordered(logits).masked_fill(~candidates.unsqueeze(1), -(1 << 41))
+    keys = _ordered(logits).masked_fill(~candidates.unsqueeze(1), -(1 << 35))
     # [B, H, m], best first
     lists = _top_positions(keys, middle)
     ranks = torch.arange(middle, device=logits.device)
@@ -104,7 +104,10 @@ def _ordered(values: Tensor) -> Tensor:
 
 
 def _top_positions(keys: Tensor, k: int) -> Tensor:
-    """int64 [..., k]: positions of the k largest keys in order, equal keys by position. |keys| < 2**42."""
+    """int64 [..., k]: positions of the k largest keys in order, equal keys by position.
+
+    |keys| < 2**36, and fewer than 2**22 positions.
+    """
     length = keys.shape[-1]
-    unique = (keys << 21) + (length - 1 - torch.arange(length, device=keys.device))
+    unique = (keys << 22) + (length - 1 - torch.arange(length, device=keys.device))
     return unique.topk(k, dim=-1, sorted=True).indices
