@@ -1,10 +1,10 @@
 """The prompts that a model is calibrated on."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sgl_lim.programs import jsonl
 from sgl_lim.programs.problems import DEFAULT_PROMPT_TEMPLATE, PLACEHOLDER
 from sgl_lim.tasks.chains import generate_chains
 
@@ -63,8 +63,7 @@ def encode(prompts: Sequence[str], tokenizer: Any, *, chat: bool) -> list[list[i
 
 def _read(path: Path) -> str:
     try:
-        # Some editors begin a file with a byte order mark.
-        return path.read_bytes().decode("utf-8-sig")
+        return jsonl.decode(path.read_bytes())
     except OSError as error:
         raise PromptError(f"--prompts {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -73,13 +72,9 @@ def _read(path: Path) -> str:
 
 def _parse_line(line: str, where: str) -> str:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptError(f"--prompts {where}: not JSON ({error.msg}, column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists in lists
-        raise PromptError(f"--prompts {where}: JSON that Python does not read ({error})") from error
-    if not isinstance(row, dict):
-        raise PromptError(f"--prompts {where}: expected a JSON object, got {type(row).__name__}")
+        row = jsonl.parse_object(line)
+    except ValueError as error:
+        raise PromptError(f"--prompts {where}: {error}") from error
     key = next((key for key in ("prompt", "problem") if key in row), None)
     if key is None:
         raise PromptError(f"--prompts {where}: neither 'prompt' nor 'problem'; the line has {sorted(row)}")

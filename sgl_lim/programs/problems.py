@@ -1,12 +1,12 @@
 """Where problems come from: generated chains, or a JSONL file of mathematical problems (`named` knows some by name)."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sgl_lim.programs import jsonl
 from sgl_lim.tasks.chains import generate_chains
 
 Kind = Literal["chain", "math"]
@@ -78,8 +78,7 @@ def parse_jsonl(content: bytes, name: str, path: str, template: str) -> ProblemS
     if PLACEHOLDER not in template:
         raise ProblemError(f"the prompt template has no {PLACEHOLDER}, so no problem would be asked: {template!r}")
     try:
-        # Some editors begin a file with a byte order mark.
-        lines = content.decode("utf-8-sig").split("\n")
+        lines = jsonl.decode(content).split("\n")
     except UnicodeDecodeError as error:
         raise ProblemError(f"{path}: not UTF-8 text (byte {error.start}); expected one JSON object a line") from error
     problems: list[Problem] = []
@@ -104,13 +103,9 @@ def parse_jsonl(content: bytes, name: str, path: str, template: str) -> ProblemS
 
 def _parse_line(line: str, template: str, where: str, *, default_id: str) -> Problem:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ProblemError(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists in lists
-        raise ProblemError(f"{where}: JSON that Python does not read ({error})") from error
-    if not isinstance(row, dict):
-        raise ProblemError(f"{where}: expected a JSON object, got {type(row).__name__}")
+        row = jsonl.parse_object(line)
+    except ValueError as error:
+        raise ProblemError(f"{where}: {error}") from error
     text = _field(row, "problem", (str,), where)
     answer = _field(row, "answer", (str, int, float), where)
     identity = _field(row, "id", (str, int), where) if "id" in row else default_id
