@@ -39,6 +39,12 @@ def require_rows(op: str, *tensors: Tensor | None) -> None:
         require(contiguous, op, "rows that are contiguous", tensor is not None and tensor.stride())
 
 
+def require_one_device(op: str, *tensors: Tensor) -> None:
+    """Raise ValueError unless all tensors are on one device."""
+    devices = {str(tensor.device) for tensor in tensors}
+    require(len(devices) == 1, op, "all operands on one device", sorted(devices))
+
+
 def check_decode_operands(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, *indices: Tensor) -> None:
     """Check what decode operators have in common: q, the KV caches, and one device for them and `indices`.
 
@@ -66,5 +72,4 @@ def check_decode_operands(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, 
     )
     dense = k_cache.stride(2) == 1 and v_cache.stride(2) == 1
     require(dense, op, "caches whose heads are contiguous", f"strides {k_cache.stride()} and {v_cache.stride()}")
-    devices = {str(t.device) for t in (q, k_cache, v_cache, *indices)}
-    require(len(devices) == 1, op, "all operands on one device", sorted(devices))
+    require_one_device(op, q, k_cache, v_cache, *indices)

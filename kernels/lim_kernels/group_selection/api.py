@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lim_kernels.dispatch import default_for, require, resolve
+from lim_kernels.dispatch import default_for, require, require_one_device, resolve
 from lim_kernels.group_selection import reference
 from lim_kernels.prefix_groups import PrefixGroups
 from lim_kernels.select_tokens.api import check_scores, check_sizes
@@ -73,8 +73,7 @@ def choose_for_groups(
     check_scores(op, scores, seq_lens, slots)
     batch = scores.shape[0]
     require(groups.counts.shape == seq_lens.shape, op, f"groups of {batch} rows", list(groups.counts.shape))
-    devices = {str(tensor.device) for tensor in (scores, seq_lens, groups.counts)}
-    require(len(devices) == 1, op, "all operands on one device", sorted(devices))
+    require_one_device(op, scores, seq_lens, groups.counts)
     check_sizes(op, budget, recent, sinks)
     require(combine in COMBINATIONS, op, f"combine in {COMBINATIONS}", repr(combine))
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(scores)) == "reference":

@@ -7,7 +7,7 @@ their slots by `expand_pages`. None of them waits for the device.
 import torch
 from torch import Tensor
 
-from lim_kernels.dispatch import default_for, require, require_rows, resolve
+from lim_kernels.dispatch import default_for, require, require_one_device, require_rows, resolve
 from lim_kernels.page_bounds import reference
 from lim_kernels.page_bounds.state import PageBounds
 
@@ -34,7 +34,7 @@ def bound_pages(bounds: PageBounds, k_cache: Tensor, written: Tensor, *, impleme
     expected = "k_cache floating [num_slots, {}, {}]".format(*bounds.lows.shape[1:])
     require(fits, op, expected, f"{k_cache.dtype} {list(k_cache.shape)}")
     _check_integers(op, "written", written)
-    _check_devices(op, bounds, k_cache, written)
+    require_one_device(op, bounds.lows, bounds.highs, k_cache, written)
     require_rows(op, k_cache, written)
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(k_cache)) == "reference":
         bound = reference.bound_pages
@@ -76,7 +76,7 @@ def score_pages(
     require(fits, op, f"q floating [B, H, {dim}] with H a multiple of {kv_heads}", f"{q.dtype} {list(q.shape)}")
     _check_slots(op, slots, len(q))
     _check_integers(op, "seq_lens", seq_lens, len(q))
-    _check_devices(op, bounds, q, slots, seq_lens)
+    require_one_device(op, bounds.lows, bounds.highs, q, slots, seq_lens)
     require_rows(op, q, slots, seq_lens)
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(q)) == "reference":
         score = reference.score_pages
@@ -108,8 +108,7 @@ def expand_pages(
     require(fits, op, "contiguous pages int32 [B, H_kv, P]", f"{pages.dtype} {list(pages.shape)}")
     _check_slots(op, slots, len(pages))
     _check_integers(op, "seq_lens", seq_lens, len(pages))
-    devices = {str(tensor.device) for tensor in (pages, slots, seq_lens)}
-    require(len(devices) == 1, op, "all operands on one device", sorted(devices))
+    require_one_device(op, pages, slots, seq_lens)
     require_rows(op, slots, seq_lens)
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(pages)) == "reference":
         expand = reference.expand_pages
@@ -138,8 +137,3 @@ def _check_integers(op: str, name: str, tensor: Tensor, count: int | None = None
     fits = tensor.dtype in (torch.int32, torch.int64) and tensor.dim() == 1 and count in (None, len(tensor))
     expected = f"{name} int32 or int64 [{'N' if count is None else count}]"
     require(fits, op, expected, f"{tensor.dtype} {list(tensor.shape)}")
-
-
-def _check_devices(op: str, bounds: PageBounds, *operands: Tensor) -> None:
-    devices = {str(tensor.device) for tensor in (bounds.lows, bounds.highs, *operands)}
-    require(len(devices) == 1, op, "all operands on one device", sorted(devices))
