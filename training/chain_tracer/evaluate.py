@@ -9,13 +9,12 @@
 
 import argparse
 import csv
-import hashlib
-import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from small_qwen3.bench import add_host_flags, numbers, where
 
 from sgl_lim.tasks.chains import generate_chains
 
@@ -61,13 +60,11 @@ def search_policies(firsts: Iterable[int], seconds: Iterable[int], budgets: Iter
 class Bench:
     """A model on a device, measured on freshly drawn problems; every row says on what."""
 
-    def __init__(self, folder: Path, device: str, *, chains: int, seed: int, batch: int, commit: str) -> None:
-        self.model = ChainTracer().to(device, torch.bfloat16).requires_grad_(False)
-        load_checkpoint(self.model, folder)
-        self.chains, self.seed, self.batch = chains, seed, batch
-        weights = b"".join(f.read_bytes() for f in sorted(folder.glob("*.safetensors")))
-        name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-        self.machine = (hashlib.sha256(weights).hexdigest()[:12], name, torch.__version__, commit)
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.model = ChainTracer().to(args.device, torch.bfloat16).requires_grad_(False)
+        load_checkpoint(self.model, args.folder)
+        self.chains, self.seed, self.batch = args.chains, args.seed, args.batch
+        self.machine = where(args).values()
 
     def prefilled(self, facts: int, steps: int) -> list[Prefilled]:
         problems = list(generate_chains(self.chains, num_facts=facts, num_steps=steps, seed=self.seed))
@@ -87,30 +84,23 @@ class Bench:
         return dict(zip(FIELDS, (*asked, f"{whole:.4f}", f"{tokens:.5f}", *self.machine, *adaptive), strict=True))
 
 
-def git_commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "none"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("budget", "adaptive", "search", "sizes"))
     parser.add_argument("folder", type=Path, help="published model or training checkpoint; rounded to bfloat16")
     parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--selection", type=lambda s: tuple(map(int, s.split(","))), default=(2, 8))
-    parser.add_argument("--first", type=lambda s: tuple(map(int, s.split(","))), default=(2, 3, 4))
-    parser.add_argument("--second", type=lambda s: tuple(map(int, s.split(","))), default=(5, 6, 7, 8, 9, 10, 11))
-    parser.add_argument("--budgets", type=lambda s: tuple(map(int, s.split(","))), default=(64, 128, 256))
+    parser.add_argument("--selection", type=numbers, default=(2, 8))
+    parser.add_argument("--first", type=numbers, default=(2, 3, 4))
+    parser.add_argument("--second", type=numbers, default=(5, 6, 7, 8, 9, 10, 11))
+    parser.add_argument("--budgets", type=numbers, default=(64, 128, 256))
     parser.add_argument("--chains", type=int, default=256)
     parser.add_argument("--facts", type=int, default=330)
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--commit", default=git_commit(), help="for a host without the repository's history")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_host_flags(parser)
     args = parser.parse_args()
-    drawn = {"chains": args.chains, "seed": args.seed, "batch": args.batch}
-    bench = Bench(args.folder, args.device, **drawn, commit=args.commit)
+    bench = Bench(args)
     sizes = [(args.facts, args.steps)]
     policies = [Policy("full")]
     if args.what == "sizes":

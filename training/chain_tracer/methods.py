@@ -26,11 +26,11 @@ def main(arguments: list[str] | None = None, shape: Shape | None = None) -> None
     parser.add_argument("--steps", type=int, default=48)
     args = parser.parse_args(arguments)
     args.what, args.size = "chains", f"{args.facts}/{args.steps}"
-    args.model = ChainTracer(shape).to(args.device, torch.bfloat16).requires_grad_(False)
-    load_checkpoint(args.model, args.folder)
+    model = ChainTracer(shape).to(args.device, torch.bfloat16).requires_grad_(False)
+    load_checkpoint(model, args.folder)
     problems = list(generate_chains(args.items, num_facts=args.facts, num_steps=args.steps, seed=args.seed))
     prompts, solutions = encode(problems, args.device)
-    write(ChainBench(args.model, list(zip(prompts, solutions, strict=True))), list(methods_of(args)), args)
+    write(ChainBench(model, list(zip(prompts, solutions, strict=True))), list(methods_of(args)), args)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ Scores = Mapping[str, Sequence[float]]
 
 
 class Bench(Protocol):
-    """The items of one task."""
+    """A model and the items of one task."""
 
+    model: SmallQwen3
     fields: tuple[str, ...]
     """Columns of `summary`."""
 
@@ -127,7 +128,7 @@ def measure(bench: Bench, methods: Sequence[tuple[str, Method]], args: argparse.
     """A row a method: every item's prompt is prefilled once, then decoded under each.
 
     Args:
-        args: with what `add_flags` adds, `model` and `size`.
+        args: with what `add_flags` adds, `what` and `size`.
     """
     scores: list[dict[str, list[float]]] = [defaultdict(list) for _ in methods]
     seconds = [0.0] * len(methods)
@@ -135,7 +136,7 @@ def measure(bench: Bench, methods: Sequence[tuple[str, Method]], args: argparse.
         dense = context.length + 1 + (len(fed) - 1) / 2
         for place, (_, method) in enumerate(methods):
             begin = time.monotonic()
-            found = decode(args.model, context, fed, method, rows=args.rows, recall=args.recall)
+            found = decode(bench.model, context, fed, method, rows=args.rows, recall=args.recall)
             one = bench.score(index, context, found)
             one["attended"] = found.attended.mean().item()
             one["attended_tokens"] = found.read.mean().item()
@@ -165,8 +166,6 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def add_flags(parser: argparse.ArgumentParser, *, selection: tuple[int, ...], budgets: tuple[int, ...]) -> None:
     """The model's folder, the CSV, methods and budgets, and where it runs; with the defaults of a model."""
-    command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "none"
     parser.add_argument("folder", type=Path, help="published model")
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument(
@@ -179,12 +178,19 @@ def add_flags(parser: argparse.ArgumentParser, *, selection: tuple[int, ...], bu
     parser.add_argument("--recall", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--rows", type=int, default=256, help="decode steps at once")
     parser.add_argument("--seed", type=int, default=1000)
+    add_host_flags(parser)
+
+
+def add_host_flags(parser: argparse.ArgumentParser) -> None:
+    """What `where` asks of the command line, beside the folder."""
+    command = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "none"
     parser.add_argument("--commit", default=commit, help="for a host without the repository's history")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def where(args: argparse.Namespace) -> dict[str, str]:
-    """What every row says of where it was measured."""
+    """What every row says of where it was measured: `WHERE`."""
     weights = b"".join(f.read_bytes() for f in sorted(args.folder.glob("*.safetensors")))
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     return dict(

@@ -129,9 +129,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None, shape: Shape = PUBLISHED) -> None:
     args = parse(arguments)
-    args.model = SmallQwen3(shape).to(args.device, torch.bfloat16).requires_grad_(False)
-    load_checkpoint(args.model, args.folder)
-    bench: Bench = ChainBench(args.model, chain_items(args)) if args.what == "chains" else TextBench(args.model, args)
+    model = SmallQwen3(shape).to(args.device, torch.bfloat16).requires_grad_(False)
+    load_checkpoint(model, args.folder)
+    bench: Bench = ChainBench(model, chain_items(args)) if args.what == "chains" else TextBench(model, args)
     write(bench, list(methods_of(args, every_pair(shape.layers) if args.what == "search" else None)), args)
 
 
