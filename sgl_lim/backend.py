@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lim_kernels.prefix_groups import PrefixGroups
-from sgl_lim import adaptive, checks, metrics
+from sgl_lim import checks, metrics
 from sgl_lim.calibration.recorder import Recorder
 from sgl_lim.config import LimConfig, load
 from sgl_lim.counters import Counters
@@ -23,6 +23,7 @@ from sgl_lim.decode import DecodeStep, HeadShare, Scales, attend, begin_step
 from sgl_lim.methods import METHODS, Full, LessIsMore, Method, Role
 from sgl_lim.methods.ranked import Ranked
 from sgl_lim.page_store import PageStore
+from sgl_lim.parameters import build_method, ranking
 from sgl_lim.presets import resolve_layers
 from sgl_lim.set_store import SetStore
 from sgl_lim.snapshot import Snapshot
@@ -132,12 +133,7 @@ def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> Spar
     heads, recorder = head_share(model.num_attention_heads), None
     if config.record_budgets is None:
         layers, layers_from = resolve_layers(config, model)
-        method = METHODS[config.method](
-            budget=config.budget,
-            selection_layers=layers,
-            prefix_selection=config.prefix_selection,
-            **ranking(config),
-        )
+        method = build_method(config, layers)
     else:
         layers_from = "none while recording"
         method = Full(budget=config.budget, selection_layers=(), **ranking(config))
@@ -175,16 +171,6 @@ def build_sparse_decode(config: LimConfig, runner: Any, dense_name: str) -> Spar
         pages=PageStore(pool, choosing, model.dtype) if choosing else None,
         recorder=recorder,
     )
-
-
-def ranking(config: LimConfig) -> dict[str, Any]:
-    """Parameters of a method that do not depend on the model or the budget."""
-    return {
-        **adaptive.parameters(config),
-        "sinks": config.sinks,
-        "aggregate": config.aggregate,
-        "scope": config.scope or METHODS[config.method].scopes[0],
-    }
 
 
 def build_recorder(config: LimConfig, num_layers: int, heads: HeadShare, device: torch.device) -> Recorder:

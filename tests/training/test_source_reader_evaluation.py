@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_qwen3.bench import build_method, half_interval, methods_of
+from small_qwen3.bench import half_interval, method_of, methods_of
 from small_qwen3.decode import decode, prefill
 from small_qwen3.model import SmallQwen3, finish, project, rope_table
 from source_reader import evaluate
@@ -17,6 +17,7 @@ from source_reader.identifiers import find_occurrences, token_bytes
 from source_reader.model import TINY
 from source_reader.tokenizer import load_tokenizer
 
+from sgl_lim.adaptive import WIDEST_WINDOW
 from sgl_lim.methods import METHODS, Role
 from support.package_tree import source_text
 
@@ -39,7 +40,7 @@ def tokens() -> torch.Tensor:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_budget_of_the_whole_length_is_dense(model: SmallQwen3, tokens: torch.Tensor, name: str) -> None:
-    method = build_method(name, 256, SELECTION, 0.25)
+    method = method_of(name, 256, SELECTION, 0.25)
     found = decode(model, prefill(model, tokens[:100]), tokens[100:], method, rows=16, recall=True)
     torch.testing.assert_close(found.logits, model(tokens[None])[0, 100:], rtol=1e-4, atol=1e-4)
     assert (found.attended == 1).all()
@@ -50,7 +51,7 @@ def test_a_budget_of_the_whole_length_is_dense(model: SmallQwen3, tokens: torch.
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "full"])
 def test_steps_at_once_are_steps_one_by_one(model: SmallQwen3, tokens: torch.Tensor, name: str) -> None:
-    method = build_method(name, 32, SELECTION, 0.25)
+    method = method_of(name, 32, SELECTION, 0.25)
     context = prefill(model, tokens[:100])
     one, many = (decode(model, context, tokens[100:130], method, rows=r, recall=True) for r in (1, 30))
     torch.testing.assert_close(one.logits, many.logits, rtol=1e-4, atol=1e-4)
@@ -64,7 +65,7 @@ def test_steps_at_once_are_steps_one_by_one(model: SmallQwen3, tokens: torch.Ten
 
 
 def test_recall_of_a_window_against_its_definition(model: SmallQwen3, tokens: torch.Tensor) -> None:
-    method = build_method("window", 32, (TINY.layers - 1,), 0.25)
+    method = method_of("window", 32, (TINY.layers - 1,), 0.25)
     found = decode(model, prefill(model, tokens[:100]), tokens[100:101], method, recall=True)
     # Only the last layer is sparse, so its inputs are the dense model's.
     x = model.embed[tokens[:101]][None]
@@ -81,10 +82,17 @@ def test_recall_of_a_window_against_its_definition(model: SmallQwen3, tokens: to
 
 
 def test_methods_take_their_parameters_from_a_spec() -> None:
-    method = build_method("lessismore:aggregate=sum:recency=0.5", 64, (2, 6), 0.25)
+    method = method_of("lessismore:aggregate=sum:recency=0.5", 64, (2, 6), 0.25)
     assert (method.aggregate, method.recency, method.budget, method.selection_layers) == ("sum", 0.5, 64, (2, 6))
-    with pytest.raises(ValueError, match="no method 'dense'; there are"):
-        build_method("dense", 64, (2,), 0.25)
+    auto = method_of("lessismore:aggregate=max:recency=auto", 64, (2, 6), 0.25)
+    assert auto.auto_recency and auto.recency == WIDEST_WINDOW
+    for spec, reason in {
+        "dense": "--lim-method must be one of",
+        "lessismore:top_p=0.9": "--lim-aggregate union ranks by place",
+        "lessismore:heads=2": "no parameter 'heads'; there are aggregate",
+    }.items():
+        with pytest.raises(ValueError, match=reason):
+            method_of(spec, 64, (2,), 0.25)
 
 
 def test_tokens_are_their_bytes() -> None:
@@ -109,9 +117,9 @@ def test_names_are_distant_near_or_fresh() -> None:
     ]
 
 
-def test_a_search_is_of_every_pair_with_a_sparse_layer_behind_each() -> None:
+def test_a_search_is_of_every_choice_with_a_sparse_layer_behind_each() -> None:
     args = evaluate.parse(["search", "model", "--csv", "out.csv", "--methods", "lessismore", "--budgets", "64"])
-    pairs = [method.selection_layers for _, method in methods_of(args, evaluate.every_pair(8))][1:]
+    pairs = [method.selection_layers for _, method in methods_of(args, evaluate.every_choice(8, 2))][1:]
     assert pairs == [(2, 4), (2, 5), (2, 6), (3, 5), (3, 6), (4, 6)]
 
 

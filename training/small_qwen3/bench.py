@@ -15,7 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sgl_lim.methods import METHODS, Method
+from sgl_lim.config import LimConfig, RefusedConfig
+from sgl_lim.methods import Method
+from sgl_lim.parameters import build_method
 from sgl_lim.programs.intervals import wilson_interval
 
 from .decode import Context, Decoded, decode, prefill
@@ -24,6 +26,8 @@ from .model import SmallQwen3
 ASKED = ("what", "method", "budget", "selection_layers", "recency", "aggregate", "items", "size", "seed")
 CHAINS = ("whole", "whole_low", "whole_high", "tokens")
 COMMON = ("attended", "attended_fraction", "attended_tokens", "recall", "seconds")
+PARAMETERS = ("aggregate", "recency", "scope", "sinks", "top_p", "top_p_floor")
+FULL_BUDGET = LimConfig.budget  # of a method that reads everything
 WHERE = ("weights_sha256", "device", "torch", "commit")
 
 Scores = Mapping[str, Sequence[float]]
@@ -87,21 +91,23 @@ def half_interval(values: Sequence[float]) -> float:
     return 1.96 * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def build_method(spec: str, budget: int, selection: tuple[int, ...], recency: float) -> Method:
-    """A method from `name` or `name:parameter=value:…`; parameters are those of its dataclass.
+def method_of(spec: str, budget: int, selection: tuple[int, ...], recency: float) -> Method:
+    """A method from `name` or `name:parameter=value:…`; parameters are the fields of a server's configuration.
 
     Raises:
-        ValueError: there is no method of that name.
+        ValueError: a server would refuse this, or has no such parameter.
     """
     name, *settings = spec.split(":")
-    if name not in METHODS:
-        raise ValueError(f"no method {name!r}; there are {', '.join(METHODS)}")
-    kind = METHODS[name]
-    given: dict[str, object] = {"recency": recency, "sinks": 4, "aggregate": "union", "scope": kind.scopes[0]}
+    given: dict[str, object] = {"method": name, "budget": budget, "recency": recency}
     for setting in settings:
         parameter, _, value = setting.partition("=")
+        if parameter not in PARAMETERS:
+            raise ValueError(f"{spec}: no parameter {parameter!r}; there are {', '.join(PARAMETERS)}")
         given[parameter] = _value(value)
-    return kind(budget=budget, selection_layers=selection, **given)  # type: ignore[arg-type]
+    config = LimConfig(**given)  # type: ignore[arg-type]
+    if problems := config.problems():
+        raise RefusedConfig(problems)
+    return build_method(config, selection)
 
 
 def _value(text: str) -> object:
@@ -110,18 +116,18 @@ def _value(text: str) -> object:
             return read(text)
         except ValueError:
             continue
-    return {"true": True, "false": False}.get(text, text)
+    return text
 
 
 def methods_of(
     args: argparse.Namespace, selections: Sequence[tuple[int, ...]] | None = None
 ) -> Iterator[tuple[str, Method]]:
     """Every method with every budget and choice of selection layers; full attention first."""
-    yield "full", build_method("full", 1, args.selection, args.recency)
+    yield "full", method_of("full", FULL_BUDGET, args.selection, args.recency)
     for spec in args.methods.split(","):
         if spec != "full":
             for layers in selections or [args.selection]:
-                yield from ((spec, build_method(spec, b, layers, args.recency)) for b in args.budgets)
+                yield from ((spec, method_of(spec, b, layers, args.recency)) for b in args.budgets)
 
 
 def measure(bench: Bench, methods: Sequence[tuple[str, Method]], args: argparse.Namespace) -> Iterator[dict]:
@@ -168,9 +174,7 @@ def add_flags(parser: argparse.ArgumentParser, *, selection: tuple[int, ...], bu
     """The model's folder, the CSV, methods and budgets, and where it runs; with the defaults of a model."""
     parser.add_argument("folder", type=Path, help="published model")
     parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument(
-        "--methods", default="lessismore,window", help="specs of `build_method`, by commas; full is added"
-    )
+    parser.add_argument("--methods", default="lessismore,window", help="specs of `method_of`, by commas; full is added")
     parser.add_argument("--budgets", type=numbers, default=budgets)
     parser.add_argument("--selection", type=numbers, default=selection)
     parser.add_argument("--recency", type=float, default=0.25)

@@ -2,24 +2,26 @@
 
     PYTHONPATH=.:kernels:training python -m source_reader.evaluate text models/source-reader --data .ckpt/data \\
         --methods full,window,lessismore,lessismore:scope=kv_head,tidaldecode --budgets 128,256,512,1024 \\
-        --selection 2,6 --csv out/text.csv
+        --selection 2,5 --csv out/text.csv
     … evaluate chains models/source-reader --facts 256 --steps 32 … --csv out/chains.csv
     … evaluate search models/source-reader --data .ckpt/data --items 24 --budgets 512 --csv out/search.csv
 
 `text`: windows of 8,192 tokens behind `<bos>`; the last `--decoded` are decoded, each fed the right token, the others
 are the prompt. `agreement`: share of steps whose argmax is that of full attention by the same operators. `distant`,
 `near`, `fresh`: share of names (see `identifiers.py`, D = `--distance`) whose completion is right throughout. `search`:
-the same with every pair of selection layers. `chains`: problems of one size; `whole`: every solution token right.
+the same with every choice of `--selections` selection layers. `chains`: problems of one size; `whole`: every solution
+token right.
 A `±` column is half of a 95% interval over the items. `attended`: share of their context that sparse layers read;
 `attended_tokens`, `attended_fraction`: tokens a layer, and their share, over all layers; `recall`: share of the full
 attention's weight, by head, that sets hold.
 """
 
 import argparse
+import itertools
 import math
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -106,16 +108,18 @@ def chain_items(args: argparse.Namespace) -> list[tuple[Tensor, Tensor]]:
     return items
 
 
-def every_pair(layers: int) -> Sequence[tuple[int, int]]:
-    """Pairs of selection layers with a sparse layer behind each."""
-    return [(a, b) for a in range(2, layers - 2) for b in range(a + 2, layers - 1)]
+def every_choice(layers: int, selections: int) -> list[tuple[int, ...]]:
+    """Choices of selection layers behind two dense layers at least, with a sparse layer behind each."""
+    choices = itertools.combinations(range(2, layers - 1), selections)
+    return [c for c in choices if all(b - a > 1 for a, b in itertools.pairwise(c))]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, with the `size` of an item."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("text", "chains", "search"))
-    add_flags(parser, selection=(2, 6), budgets=(128, 256, 512, 1024))
+    parser.add_argument("--selections", type=int, default=2, help="of search: selection layers")
+    add_flags(parser, selection=(2, 5), budgets=(128, 256, 512, 1024))
     parser.add_argument("--data", type=Path, help="prepared data; held-out text is encoded anew without it")
     parser.add_argument("--length", type=int, default=CONTEXT)
     parser.add_argument("--decoded", type=int, default=256)
@@ -132,7 +136,8 @@ def main(arguments: list[str] | None = None, shape: Shape = PUBLISHED) -> None:
     model = SmallQwen3(shape).to(args.device, torch.bfloat16).requires_grad_(False)
     load_checkpoint(model, args.folder)
     bench: Bench = ChainBench(model, chain_items(args)) if args.what == "chains" else TextBench(model, args)
-    write(bench, list(methods_of(args, every_pair(shape.layers) if args.what == "search" else None)), args)
+    choices = every_choice(shape.layers, args.selections) if args.what == "search" else None
+    write(bench, list(methods_of(args, choices)), args)
 
 
 if __name__ == "__main__":
