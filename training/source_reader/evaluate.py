@@ -109,8 +109,8 @@ def chain_items(args: argparse.Namespace) -> list[tuple[Tensor, Tensor]]:
 
 
 def every_choice(layers: int, selections: int) -> list[tuple[int, ...]]:
-    """Choices of selection layers behind two dense layers at least, with a sparse layer behind each."""
-    choices = itertools.combinations(range(2, layers - 1), selections)
+    """Choices of selection layers behind a dense layer at least, with a sparse layer behind each."""
+    choices = itertools.combinations(range(1, layers - 1), selections)
     return [c for c in choices if all(b - a > 1 for a, b in itertools.pairwise(c))]
 
 
