@@ -29,7 +29,7 @@ def max_tokens(options: Options, problems: Sequence[Problem], context: int | Non
     """
     wanted = options.max_tokens
     if wanted is None and options.chains is not None:
-        wanted = 8 * options.steps + 8
+        wanted = _chain_tokens(options, problems[0])
     if context is None:
         return wanted or _MATH_TOKENS
     longest = _longest_prompt(options, problems, exact_only=wanted is not None)
@@ -43,6 +43,16 @@ def max_tokens(options: Options, problems: Sequence[Problem], context: int | Non
             f"server's context is {context}; start it with a larger --context-length, or ask for less"
         )
     return wanted or min(_MATH_TOKENS, room)
+
+
+def _chain_tokens(options: Options, first: Problem) -> int:
+    """Tokens that a chain's solution takes: a token a word, or more by the server's tokenizer.
+
+    By the first problem alone, and with an eighth to spare for the others: how many are asked must not matter.
+    """
+    words = 8 * options.steps + 8
+    counts = count_tokens(options.endpoint, [first.solution or ""])
+    return words if counts is None or counts[0] <= words else counts[0] + counts[0] // 8
 
 
 def check_tree(options: Options, tokens: int) -> None:

@@ -23,6 +23,7 @@ class StubEndpoint:
     context: int = 4096
     model_path: str = "stub-model"
     can_tokenize: bool = True
+    tokens_per_word: int = 1
     tokens: list[str] = field(default_factory=list)  # texts that are one token; others have one unknown token a word
     generate_requests: list[dict[str, Any]] = field(default_factory=list)
 
@@ -125,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
                 ids = [tokens.index(prompt)] if prompt in tokens else [999] * len(prompt.split())
                 self._send(200, {"tokens": ids, "count": len(ids)})
             else:
-                self._send(200, {"count": [len(text.split()) for text in prompt]})
+                self._send(200, {"count": [self.endpoint.tokens_per_word * len(text.split()) for text in prompt]})
         elif self.path == "/detokenize":
             known = dict(enumerate(self.endpoint.tokens))
             self._send(200, {"text": "".join(known.get(token, "<unk>") for token in request["tokens"])})

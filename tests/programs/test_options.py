@@ -124,6 +124,15 @@ def test_chains_get_what_they_need(stub: StubEndpoint) -> None:
     assert limit(parse(argv), 100) == 48
 
 
+def test_chains_get_more_where_a_word_is_several_tokens(stub: StubEndpoint) -> None:
+    argv = ["--endpoint", stub.url, "--facts", "9", "--steps", "5", "--output", "o"]
+    stub.tokens_per_word = 2
+    solution = chain_problems(1, num_facts=9, num_steps=5, seed=0).problems[0].solution
+    assert solution is not None
+    tokens = 2 * len(solution.split())
+    assert {limit(parse([*argv, "--chains", n]), 4096) for n in ("1", "3")} == {tokens + tokens // 8}
+
+
 def test_mathematics_gets_what_the_context_leaves(stub: StubEndpoint, questions: Path) -> None:
     argv = ["--endpoint", stub.url, "--problems", str(questions), "--output", "o"]
     assert limit(parse(argv), 1000) == 997
