@@ -5,7 +5,7 @@
     python benchmarks/plot.py speedup out/decode_step.csv --column pipelined_ratio -o speedup.png
     python benchmarks/plot.py throughput out/throughput.csv -o throughput.png # output tokens/s, by workload
     python benchmarks/plot.py accuracy out/methods.csv -o methods.png         # chains right, by tokens attended
-    python benchmarks/plot.py accuracy out/text.csv --column agreement -o text.png
+    python benchmarks/plot.py accuracy out/text.csv --column agreement --methods full,lessismore,window -o text.png
 
 Rows with an error are left out; of rows measured twice, the last counts.
 """
@@ -13,7 +13,8 @@ Rows with an error are left out; of rows measured twice, the last counts.
 import argparse
 import csv
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -201,46 +202,63 @@ def throughput_figure(rows: list[Row], column: str = "tokens_per_s") -> Any:
     return figure
 
 
-def accuracies(rows: list[Row], column: str = "whole") -> dict[str, list[tuple[float, float, float, float]]]:
-    """Tokens attended, share and its interval in percent, by method, from the benches of `training`.
+@dataclass(frozen=True)
+class Point:
+    """A method at one budget: what it reads, and a share with its 95% interval in percent."""
+
+    tokens: float  # KV tokens that a generated token reads in a layer, mean over all layers
+    share: float  # of their context that sparse layers read, percent
+    value: float
+    low: float
+    high: float
+
+
+def accuracies(rows: list[Row], column: str = "whole", methods: Collection[str] = ()) -> dict[str, list[Point]]:
+    """Points by method, from the benches of `training`, in the order of budgets; of all methods if none is named.
 
     An interval is in the columns `…_low` and `…_high`, or half of it in `…±`; without these it has no width.
     """
-    found: dict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
+    found: dict[str, list[Point]] = defaultdict(list)
     for row in rows:
-        if not row.get(column):
+        if not row.get(column) or (methods and row["method"] not in methods):
             continue
         value, half = float(row[column]), float(row.get(f"{column}±") or 0)
         low, high = float(row.get(f"{column}_low") or value - half), float(row.get(f"{column}_high") or value + half)
-        found[row["method"]].append((float(row["attended_tokens"]), 100 * value, 100 * low, 100 * high))
+        shares = (100 * s for s in (float(row["attended"]), value, low, high))
+        found[row["method"]].append(Point(float(row["attended_tokens"]), *shares))
+    if missing := [name for name in methods if name not in found]:
+        raise SystemExit(f"no row of {', '.join(missing)} has {column}")
     if not found:
         raise SystemExit(f"no row has {column}; columns are {', '.join(rows[0])}")
-    return {name: sorted(points) for name, points in found.items()}
+    return {name: sorted(points, key=lambda p: p.tokens) for name, points in found.items()}
 
 
-def accuracy_figure(rows: list[Row], column: str = "whole") -> Any:
-    """Lines of a share against tokens attended; full attention's as a level."""
+def accuracy_figure(rows: list[Row], column: str = "whole", methods: Collection[str] = ()) -> Any:
+    """Lines of a share, left against tokens over all layers, right against what sparse layers read."""
     from matplotlib.ticker import StrMethodFormatter
 
     device, torch = rows[0].get("device", ""), rows[0].get("torch", "")
-    figure, (ax,) = new_figure(
-        1, f"{rows[0].get('items', '')} items of {rows[0].get('size', '')}; {device}; torch {torch}"
-    )
-    for i, (name, points) in enumerate(accuracies(rows, column).items()):
-        x, y, low, high = zip(*points, strict=True)
-        spread = [
-            [at - end for at, end in zip(y, low, strict=True)],
-            [end - at for at, end in zip(y, high, strict=True)],
-        ]
+    caption = f"{rows[0].get('items', '')} items of {rows[0].get('size', '')}; {device}; torch {torch}"
+    figure, axes = new_figure(2, caption)
+    for i, (name, points) in enumerate(accuracies(rows, column, methods).items()):
+        y = [p.value for p in points]
+        spread = [[p.value - p.low for p in points], [p.high - p.value for p in points]]
         style: dict[str, Any] = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markersize": 4.5, "capsize": 2.5}
-        # More methods than colours: those of a second round are dashed.
-        ax.errorbar(x, y, yerr=spread, label=name, linewidth=1.4, linestyle="--" if i >= 7 else "-", **style)
-        if name == "full":
-            ax.axhline(y[0], color=COLOURS[0], linewidth=1, zorder=0.5)
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    ax.set(xlabel="KV tokens attended, a generated token and layer", ylabel=f"{column}, % (95% intervals)")
-    add_legend(figure, ax)
+        for ax, x in zip(axes, ([p.tokens for p in points], [p.share for p in points]), strict=True):
+            # More methods than colours: those of a second round are dashed.
+            ax.errorbar(x, y, yerr=spread, label=name, linewidth=1.4, linestyle="--" if i >= 7 else "-", **style)
+            if name == "full":
+                ax.axhline(y[0], color=COLOURS[0], linewidth=1, zorder=0.5)
+    for ax, label in zip(
+        axes,
+        ("KV tokens attended, mean over all layers", "share of the context that sparse layers attend to, %"),
+        strict=True,
+    ):
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.4g}"))
+        ax.set(xlabel=label)
+    axes[0].set(ylabel=f"{column}, % (95% intervals)")
+    add_legend(figure, axes[0])
     return figure
 
 
@@ -261,6 +279,7 @@ def main(argv: list[str] | None = None) -> None:
             figure.add_argument("--column", default="tokens_per_s", help="the CSV's column of tokens/s")
         if name == "accuracy":
             figure.add_argument("--column", default="whole", help="the CSV's column of shares")
+            figure.add_argument("--methods", type=lambda t: t.split(","), default=(), help="by commas; default: all")
     args = parser.parse_args(argv)
     rows = read_rows(args.csv)
     if args.figure == "decode":
@@ -270,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.figure == "throughput":
         drawn = throughput_figure(rows, args.column)
     else:
-        drawn = accuracy_figure(rows, args.column)
+        drawn = accuracy_figure(rows, args.column, args.methods)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(args.output)
 

@@ -1,6 +1,7 @@
 """Figures: the numbers that are plotted, and that a file comes of it."""
 
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 import plot
@@ -118,18 +119,23 @@ def test_the_figures_hold_the_numbers(rows: list[dict[str, str]], tmp_path: Path
 
 def accuracy_csv(path: Path) -> Path:
     path.write_text(
-        "method,budget,whole,whole_low,whole_high,agreement,agreement±,attended_tokens,items,size,device,torch\n"
-        "full,,1.0,0.98,1.0,1.0,0.0,2179.5,200,330/48,CPU,2.11\n"
-        "quest,128,0.5,0.4,0.6,0.9,0.02,400,200,330/48,CPU,2.11\n"
-        "quest,64,0.1,0.05,0.2,0.8,0.03,300,200,330/48,CPU,2.11\n"
+        "method,budget,whole,whole_low,whole_high,agreement,agreement±,attended,attended_tokens,items,size,device,torch\n"
+        "full,,1.0,0.98,1.0,1.0,0.0,1.0,2179.5,200,330/48,CPU,2.11\n"
+        "quest,128,0.5,0.4,0.6,0.9,0.02,0.05,400,200,330/48,CPU,2.11\n"
+        "quest,64,0.1,0.05,0.2,0.8,0.03,0.03,300,200,330/48,CPU,2.11\n"
     )
     return path
 
 
 def test_accuracies_stand_beside_the_tokens_they_took(tmp_path: Path) -> None:
     rows = plot.read_rows(accuracy_csv(tmp_path / "a.csv"))
-    assert plot.accuracies(rows) == {"full": [(2179.5, 100, 98, 100)], "quest": [(300, 10, 5, 20), (400, 50, 40, 60)]}
-    assert plot.accuracies(rows, "agreement")["quest"][1] == pytest.approx((400, 90, 88, 92))
+    full, low, high = (2179.5, 100, 100, 98, 100), (300, 3, 10, 5, 20), (400, 5, 50, 40, 60)
+    found = {name: [astuple(point) for point in points] for name, points in plot.accuracies(rows).items()}
+    assert found == {"full": [full], "quest": [low, high]}
+    assert astuple(plot.accuracies(rows, "agreement", ["quest"])["quest"][1]) == pytest.approx((400, 5, 90, 88, 92))
+    assert list(plot.accuracies(rows, methods=["quest"])) == ["quest"]
+    with pytest.raises(SystemExit, match="no row of tidaldecode has whole"):
+        plot.accuracies(rows, methods=["quest", "tidaldecode"])
     with pytest.raises(SystemExit, match="no row has loss; columns are method"):
         plot.accuracies(rows, "loss")
 
@@ -140,6 +146,17 @@ def test_a_png_is_written(figure: str, tmp_path: Path) -> None:
     source = {"throughput": throughput_csv, "accuracy": accuracy_csv}.get(figure, steps_csv)(tmp_path / "in.csv")
     plot.main([figure, str(source), "-o", str(tmp_path / "new" / "out.png")])
     assert (tmp_path / "new" / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_accuracies_are_drawn_against_all_layers_and_against_sparse_ones(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    left, right = plot.accuracy_figure(plot.read_rows(accuracy_csv(tmp_path / "a.csv")), methods=["quest"]).axes
+    assert [
+        [list(c.lines[0].get_xdata()), list(c.lines[0].get_ydata())] for c in left.containers + right.containers
+    ] == [
+        [[300, 400], [10, 50]],
+        [[3, 5], [10, 50]],
+    ]
 
 
 def test_a_baseline_alone_has_no_speedup(rows: list[dict[str, str]]) -> None:

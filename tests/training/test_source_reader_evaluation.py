@@ -118,7 +118,7 @@ def test_names_are_distant_near_or_fresh() -> None:
 
 
 def test_a_search_is_of_every_choice_with_a_sparse_layer_behind_each() -> None:
-    args = evaluate.parse(["search", "model", "--csv", "out.csv", "--methods", "lessismore", "--budgets", "64"])
+    args = evaluate.parse(["text", "model", "--csv", "out.csv", "--methods", "lessismore", "--budgets", "64"])
     pairs = [method.selection_layers for _, method in methods_of(args, evaluate.every_choice(8, 2))][1:]
     assert pairs == [(a, b) for a in range(1, 5) for b in range(a + 2, 7)]
 

@@ -4,13 +4,12 @@
         --methods full,window,lessismore,lessismore:scope=kv_head,tidaldecode --budgets 128,256,512,1024 \\
         --selection 2,5 --csv out/text.csv
     … evaluate chains models/source-reader --facts 256 --steps 32 … --csv out/chains.csv
-    … evaluate search models/source-reader --data .ckpt/data --items 24 --budgets 512 --csv out/search.csv
+    … evaluate text models/source-reader --search 2 --items 50 --methods lessismore --budgets 512 --csv out/search.csv
 
 `text`: windows of 8,192 tokens behind `<bos>`; the last `--decoded` are decoded, each fed the right token, the others
 are the prompt. `agreement`: share of steps whose argmax is that of full attention by the same operators. `distant`,
-`near`, `fresh`: share of names (see `identifiers.py`, D = `--distance`) whose completion is right throughout. `search`:
-the same with every choice of `--selections` selection layers. `chains`: problems of one size; `whole`: every solution
-token right.
+`near`, `fresh`: share of names (see `identifiers.py`, D = `--distance`) whose completion is right throughout.
+`chains`: problems of one size; `whole`: every solution token right.
 A `±` column is half of a 95% interval over the items. `attended`: share of their context that sparse layers read;
 `attended_tokens`, `attended_fraction`: tokens a layer, and their share, over all layers; `recall`: share of the full
 attention's weight, by head, that sets hold.
@@ -117,8 +116,8 @@ def every_choice(layers: int, selections: int) -> list[tuple[int, ...]]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, with the `size` of an item."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("text", "chains", "search"))
-    parser.add_argument("--selections", type=int, default=2, help="of search: selection layers")
+    parser.add_argument("what", choices=("text", "chains"))
+    parser.add_argument("--search", type=int, metavar="N", help="every choice of N selection layers, not --selection")
     add_flags(parser, selection=(2, 5), budgets=(128, 256, 512, 1024))
     parser.add_argument("--data", type=Path, help="prepared data; held-out text is encoded anew without it")
     parser.add_argument("--length", type=int, default=CONTEXT)
@@ -136,7 +135,7 @@ def main(arguments: list[str] | None = None, shape: Shape = PUBLISHED) -> None:
     model = SmallQwen3(shape).to(args.device, torch.bfloat16).requires_grad_(False)
     load_checkpoint(model, args.folder)
     bench: Bench = ChainBench(model, chain_items(args)) if args.what == "chains" else TextBench(model, args)
-    choices = every_choice(shape.layers, args.selections) if args.what == "search" else None
+    choices = None if args.search is None else every_choice(shape.layers, args.search)
     write(bench, list(methods_of(args, choices)), args)
 
 
