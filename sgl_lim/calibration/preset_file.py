@@ -33,6 +33,7 @@ class Entry:
     lowest: float  # of the sparse layer that is covered least
     lowest_layer: int
     rows: int  # decoded tokens with a longer context, of which this is the mean
+    weighted_coverage: float | None = None  # by depth, what the layers were chosen by; older files lack it
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def _entry(path: str, entry: Any, num_layers: int) -> Entry:
 
 def _check_keys(path: str, content: dict[str, Any], kind: type[Any]) -> None:
     names = {name.name for name in dataclasses.fields(kind)}
-    unknown, missing = sorted(set(content) - names), sorted(names - set(content))
+    required = {name.name for name in dataclasses.fields(kind) if name.default is dataclasses.MISSING}
+    unknown, missing = sorted(set(content) - names), sorted(required - set(content))
     if unknown or missing:
         told = [f"unknown {', '.join(unknown)}"] * bool(unknown) + [f"missing {', '.join(missing)}"] * bool(missing)
         raise PresetError(f"{path}: {' and '.join(told)}; known keys are {', '.join(sorted(names))}")

@@ -22,11 +22,12 @@ def matrix_text(recall: Recall) -> str:
 
 
 def choice_text(choice: Choice, depth: int) -> str:
-    """One line: layers, mean and lowest coverage."""
+    """One line: layers, mean, weighted and lowest coverage."""
     sparse = depth - choice.selection_layers[0] - len(choice.selection_layers)
     return (
         f"selection layers {','.join(map(str, choice.selection_layers))}: {choice.coverage:.2%} of the attention of "
-        f"{sparse} sparse layers, least at layer {choice.lowest_layer}: {choice.lowest:.2%}"
+        f"{sparse} sparse layers ({choice.weighted_coverage:.2%} weighted by depth), "
+        f"least at layer {choice.lowest_layer}: {choice.lowest:.2%}"
     )
 
 

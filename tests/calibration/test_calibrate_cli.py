@@ -147,8 +147,10 @@ def test_the_matrix_is_shown_and_written(tmp_path):
     rows = list(csv.DictReader((tmp_path / "p.csv").open()))
     assert [row["coverage"] for row in rows] == ["1.000000", "0.500000", "0.250000", "0.875000", "0.750000", "0.625000"]
     assert rows[2] == {"budget": "64", "chosen_at": "0", "read_at": "2", "coverage": "0.250000", "rows": "7"}
-    shown = report.choice_text(measure(RECALL, (0,)), 3)
-    assert shown == "selection layers 0: 37.50% of the attention of 2 sparse layers, least at layer 2: 25.00%"
+    assert report.choice_text(measure(RECALL, (0,)), 3) == (
+        "selection layers 0: 37.50% of the attention of 2 sparse layers (41.67% weighted by depth), "
+        "least at layer 2: 25.00%"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 from sgl_lim.calibration.search import best_layers, measure
 
 
-def covered(recall, layers):
-    """Mean over the sparse layers, exactly, by the definition."""
-    sparse = [j for j in range(layers[0], len(recall)) if j not in layers]
-    readers = [recall[max(i for i in layers if i < j)][j] for j in sparse]
-    return sum(map(Fraction, readers)) / len(readers) if readers else None
+def covered(recall, layers, weighted=True):
+    """Mean over the sparse layers, exactly, by the definition: each counts once for every layer from it on, or once."""
+    shares = []
+    for j in range(layers[0], len(recall)):
+        if j not in layers:
+            share = Fraction(recall[max(i for i in layers if i < j)][j])
+            shares += [share] * (len(recall) - j if weighted else 1)
+    return sum(shares) / len(shares) if shares else None
 
 
 def best_by_trying(recall, selections, max_dense):
@@ -30,8 +33,10 @@ def best_by_trying(recall, selections, max_dense):
 @st.composite
 def cases(draw):
     depth = draw(st.integers(2, 8))
-    # Few values make ties; floats make sums that depend on their order.
-    share = st.sampled_from([0.0, 0.1, 0.2, 0.3, 1.0]) | st.floats(0, 1)
+    # Few values make ties, two the most; floats make sums that depend on their order.
+    share = draw(
+        st.sampled_from([st.sampled_from([0.1, 0.3]), st.sampled_from([0.0, 0.1, 0.2, 1.0]) | st.floats(0, 1)])
+    )
     recall = [[draw(share) for _ in range(depth)] for _ in range(depth)]
     return recall, draw(st.integers(1, depth - 1)), draw(st.integers(0, depth))
 
@@ -41,7 +46,16 @@ def test_no_choice_covers_more(case):
     recall, selections, max_dense = case
     best = best_layers(recall, selections=selections, max_dense=max_dense)
     assert best.selection_layers == best_by_trying(recall, selections, max_dense)
-    assert best.coverage == float(covered(recall, best.selection_layers))
+    assert best.weighted_coverage == float(covered(recall, best.selection_layers))
+    assert best.coverage == float(covered(recall, best.selection_layers, weighted=False))
+
+
+def test_an_early_layer_counts_for_all_that_follow():
+    recall = [[0.0, 0.875, 0.25, 0.0], [0.0, 0.0, 0.75, 0.75], [0.0, 0.0, 0.0, 0.5], [0.0] * 4]
+    one, other = (measure(recall, layers) for layers in ((0, 1), (0, 2)))
+    assert (one.coverage, one.weighted_coverage) == (0.75, 0.75)
+    assert (other.coverage, other.weighted_coverage) == (0.6875, 0.78125)
+    assert best_layers(recall, selections=2, max_dense=0) == other
 
 
 def test_equal_choices_go_to_fewer_dense_then_earlier_layers():
@@ -61,6 +75,7 @@ def test_what_is_covered_least_is_named():
     recall = [[0.9, 0.9, 0.4, 0.8], [0.0] * 4, [0.0, 0.0, 1.0, 0.6], [0.0] * 4]
     choice = measure(recall, (0, 2))
     assert (choice.coverage, choice.lowest, choice.lowest_layer) == (0.75, 0.6, 3)
+    assert choice.weighted_coverage == float((3 * Fraction(0.9) + Fraction(0.6)) / 4)
 
 
 @pytest.mark.parametrize(("selections", "max_dense"), [(0, 2), (4, 2), (9, 0), (1, -1)])

@@ -20,6 +20,16 @@ def test_a_file_reads_back_as_it_was(preset, preset_path, model):
     assert [path.name for path in Path(preset_path).parent.iterdir()] == ["preset.json"]
 
 
+def test_a_file_without_the_weighted_coverage_is_read(preset, preset_path, tmp_path):
+    def age(content):
+        for entry in content["entries"]:
+            del entry["weighted_coverage"]
+
+    old = preset_file.load(write(tmp_path / "old.json", preset_path, age))
+    assert [entry.selection_layers for entry in old.entries] == [entry.selection_layers for entry in preset.entries]
+    assert {entry.weighted_coverage for entry in old.entries} == {None}
+
+
 @pytest.mark.parametrize(
     ("budget", "nearest"), [(1, 64), (64, 64), (127, 64), (128, 64), (129, 256), (511, 256), (513, 1024), (9999, 1024)]
 )
@@ -40,6 +50,7 @@ def write(path, preset_path, change):
         (lambda c: c.update(format="sgl-lim-preset/9"), "not a preset of the format sgl-lim-preset/1"),
         (lambda c: c.update(layers=[1]), r"unknown layers; known keys are architecture, calibration, entries"),
         (lambda c: c.pop("rule"), "missing rule"),
+        (lambda c: c.pop("calibration"), "missing calibration"),
         (lambda c: c["rule"].update(mean=1), "rule must have method, aggregate, recency, sinks, scope"),
         (lambda c: c.update(rule=None), "rule and calibration must be objects"),
         (lambda c: c.update(num_layers="12"), "num_layers must be a positive integer"),

@@ -64,6 +64,7 @@ def test_the_preset_is_the_best_of_what_was_recorded(calibrated: Path) -> None:
         best = best_layers(recall, selections=2, max_dense=2)
         assert entry.selection_layers == best.selection_layers
         assert entry.coverage == pytest.approx(best.coverage, abs=1e-5)
+        assert entry.weighted_coverage == pytest.approx(best.weighted_coverage, abs=1e-5)
     # A larger set of the same layer holds more of its attention.
     own = [
         [float(row["coverage"]) for row in rows if row["budget"] == b and row["chosen_at"] == "0"] for b in ("24", "96")
