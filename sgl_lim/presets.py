@@ -26,6 +26,7 @@ PRESETS = (
     Preset("qwen3-4b", 36, (2, 20), "LessIsMore, arXiv 2508.07101"),
     Preset("deepseek-r1-distill-llama-8b", 32, (2, 13), "LessIsMore, arXiv 2508.07101"),
     Preset("chain-tracer", 12, (2, 8), "measured: models/chain-tracer/README.md"),
+    Preset("source-reader", 12, (1, 5, 8), "measured: docs/accuracy.md"),
 )
 
 
