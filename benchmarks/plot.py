@@ -216,21 +216,24 @@ class Point:
 def accuracies(rows: list[Row], column: str = "whole", methods: Collection[str] = ()) -> dict[str, list[Point]]:
     """Points by method, from the benches of `training`, in the order of budgets; of all methods if none is named.
 
+    Where one was measured with several choices of selection layers, each is a method of its own.
     An interval is in the columns `…_low` and `…_high`, or half of it in `…±`; without these it has no width.
     """
-    found: dict[str, list[Point]] = defaultdict(list)
+    several = len({row.get("selection_layers") for row in rows if row["method"] == "lessismore"}) > 1
+    found: dict[str, dict[str, Point]] = defaultdict(dict)
     for row in rows:
         if not row.get(column) or (methods and row["method"] not in methods):
             continue
+        name = f"{row['method']} {row['selection_layers']}" if several and row["selection_layers"] else row["method"]
         value, half = float(row[column]), float(row.get(f"{column}±") or 0)
         low, high = float(row.get(f"{column}_low") or value - half), float(row.get(f"{column}_high") or value + half)
         shares = (100 * s for s in (float(row["attended"]), value, low, high))
-        found[row["method"]].append(Point(float(row["attended_tokens"]), *shares))
-    if missing := [name for name in methods if name not in found]:
+        found[name][row["budget"]] = Point(float(row["attended_tokens"]), *shares)
+    if missing := [method for method in methods if not any(name.partition(" ")[0] == method for name in found)]:
         raise SystemExit(f"no row of {', '.join(missing)} has {column}")
     if not found:
         raise SystemExit(f"no row has {column}; columns are {', '.join(rows[0])}")
-    return {name: sorted(points, key=lambda p: p.tokens) for name, points in found.items()}
+    return {name: sorted(points.values(), key=lambda p: p.tokens) for name, points in found.items()}
 
 
 def accuracy_figure(rows: list[Row], column: str = "whole", methods: Collection[str] = ()) -> Any:
@@ -240,14 +243,18 @@ def accuracy_figure(rows: list[Row], column: str = "whole", methods: Collection[
     device, torch = rows[0].get("device", ""), rows[0].get("torch", "")
     caption = f"{rows[0].get('items', '')} items of {rows[0].get('size', '')}; {device}; torch {torch}"
     figure, axes = new_figure(2, caption)
-    for i, (name, points) in enumerate(accuracies(rows, column, methods).items()):
+    others = 0
+    for name, points in accuracies(rows, column, methods).items():
+        full = name == "full"
+        others += not full
+        # The baseline's grey is nobody else's; those of a second round are dashed.
+        i, again = (0, False) if full else (1 + (others - 1) % 6, others > 6)
         y = [p.value for p in points]
         spread = [[p.value - p.low for p in points], [p.high - p.value for p in points]]
-        style: dict[str, Any] = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markersize": 4.5, "capsize": 2.5}
+        style: dict[str, Any] = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4.5, "capsize": 2.5}
         for ax, x in zip(axes, ([p.tokens for p in points], [p.share for p in points]), strict=True):
-            # More methods than colours: those of a second round are dashed.
-            ax.errorbar(x, y, yerr=spread, label=name, linewidth=1.4, linestyle="--" if i >= 7 else "-", **style)
-            if name == "full":
+            ax.errorbar(x, y, yerr=spread, label=name, linewidth=1.4, linestyle="--" if again else "-", **style)
+            if full:
                 ax.axhline(y[0], color=COLOURS[0], linewidth=1, zorder=0.5)
     for ax, label in zip(
         axes,

@@ -148,6 +148,17 @@ def test_a_png_is_written(figure: str, tmp_path: Path) -> None:
     assert (tmp_path / "new" / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_choices_of_selection_layers_are_told_apart_and_the_last_measurement_counts(tmp_path: Path) -> None:
+    row = {"method": "lessismore", "budget": "64", "attended": "0.1", "attended_tokens": "9"}
+    rows = [
+        {**row, "selection_layers": layers, "whole": whole} for layers, whole in (("1", "0"), ("1", "1"), ("2", "0.5"))
+    ]
+    assert {name: [p.value for p in points] for name, points in plot.accuracies(rows).items()} == {
+        "lessismore 1": [100],
+        "lessismore 2": [50],
+    }
+
+
 def test_accuracies_are_drawn_against_all_layers_and_against_sparse_ones(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     left, right = plot.accuracy_figure(plot.read_rows(accuracy_csv(tmp_path / "a.csv")), methods=["quest"]).axes

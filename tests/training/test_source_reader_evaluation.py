@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_qwen3.bench import half_interval, method_of, methods_of
+from small_qwen3.bench import ChainBench, half_interval, method_of, methods_of, write
 from small_qwen3.decode import decode, prefill
 from small_qwen3.model import SmallQwen3, finish, project, rope_table
 from source_reader import evaluate
@@ -121,6 +121,24 @@ def test_a_search_is_of_every_choice_with_a_sparse_layer_behind_each() -> None:
     args = evaluate.parse(["text", "model", "--csv", "out.csv", "--methods", "lessismore", "--budgets", "64"])
     pairs = [method.selection_layers for _, method in methods_of(args, evaluate.every_choice(8, 2))][1:]
     assert pairs == [(a, b) for a in range(1, 5) for b in range(a + 2, 7)]
+
+
+def test_a_search_asks_methods_without_selection_layers_once() -> None:
+    args = evaluate.parse(["text", "model", "--csv", "out.csv", "--methods", "quest", "--budgets", "64"])
+    assert [spec for spec, _ in methods_of(args, evaluate.every_choice(8, 2))] == ["full", "quest"]
+
+
+@pytest.mark.parametrize("number", ["0", "6"])
+def test_a_search_with_nothing_to_choose_from_is_refused(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.parse(["text", "model", "--csv", "out.csv", "--search", number])
+    assert f"--search {number}: no choice" in capsys.readouterr().err
+
+
+def test_selection_beyond_the_model_is_refused(model: SmallQwen3, tmp_path: Path) -> None:
+    args = evaluate.parse(["chains", str(tmp_path), "--csv", str(tmp_path / "out.csv"), "--selection", "1,9"])
+    with pytest.raises(SystemExit, match=r"--selection: full would select at \(1, 9\) of 4 layers"):
+        write(ChainBench(model, []), list(methods_of(args)), args)
 
 
 def test_an_interval_is_the_means() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sgl_lim.config import LimConfig, RefusedConfig
-from sgl_lim.methods import Method
+from sgl_lim.methods import METHODS, LessIsMore, Method
 from sgl_lim.parameters import build_method
 from sgl_lim.programs.intervals import wilson_interval
 
@@ -98,7 +98,7 @@ def method_of(spec: str, budget: int, selection: tuple[int, ...], recency: float
         ValueError: a server would refuse this, or has no such parameter.
     """
     name, *settings = spec.split(":")
-    given: dict[str, object] = {"method": name, "budget": budget, "recency": recency}
+    given: dict[str, object] = {"method": name, "budget": budget, "recency": recency, "selection_layers": selection}
     for setting in settings:
         parameter, _, value = setting.partition("=")
         if parameter not in PARAMETERS:
@@ -126,7 +126,11 @@ def methods_of(
     yield "full", method_of("full", FULL_BUDGET, args.selection, args.recency)
     for spec in args.methods.split(","):
         if spec != "full":
-            for layers in selections or [args.selection]:
+            choices = [args.selection] if selections is None else selections
+            kind = METHODS.get(spec.partition(":")[0])
+            if kind is not None and not kind.has_selection_layers:
+                choices = choices[:1]
+            for layers in choices:
                 yield from ((spec, method_of(spec, b, layers, args.recency)) for b in args.budgets)
 
 
@@ -161,7 +165,9 @@ def _asked(spec: str, method: Method, args: argparse.Namespace) -> dict[str, obj
     if spec != "full":
         layers = "-".join(map(str, method.selection_layers))
         row |= {"budget": method.budget, "selection_layers": layers}
-        row |= {"recency": method.recency, "aggregate": method.aggregate}
+        row["recency"] = "auto" if method.auto_recency else method.recency
+        if isinstance(method, LessIsMore):
+            row["aggregate"] = method.aggregate
     return row
 
 
@@ -203,7 +209,15 @@ def where(args: argparse.Namespace) -> dict[str, str]:
 
 
 def write(bench: Bench, methods: Sequence[tuple[str, Method]], args: argparse.Namespace) -> None:
-    """Measure; write the CSV and print its rows."""
+    """Measure; write the CSV and print its rows.
+
+    Raises:
+        SystemExit: the model has fewer layers than a method would select at.
+    """
+    depth = bench.model.shape.layers
+    for spec, method in methods:
+        if max(method.selection_layers, default=0) >= depth:
+            raise SystemExit(f"--selection: {spec} would select at {method.selection_layers} of {depth} layers")
     machine = where(args)
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     with args.csv.open("w", newline="") as file:

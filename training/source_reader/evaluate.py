@@ -109,7 +109,7 @@ def chain_items(args: argparse.Namespace) -> list[tuple[Tensor, Tensor]]:
 
 def every_choice(layers: int, selections: int) -> list[tuple[int, ...]]:
     """Choices of selection layers behind a dense layer at least, with a sparse layer behind each."""
-    choices = itertools.combinations(range(1, layers - 1), selections)
+    choices = itertools.combinations(range(1, layers - 1), selections) if selections > 0 else ()
     return [c for c in choices if all(b - a > 1 for a, b in itertools.pairwise(c))]
 
 
@@ -126,6 +126,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--facts", type=int, default=256)
     parser.add_argument("--steps", type=int, default=32)
     args = parser.parse_args(arguments)
+    if args.search is not None and not every_choice(PUBLISHED.layers, args.search):
+        parser.error(f"--search {args.search}: no choice of so many layers leaves a sparse layer behind each")
     args.size = f"{args.facts}/{args.steps}" if args.what == "chains" else f"{args.length}/{args.decoded}"
     return args
 
