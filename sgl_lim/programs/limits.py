@@ -50,9 +50,10 @@ def _chain_tokens(options: Options, first: Problem) -> int:
 
     By the first problem alone, and with an eighth to spare for the others: how many are asked must not matter.
     """
-    words = 8 * options.steps + 8
+    words = 8 * options.steps + 3  # the last is what ends the text, or a special token in front
     counts = count_tokens(options.endpoint, [first.solution or ""])
-    return words if counts is None or counts[0] <= words else counts[0] + counts[0] // 8
+    spared = words + 5
+    return spared if counts is None or counts[0] <= words else max(spared, counts[0] + counts[0] // 8)
 
 
 def check_tree(options: Options, tokens: int) -> None:

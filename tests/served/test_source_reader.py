@@ -23,7 +23,6 @@ def url(pool: ServerPool) -> str:
 
 
 def test_its_chains_end(url: str, tmp_path: Path) -> None:
-    """With layers 2,5 they do not: see docs/accuracy.md."""
     summary = tmp_path / "summary.json"
     sizes = ["--chains", "4", "--facts", "64", "--steps", "12", "--output", str(tmp_path / "out.jsonl")]
     assert main(["--endpoint", url, *sizes, "--summary", str(summary)]) == 0
