@@ -15,7 +15,7 @@ from sgl_lim.calibration.prompts import PromptError, chain_prompts, encode, file
 from sgl_lim.calibration.recording import Recording, RecordingError, ask_to_record, record
 from sgl_lim.calibration.search import best_layers, measure
 from sgl_lim.config import LimConfig, RefusedConfig
-from sgl_lim.methods import METHODS
+from sgl_lim.parameters import ranking
 
 
 class Refused(ValueError):
@@ -171,7 +171,7 @@ def _preset(
             "aggregate": config.aggregate,
             "recency": config.recency,
             "sinks": config.sinks,
-            "scope": config.scope or METHODS[config.method].scopes[0],
+            "scope": ranking(config)["scope"],
         },
         calibration={
             "model": Path(options.model_path).name,
