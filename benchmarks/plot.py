@@ -229,7 +229,8 @@ def accuracies(rows: list[Row], column: str = "whole", methods: Collection[str] 
         low, high = float(row.get(f"{column}_low") or value - half), float(row.get(f"{column}_high") or value + half)
         shares = (100 * s for s in (float(row["attended"]), value, low, high))
         found[name][row["budget"]] = Point(float(row["attended_tokens"]), *shares)
-    if missing := [method for method in methods if not any(name.partition(" ")[0] == method for name in found)]:
+    measured = {row["method"] for row in rows if row.get(column)}
+    if missing := [method for method in methods if method not in measured]:
         raise SystemExit(f"no row of {', '.join(missing)} has {column}")
     if not found:
         raise SystemExit(f"no row has {column}; columns are {', '.join(rows[0])}")
@@ -243,12 +244,13 @@ def accuracy_figure(rows: list[Row], column: str = "whole", methods: Collection[
     device, torch = rows[0].get("device", ""), rows[0].get("torch", "")
     caption = f"{rows[0].get('items', '')} items of {rows[0].get('size', '')}; {device}; torch {torch}"
     figure, axes = new_figure(2, caption)
-    others = 0
-    for name, points in accuracies(rows, column, methods).items():
+    found = accuracies(rows, column, methods)
+    others = [name for name in found if name != "full"]
+    for name, points in found.items():
         full = name == "full"
-        others += not full
         # The baseline's grey is nobody else's; those of a second round are dashed.
-        i, again = (0, False) if full else (1 + (others - 1) % 6, others > 6)
+        again, place = (0, 0) if full else divmod(others.index(name), len(COLOURS) - 1)
+        i = 0 if full else 1 + place
         y = [p.value for p in points]
         spread = [[p.value - p.low for p in points], [p.high - p.value for p in points]]
         style: dict[str, Any] = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4.5, "capsize": 2.5}
