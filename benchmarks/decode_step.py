@@ -49,7 +49,7 @@ from forest import Forest
 from results_file import append_rows, require_columns
 from torch import Tensor
 
-from sgl_lim.config import ENV, LimConfig
+from sgl_lim.settings.config import ENV, LimConfig
 
 LARGEST_LOGITS_ERROR = 0.05
 CHECKED_REQUESTS = 2

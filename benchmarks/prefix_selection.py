@@ -4,7 +4,8 @@
 
 Siblings are chains of one context: the chain tracer's shuffled facts are the prefix that they share, and each asks for
 another chain through them, so each needs another fact at every step. All contexts' siblings decode together, a row
-each, by `sgl_lim.decode` as in a server. They are fed the right words, so that methods are compared on the same steps;
+each, by `sgl_lim.serving.decode` as in a server. They are fed the right words, so that methods are compared on the same
+steps;
 all words of a chain right is the same event as a greedy generation of the whole chain.
 
 Columns: `whole_chains`, `words`: shares that the model gets right. For `group`, beside the sets that the rows would
@@ -30,10 +31,10 @@ from machine import machine_line
 from results_file import append_rows, require_columns
 from torch import Tensor
 
-from sgl_lim.backend import GRANULE
-from sgl_lim.decode import DecodeStep, HeadShare, Scales, attend, begin_step
 from sgl_lim.methods import Full, LessIsMore, Method, SharedSets
-from sgl_lim.set_store import SetStore
+from sgl_lim.serving.backend import GRANULE
+from sgl_lim.serving.decode import DecodeStep, HeadShare, Scales, attend, begin_step
+from sgl_lim.serving.set_store import SetStore
 from sgl_lim.tasks.chains import MODULUS, ChainProblem, make_chain
 
 _ASKED = (

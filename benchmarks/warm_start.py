@@ -33,10 +33,10 @@ from torch import Tensor
 
 from lim_kernels import decide_acts, keep_sets
 from lim_kernels.acts import EARLY, RECALL, SELECT
-from sgl_lim.counters import Counters
-from sgl_lim.decode import begin_step
 from sgl_lim.methods import LessIsMore, SharedSets
-from sgl_lim.set_store import SetStore
+from sgl_lim.serving.counters import Counters
+from sgl_lim.serving.decode import begin_step
+from sgl_lim.serving.set_store import SetStore
 from sgl_lim.tasks.chains import ChainProblem, generate_chains, make_chain
 
 _ASKED = ("measured", "budget", "selection_layers", "interval", "early_sets", "facts", "steps", "requests", "seed")

@@ -51,7 +51,7 @@ say "set-up took $((SECONDS - started)) s"
 # The longest come first, and every test is in one of them. Tests that share servers share a job.
 # tests/kernels has processes of its own: without a GPU, Triton's interpreter has to be chosen before Triton is imported.
 own_servers=(tests/served/test_{calibration,churn,command_line,programs,refusals}.py)
-no_servers=(tests/programs tests/training tests/calibration)
+no_servers=(tests/programs tests/training tests/calibrate)
 kernels=(tests/kernels --require-triton)
 job "style and types" style
 job "shared servers" tests "$python" tests/served "${own_servers[@]/#/--ignore=}" -k "not next"
@@ -62,7 +62,7 @@ job "kernels" tests "$python" "${kernels[@]}"
 job "kernels on SGLang $LIM_SGLANG_NEXT" tests "$SGL_LIM_NEXT_PYTHON" "${kernels[@]}"
 job "programs" tests "$python" "${no_servers[@]}"
 job "all others" tests "$python" "${no_servers[@]/#/--ignore=}" --ignore=tests/kernels --ignore=tests/served
-job "unit tests on SGLang $LIM_SGLANG_NEXT" tests "$SGL_LIM_NEXT_PYTHON" tests/unit
+job "unit tests on SGLang $LIM_SGLANG_NEXT" tests "$SGL_LIM_NEXT_PYTHON" tests/{methods,settings,serving,cpu,patches}
 while (($(jobs -rp | wc -l))); do wait -n; done  # not in their order, so that none outlives a failed one for long
 for group in "${LIM_GROUPS[@]}"; do wait "$group"; done
 say "all of it took $((SECONDS - started)) s"

@@ -21,7 +21,8 @@ def plug() -> None:
         server_info,
         triton_on_cpu,
     )
-    from sgl_lim import checks, config, metrics
+    from sgl_lim.serving import metrics
+    from sgl_lim.settings import config, refusals
 
     lim_patches.use(cli_flags, add_flags=config.add_flags, take_flags=_take_flags)
     lim_patches.use(refuse_before_weights, check=_check_before_weights)
@@ -30,25 +31,25 @@ def plug() -> None:
     lim_patches.use(triton_on_cpu)
     lim_patches.use(grammar_on_cpu)
     # Last: were a hook to raise above, the backend's name would be unknown rather than half served.
-    add_attention_backend_choices([checks.BACKEND])
-    register_attention_backend(checks.BACKEND)(_make)
+    add_attention_backend_choices([refusals.BACKEND])
+    register_attention_backend(refusals.BACKEND)(_make)
 
 
 def _make(runner: Any) -> Any:
-    from sgl_lim.backend import make
+    from sgl_lim.serving.backend import make
 
     return make(runner)
 
 
 def _take_flags(args: argparse.Namespace) -> None:
-    from sgl_lim import checks, config
+    from sgl_lim.settings import config, refusals
 
-    checks.warn_if_unused(config.take_flags(args), args)
+    refusals.warn_if_unused(config.take_flags(args), args)
 
 
 def _check_before_weights(model_runner: Any) -> None:
-    from sgl_lim import checks
-    from sgl_lim.config import load
+    from sgl_lim.settings import refusals
+    from sgl_lim.settings.config import load
 
-    if checks.names_us(model_runner.server_args) and not model_runner.is_draft_worker:
-        checks.check_before_weights(load(), model_runner)
+    if refusals.names_us(model_runner.server_args) and not model_runner.is_draft_worker:
+        refusals.check_before_weights(load(), model_runner)

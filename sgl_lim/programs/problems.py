@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sgl_lim.programs import jsonl
+from sgl_lim.tasks import jsonl
 from sgl_lim.tasks.chains import generate_chains
 
 Kind = Literal["chain", "math"]

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import torch
 
-from sgl_lim.backend import SparseDecode, sparse_subclass
-from sgl_lim.counters import Counters
-from sgl_lim.decode import HeadShare, Scales, attend
 from sgl_lim.methods import METHODS, Role
-from sgl_lim.set_store import SetStore
-from sgl_lim.snapshot import Snapshot
+from sgl_lim.serving.backend import SparseDecode, sparse_subclass
+from sgl_lim.serving.counters import Counters
+from sgl_lim.serving.decode import HeadShare, Scales, attend
+from sgl_lim.serving.set_store import SetStore
+from sgl_lim.serving.snapshot import Snapshot
 
 BUDGET = 16
 DECODE, EXTEND, MIXED, IDLE = "decode", "extend", "mixed", "idle"

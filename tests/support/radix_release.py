@@ -31,7 +31,7 @@ class Release17:
 
     @staticmethod
     def allocator(size: int, page_size: int):
-        from sgl_lim.cpu_page_allocator import TorchPagedAllocator
+        from sgl_lim.cpu.page_allocator import TorchPagedAllocator
 
         return TorchPagedAllocator(size, page_size, torch.float32, "cpu", kvcache=None, need_sort=False)
 

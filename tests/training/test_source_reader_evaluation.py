@@ -17,8 +17,8 @@ from source_reader.identifiers import find_occurrences, token_bytes
 from source_reader.model import TINY
 from source_reader.tokenizer import load_tokenizer
 
-from sgl_lim.adaptive import WIDEST_WINDOW
 from sgl_lim.methods import METHODS, Role
+from sgl_lim.settings.adaptive import WIDEST_WINDOW
 from support.package_tree import source_text
 
 SELECTION = (1,)

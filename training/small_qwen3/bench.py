@@ -15,10 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sgl_lim.config import LimConfig, RefusedConfig
 from sgl_lim.methods import METHODS, LessIsMore, Method
-from sgl_lim.parameters import build_method
 from sgl_lim.programs.intervals import wilson_interval
+from sgl_lim.settings.config import LimConfig, RefusedConfig
+from sgl_lim.settings.parameters import build_method
 
 from .decode import Context, Decoded, decode, prefill
 from .model import SmallQwen3

@@ -1,4 +1,4 @@
-"""Teacher-forced decode over a served step's operators: `sgl_lim.decode` with any method of `sgl_lim.methods`.
+"""Teacher-forced decode over a served step's operators: `sgl_lim.serving.decode` with any method of `sgl_lim.methods`.
 
 The prompt is dense, as a server's prefill. Every later token is its own decode step: it sees the keys and values that
 the steps before it left, which sparse layers have shaped. As the tokens are given, many steps run as rows of one.
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lim_kernels import bound_pages, decode_with_scores
 from lim_kernels.page_bounds import PAGE, PageBounds
-from sgl_lim.decode import DecodeStep, HeadShare, Scales, attend, begin_step
 from sgl_lim.methods import Method, Role
+from sgl_lim.serving.decode import DecodeStep, HeadShare, Scales, attend, begin_step
 
 from .model import SmallQwen3, finish, project, rope_table
 

@@ -10,7 +10,7 @@ from typing import Any
 
 def plug() -> None:
     """Wrap the attention that the backend calls."""
-    from sgl_lim import backend
+    from sgl_lim.serving import backend
 
     original, recorder = backend.attend, Recorder(Path(os.environ["LIM_PROBE_DIR"]))
 

@@ -1,0 +1,1 @@
+"""SGLang's platform for a machine without an accelerator."""

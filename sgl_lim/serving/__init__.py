@@ -1,0 +1,1 @@
+"""What a decode step runs: the backend, its state, its counters."""

@@ -1,0 +1,176 @@
+"""What is on and what it did: the start-up line, the `/server_info` block, Prometheus counters."""
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sgl_lim.methods import Role
+from sgl_lim.serving.counters import named
+
+if TYPE_CHECKING:
+    from sgl_lim.serving.backend import SparseDecode
+
+logger = logging.getLogger(__name__)
+
+INFO_KEY = "lessismore"
+PUBLISH_EVERY_S = 5.0
+
+HELP = {
+    "decode_steps": "Decode steps run by the lessismore backend",
+    "tokens_attended": "KV tokens read in decode, over all layers",
+    "tokens_dense": "KV tokens a dense decode would have read, over all layers",
+    "selections": "Token sets chosen, over rows and the layers that choose",
+    "tokens_shared": "KV tokens not read again, because they were read for another row of a prefix group",
+    "rows_grouped": "Rows that were in a prefix group, summed over decode steps",
+    "warm_starts": "Requests that began with a set that earlier selections had left on their KV slots",
+    "requests": "Requests that decoded",
+    "requests_dense": "Requests that never exceeded the token budget",
+}
+
+
+class _Published:
+    """Prometheus counters of this process; created on first use, after SGLang chose the multiprocess directory."""
+
+    def __init__(self, model_name: str) -> None:
+        from prometheus_client import Counter, Gauge
+
+        self._label = model_name
+        self._counters = {
+            name: Counter(f"sgl_lim_{name}", text, ["model_name"])
+            for name, text in HELP.items()
+            if name != "requests_dense"
+        }
+        # A request leaves this count when it outgrows the budget, so it is no Prometheus counter.
+        self._dense = Gauge(
+            "sgl_lim_requests_dense", HELP["requests_dense"], ["model_name"], multiprocess_mode="livesum"
+        )
+        self._last = dict.fromkeys(self._counters, 0)
+
+    def publish(self, totals: dict[str, int]) -> None:
+        """Show `totals`, as `Counters.read` returns them."""
+        for name, counter in self._counters.items():
+            counter.labels(self._label).inc(totals[name] - self._last[name])
+            self._last[name] = totals[name]
+        self._dense.labels(self._label).set(totals["requests_dense"])
+
+
+class _Reading:
+    """Totals on their way from the device to the host."""
+
+    def __init__(self, totals: Tensor) -> None:
+        self.totals = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=totals.is_cuda)
+        self.totals.copy_(totals, non_blocking=True)
+        self._arrived = torch.cuda.Event() if totals.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def ready(self) -> bool:
+        """Whether `totals` may be read."""
+        return self._arrived is None or self._arrived.query()
+
+
+class _State:
+    """The backend of this scheduler process, and when its counters were last published."""
+
+    lim: "SparseDecode | None" = None
+    model_name = ""
+    enabled = False
+    published: _Published | None = None
+    reading: _Reading | None = None
+    dirty = False
+    last = 0.0
+
+
+def announce(lim: "SparseDecode", runner: Any) -> None:
+    """Log the one line that says what is on, and make `lim` the backend that `describe` and the metrics show."""
+    from sglang.srt.distributed.parallel_state import get_attn_tp_group
+
+    first_rank = get_attn_tp_group().rank_in_group == 0
+    _State.lim = lim
+    _State.model_name = runner.server_args.served_model_name or runner.server_args.model_path
+    _State.enabled = runner.server_args.enable_metrics and first_rank
+    if first_rank:
+        logger.info("sgl-lim is on: %s", summary(lim))
+
+
+def settings(lim: "SparseDecode") -> dict[str, Any]:
+    """Configuration as resolved, builtins only."""
+    method = lim.method
+    return {
+        "method": method.name,
+        "budget": method.budget,
+        "recency": "auto" if method.auto_recency else method.recency,
+        "sinks": method.kept_sinks,
+        "aggregate": method.aggregate,
+        "scope": method.scope,
+        "top_p": method.top_p,
+        "top_p_floor": None if method.top_p is None else method.top_p_floor,
+        "selection_layers": list(method.selection_layers),
+        "selection_layers_from": lim.layers_from,
+        "layer_roles": [role.value for role in lim.roles],
+        "dense_backend": lim.dense_backend,
+        "prefix_groups": lim.granule is not None,
+        "prefix_selection": method.prefix_selection,
+        "selection_interval": 1 if lim.store is None else lim.store.interval,
+        "early_sets": lim.store is not None and lim.store.early,
+    }
+
+
+def summary(lim: "SparseDecode") -> str:
+    """One line: method, budget, layer plan, dense backend."""
+    named = settings(lim)
+    kinds = [role.value for role in Role if role is not Role.OWN or Role.OWN in lim.roles]
+    counts = [str(named["layer_roles"].count(kind)) for kind in kinds]
+    return (
+        f"method {named['method']}, budget {named['budget']} (recency {named['recency']}, sinks {named['sinks']}, "
+        f"aggregate {named['aggregate']}, scope {named['scope']}), "
+        f"selection layers {','.join(map(str, named['selection_layers'])) or 'none'} "
+        f"({named['selection_layers_from']}), layers {'/'.join(kinds)} {'/'.join(counts)}, "
+        f"dense backend {named['dense_backend']}, "
+        f"prefix groups {'on' if named['prefix_groups'] else 'off'}, "
+        f"prefix selection {named['prefix_selection']}, selection interval {named['selection_interval']}, "
+        f"early sets {'on' if named['early_sets'] else 'off'}"
+        + ("" if lim.method.top_p is None else f", top-p {named['top_p']} from {named['top_p_floor']} tokens on")
+        + ("" if lim.recorder is None else f", recording budgets {','.join(map(str, lim.recorder.budgets))}")
+    )
+
+
+def describe() -> dict[str, Any] | None:
+    """Block for `/server_info`: settings and counters, or None where this process has no lessismore backend."""
+    if _State.lim is None:
+        return None
+    block = {**settings(_State.lim), "counters": _State.lim.counters.read()}
+    if _State.lim.recorder is not None:
+        block["recording"] = _State.lim.recorder.read()
+    return block
+
+
+def after_step(lim: "SparseDecode") -> None:
+    """Called once a decode step: publish at most every few seconds, without ever waiting for a device."""
+    _State.dirty = True
+    if not _State.enabled:
+        return
+    if _State.reading is not None:
+        if _State.reading.ready():
+            _publish(_State.reading.totals)
+            _State.reading = None
+    elif time.monotonic() - _State.last > PUBLISH_EVERY_S:
+        _State.last = time.monotonic()
+        _State.reading = _Reading(lim.counters.totals)
+
+
+def on_idle() -> None:
+    """Publish what changed. The scheduler calls this when no batch runs, so waiting for the device costs nothing."""
+    if not (_State.dirty and _State.enabled) or _State.lim is None:
+        return
+    _State.dirty, _State.last, _State.reading = False, time.monotonic(), None
+    _publish(_State.lim.counters.totals)
+
+
+def _publish(totals: Tensor) -> None:
+    if _State.published is None:
+        _State.published = _Published(_State.model_name)
+    _State.published.publish(named(totals))

@@ -1,0 +1,1 @@
+"""Configuration, flags, refusals, presets: what is served, and whether it can be."""

@@ -1,0 +1,257 @@
+"""What sparse decode cannot serve, told before weights load where possible. Every reason names a flag and a way out."""
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lim_kernels.select_tokens import MAX_UNION
+from sgl_lim.calibrate import preset_file
+from sgl_lim.methods import Full
+from sgl_lim.methods.ranked import Ranked
+from sgl_lim.settings.config import LimConfig, RefusedConfig
+
+logger = logging.getLogger(__name__)
+
+BACKEND = "lessismore"
+DENSE_BACKENDS = ("fa3", "flashinfer", "triton", "torch_native")
+
+
+def decodes_sparsely(server_args: Any) -> bool:
+    """Whether the server's decode backend is ours, in either form of the flag."""
+    decode = server_args.decode_attention_backend or server_args.attention_backend
+    return decode == BACKEND
+
+
+def names_us(server_args: Any) -> bool:
+    """Whether any attention backend flag names ours."""
+    names = (server_args.attention_backend, server_args.prefill_attention_backend, server_args.decode_attention_backend)
+    return BACKEND in names
+
+
+def default_dense_backend(device: str) -> str:
+    """Dense backend where `--lim-dense-backend` names none: fa3 on sm_90, flashinfer on other CUDA, else torch."""
+    if device != "cuda":
+        return "torch_native"
+    if torch.version.hip is not None:
+        return "triton"
+    return "fa3" if torch.cuda.get_device_capability()[0] == 9 else "flashinfer"
+
+
+def check_before_weights(config: LimConfig, model_runner: Any) -> None:
+    """Refuse what configuration, server arguments and the model's config already tell.
+
+    Args:
+        config: the plugin's configuration.
+        model_runner: SGLang's model runner, before `load_model`.
+
+    Raises:
+        RefusedConfig: with all reasons at once.
+    """
+    model, server_args = model_runner.model_config, model_runner.server_args
+    # Where the runner has it, it is resolved; a server argument may be as the user left it.
+    page_size = getattr(model_runner, "page_size", None) or getattr(server_args, "page_size", None) or 1
+    reasons = config.problems() + model_problems(config, model)
+    reasons += server_problems(config, server_args, model_runner.device) + page_problems(config, server_args, page_size)
+    if reasons:
+        raise RefusedConfig(reasons)
+
+
+def model_problems(config: LimConfig, model: Any) -> list[str]:
+    """Reasons in the model's architecture, and selection layers beyond its depth."""
+    from sglang.srt.configs.model_config import AttentionArch
+
+    use_dense = "serve it with a dense --attention-backend"
+    found = []
+    if model.attention_arch == AttentionArch.MLA:
+        found.append(f"MLA models keep one latent per token and have no KV heads to gather; {use_dense}")
+    if model.is_encoder_decoder:
+        found.append(f"encoder-decoder models attend across two contexts; {use_dense}")
+    if getattr(model, "is_hybrid_swa", False) or (model.sliding_window_size or 0) > 0:
+        found.append(f"sliding-window or hybrid attention already drops tokens by layer; {use_dense}")
+    layers, depth = config.selection_layers, model.num_hidden_layers
+    if isinstance(layers, tuple) and all(isinstance(i, int) for i in layers) and max(layers, default=0) >= depth:
+        found.append(
+            f"--lim-selection-layers {','.join(map(str, layers))} goes beyond the model's {depth} layers; "
+            f"choose among 0 to {depth - 1}"
+        )
+    if isinstance(config.preset, str):
+        found += preset_problems(config, model)
+    return found
+
+
+def preset_problems(config: LimConfig, model: Any) -> list[str]:
+    """Reasons in the file of `--lim-preset`, read whether or not `--lim-selection-layers` wins over it."""
+    assert config.preset is not None
+    try:
+        preset = preset_file.load_for(config.preset, model)
+    except preset_file.PresetError as error:
+        return [f"--lim-preset {error}"]
+    if config.early_sets is True and config.selection_layers is None and not config.problems():
+        layers = preset.nearest(config.budget).selection_layers
+        if layers[0] == 0:
+            return ["--lim-early-sets on: no layer comes before the first of --lim-preset; leave the flag out"]
+    return []
+
+
+def server_problems(config: LimConfig, server_args: Any, device: str) -> list[str]:
+    """Reasons in SGLang's server arguments."""
+    found = []
+    if not decodes_sparsely(server_args):
+        found.append(
+            f"--prefill-attention-backend {BACKEND}: only decode is sparse; name it with --attention-backend or "
+            "--decode-attention-backend"
+        )
+    if server_args.pp_size > 1:
+        found.append(
+            f"--pp-size {server_args.pp_size}: a stage without the selection layers has no set; use --tp-size instead"
+        )
+    if server_args.enable_dp_attention or getattr(server_args, "attn_dp_size", 1) > 1:
+        found.append(
+            "--enable-dp-attention (or --attn-dp-size above 1): selection across its groups is not verified; "
+            "leave the flag out"
+        )
+    found += memory_problems(config, server_args)
+    if getattr(server_args, "dcp_size", 1) > 1:
+        found.append("--dcp-size above 1 splits a request's KV over ranks; leave it at 1")
+    for flag in ("enable_two_batch_overlap", "enable_pdmux"):
+        if getattr(server_args, flag, False):
+            found.append(f"--{flag.replace('_', '-')} runs several backends at once; leave the flag out")
+    if str(server_args.kv_cache_dtype).startswith(("fp4", "nvfp4")):
+        found.append(f"--kv-cache-dtype {server_args.kv_cache_dtype}: packed fp4 KV; use auto or fp8_e4m3")
+    if server_args.speculative_algorithm and server_args.speculative_draft_attention_backend in (None, BACKEND):
+        found.append(
+            f"--speculative-algorithm {server_args.speculative_algorithm} would draft with this backend; "
+            "name a dense one with --speculative-draft-attention-backend"
+        )
+    if config.dense_backend is not None and config.dense_backend not in DENSE_BACKENDS:
+        found.append(f"--lim-dense-backend must be one of {', '.join(DENSE_BACKENDS)}, got {config.dense_backend!r}")
+    if device == "cpu":
+        if config.dense_backend not in (None, "torch_native"):
+            found.append(f"--lim-dense-backend {config.dense_backend} needs a GPU; on a CPU leave it out")
+        if getattr(server_args, "enable_torch_compile", False):
+            found.append("--enable-torch-compile captures decode on CPU, where sets vary in place; leave the flag out")
+    elif device == "cuda":
+        e5m2 = str(server_args.kv_cache_dtype) == "fp8_e5m2"
+        if e5m2 and (config.dense_backend or default_dense_backend(device)) == "fa3":
+            found.append("--kv-cache-dtype fp8_e5m2 is not read by fa3; use fp8_e4m3 or --lim-dense-backend triton")
+        ranks = config.kind is not None and issubclass(config.kind, Ranked)
+        if ranks and config.aggregate == "union" and config.budget > MAX_UNION:
+            found.append(
+                f"--lim-budget {config.budget} is more than union ranks on a GPU; use at most {MAX_UNION}, or "
+                "--lim-aggregate max"
+            )
+        if os.environ.get("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "0").lower() in ("1", "true", "yes", "y"):
+            found.append(
+                "SGLANG_ENABLE_METADATA_GLUE_GRAPH records a step's preparation, which must run anew; unset it"
+            )
+        if config.dense_backend == "torch_native":
+            found.append("--lim-dense-backend torch_native runs outside CUDA graphs; on a GPU leave it out")
+    else:
+        found.append(f"--device {device} is not supported; use cuda or cpu")
+    return found
+
+
+def memory_problems(config: LimConfig, server_args: Any) -> list[str]:
+    """Reasons in SGLang's server arguments for each flag that makes us see all that writes KV.
+
+    These are flags by which sets outlive a step, and methods that know of each page what it holds.
+    """
+    flags = []
+    if _is_above_one(config.selection_interval):
+        flags.append(f"--lim-selection-interval {config.selection_interval}")
+    if config.early_sets is True:
+        flags.append("--lim-early-sets on")
+    if config.kind is not None and config.kind.page > 1:
+        flags.append(f"--lim-method {config.method}")
+    loaders = (
+        *("enable_hierarchical_cache", "enable_lmcache", "enable_flexkv", "radix_cache_backend"),
+        *("enable_unified_cache_external_linker", "enable_hisparse"),
+    )
+    loading = [f"--{name.replace('_', '-')}" for name in loaders if getattr(server_args, name, None)]
+    disaggregation = getattr(server_args, "disaggregation_mode", "null")
+    found = []
+    for flag in flags:
+        if (server_args.prefill_attention_backend or server_args.attention_backend) != BACKEND:
+            found.append(
+                f"{flag} has to see which KV slots a prefill writes; name this backend with --attention-backend"
+            )
+        found += [f"{flag} does not see what {loader} loads; leave one of them out" for loader in loading]
+        if disaggregation != "null":
+            found.append(
+                f"{flag} does not see what --disaggregation-mode {disaggregation} transfers; leave the flag out"
+            )
+    return found
+
+
+def page_problems(config: LimConfig, server_args: Any, page_size: int) -> list[str]:
+    """Reasons why a method that chooses pages cannot have the server's."""
+    if config.kind is None or config.kind.page == 1:
+        return []
+    name, page, found = f"--lim-method {config.method}", config.kind.page, []
+    if page_size % page:
+        found.append(
+            f"--page-size {page_size}: {name} chooses pages of {page} tokens, which have to lie together; "
+            f"use --page-size {page}"
+        )
+    if server_args.speculative_algorithm:
+        found.append(
+            f"--speculative-algorithm {server_args.speculative_algorithm}: {name} bounds the keys of tokens that "
+            "verification may take back; leave one of them out"
+        )
+    return found
+
+
+def _is_above_one(value: object) -> bool:
+    return isinstance(value, int) and value > 1
+
+
+def warn_if_always_dense(config: LimConfig, model: Any) -> None:
+    """Say so where no request can outgrow the budget.
+
+    Args:
+        model: SGLang's model config.
+    """
+    if config.record_budgets is None and config.method != Full.name and config.budget >= model.context_len:
+        logger.warning(
+            "sgl-lim: --lim-budget %d is no less than the context of %d tokens, so that all decode is dense; lower it",
+            config.budget,
+            model.context_len,
+        )
+
+
+def warn_if_unused(flags: Sequence[str], server_args: Any) -> None:
+    """Say so where flags of ours were given, and no attention backend flag names ours.
+
+    Args:
+        flags: as typed; server_args: SGLang's, or its parser's namespace.
+    """
+    if flags and not names_us(server_args):
+        logger.warning(
+            "sgl-lim: %s without --attention-backend %s: decode stays dense, and the flags do nothing",
+            ", ".join(flags),
+            BACKEND,
+        )
+
+
+def check_pool(pool: Any) -> None:
+    """Refuse KV pools that are not plain token-major (NHD) keys and values. Raises `RefusedConfig`.
+
+    Pools exist only once weights are loaded; what a flag or the model's config tells was refused before.
+    """
+    from sglang.srt.mem_cache import memory_pool
+
+    packed = tuple(
+        getattr(memory_pool, name)
+        for name in ("MHATokenToKVPoolFP4", "MHATokenToKVPoolMXFP8")
+        if hasattr(memory_pool, name)
+    )
+    if not isinstance(pool, memory_pool.MHATokenToKVPool):
+        raise RefusedConfig([f"KV pool {type(pool).__name__}: only models with plain MHA, GQA or MQA caches work"])
+    if isinstance(pool, packed):
+        raise RefusedConfig([f"KV pool {type(pool).__name__} packs blocks; use --kv-cache-dtype auto or fp8_e4m3"])
+    layout = getattr(pool, "kv_cache_layout", "nhd")
+    if layout != "nhd":
+        raise RefusedConfig([f"KV layout {layout!r}: only 'nhd' works; unset SGLANG_USE_HND_KVCACHE and layout flags"])

@@ -1,0 +1,42 @@
+"""When the CPU platform is offered to SGLang."""
+
+import pytest
+import torch
+
+from sgl_lim.cpu import platform
+
+
+@pytest.fixture
+def _no_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE", raising=False)
+
+
+@pytest.mark.usefixtures("_no_accelerator")
+def test_offered_without_an_accelerator():
+    assert platform.activate() == "sgl_lim.cpu.platform_class.PlainCpuPlatform"
+
+
+@pytest.mark.usefixtures("_no_accelerator")
+def test_not_offered_with_an_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert platform.activate() is None
+
+
+@pytest.mark.usefixtures("_no_accelerator")
+def test_not_offered_where_sglang_s_own_cpu_engine_is_asked_for(monkeypatch):
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    assert platform.activate() is None
+
+
+@pytest.mark.usefixtures("_no_accelerator")
+def test_the_class_is_an_out_of_tree_platform_that_runs_native_operators():
+    import pkgutil
+
+    from sglang.srt.platforms.interface import SRTPlatform
+
+    chosen = pkgutil.resolve_name(platform.activate())()
+    assert isinstance(chosen, SRTPlatform) and chosen.is_out_of_tree()
+    assert chosen.get_dispatch_key_name() == "native"
+    assert chosen.get_default_attention_backend() == "torch_native"
+    assert not chosen.is_pin_memory_available()

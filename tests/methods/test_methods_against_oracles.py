@@ -1,0 +1,102 @@
+"""Every method that is registered: its layers' sets are the oracle's and its attention is over them.
+
+Servers are in tests/served, by the same checks.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lim_kernels import bound_pages
+from lim_kernels.page_bounds import PAGE, PageBounds
+from sgl_lim.methods import METHODS, Role
+from sgl_lim.serving.decode import HeadShare, Scales, attend, begin_step
+from support.fleet import SELECTION_LAYERS
+from support.set_oracle import SetRule
+from support.step_checks import check_row, expected_roles
+
+BUDGET, WIDTH, LENS, SCALE = 48, 301, [301, 48, 100, 7, 49, 176], 0.3
+HEADS, KV_HEADS, DIM, SLOTS = 6, 3, 8, 2048
+CASES = [(name, scope) for name, kind in METHODS.items() for scope in kind.scopes]
+
+
+def rule_of(name: str, scope: str) -> SetRule:
+    """The rule by the sizes that the method keeps to, whatever it is given."""
+    sizes = (0.25, 4) if name in ("lessismore", "window") else (0.0, 0)
+    return SetRule(name, BUDGET, *sizes, "max", scope)
+
+
+def drawn_rows(generator: torch.Generator, width: int) -> tuple[Tensor, Tensor]:
+    """Slots int32 [B, width] of rows of whole pages, the first two of which share a prefix, and lengths int32 [B]."""
+    pages = (torch.randperm(SLOTS // PAGE - 1, generator=generator) + 1)[: len(LENS) * 20].view(len(LENS), 20)
+    pages[1, :2] = pages[0, :2]
+    slots = (pages.unsqueeze(2) * PAGE + torch.arange(PAGE)).flatten(1)[:, :width]
+    return slots.int(), torch.tensor(LENS, dtype=torch.int32).clamp(max=width)
+
+
+def learnt(keys: Tensor, slots: Tensor, lens: Tensor) -> PageBounds:
+    """The bounds of the rows' pages; those of others are poisoned."""
+    sides = (torch.full((SLOTS // PAGE, *keys.shape[1:]), float("nan")) for _ in range(2))
+    bounds = PageBounds(*sides)
+    for row, length in enumerate(lens.tolist()):
+        bound_pages(bounds, keys, slots[row, :length])
+    return bounds
+
+
+def run(name: str, scope: str, width: int = WIDTH, granule: int | None = None) -> list[dict]:
+    """One step of a small model's layers, recorded as the servers' probe does."""
+    generator = torch.Generator().manual_seed(8)
+    slots, lens = drawn_rows(generator, width)
+    method = METHODS[name](BUDGET, 0.25, 4, "max", SELECTION_LAYERS, scope=scope)
+    step, records = begin_step(method, slots, lens, granule), []
+    for layer, role in enumerate(method.layer_roles(6)):
+        q = torch.randn(len(LENS), HEADS, DIM, generator=generator)
+        k, v = (torch.randn(SLOTS, KV_HEADS, DIM, generator=generator) for _ in range(2))
+        bounds = learnt(k, slots, lens) if role is Role.OWN else None
+        heads, scales = HeadShare(0, HEADS, HEADS, None), Scales(SCALE, 0.0)
+        out = attend(method, step, role, q, k, v, scales=scales, heads=heads, bounds=bounds)
+        records.append(
+            {
+                "layer": layer,
+                "role": role.value,
+                "q": q,
+                "keys": k[slots.long()],
+                "values": v[slots.long()],
+                "slots": slots,
+                "seq_lens": lens,
+                "set_slots": step.set_slots,
+                "set_counts": step.set_counts,
+                "out": out,
+                "scale": SCALE,
+            }
+        )
+    return records
+
+
+@pytest.mark.parametrize("granule", [None, PAGE], ids=["alone", "prefix-groups"])
+@pytest.mark.parametrize("width", [WIDTH, BUDGET, 41], ids=["beyond", "at-the-budget", "within"])
+@pytest.mark.parametrize(("name", "scope"), CASES)
+def test_every_layer_does_what_its_role_says(name, scope, width, granule):
+    rule, records = rule_of(name, scope), run(name, scope, width, granule)
+    assert [record["role"] for record in records] == expected_roles(rule)
+    for row in range(len(LENS)):
+        check_row(rule, (HEADS, KV_HEADS), records, row)
+
+
+@pytest.mark.parametrize(("name", "scope"), CASES)
+def test_a_row_within_the_budget_attends_to_all_it_has_beside_rows_beyond(name, scope):
+    for record in run(name, scope):
+        if record["role"] in ("sparse", "own"):
+            counts = record["set_counts"].view(len(LENS), -1)
+            for row, length in enumerate(LENS):
+                # A set of whole pages lacks what the last of them does.
+                most = BUDGET if METHODS[name].page == 1 else BUDGET - -length % METHODS[name].page
+                assert set(counts[row].tolist()) == {min(length, most)}
+
+
+def test_quest_keeps_to_its_own_rule():
+    method = METHODS["quest"](BUDGET, 0.25, 4, "union", (1, 3), scope="kv_head")
+    assert (method.recency, method.sinks, method.aggregate, method.per_kv_head) == (0, 0, "max", True)
+    assert [role.value for role in method.layer_roles(4)] == ["dense", "dense", "own", "own"]
+    with pytest.raises(ValueError, match="a multiple of 16, got 40"):
+        METHODS["quest"](40, 0.25, 4, "max", ())

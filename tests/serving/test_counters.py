@@ -1,0 +1,129 @@
+"""Counters against a hand count, over tenants of the same row and padded rows."""
+
+import torch
+
+from lim_kernels import find_prefix_groups
+from lim_kernels.acts import EARLY, KEEP, RECALL, SELECT
+from sgl_lim.methods import METHODS, Role
+from sgl_lim.serving.counters import Counters
+
+
+def record(counters, rows, generations, lens):
+    tenants = torch.zeros(8, dtype=torch.int64)
+    tenants[rows] = torch.tensor(generations)
+    counters.learn_generations(tenants)
+    counters.record(torch.tensor(rows), torch.tensor(lens))
+
+
+def build(name="lessismore"):
+    method = METHODS[name](10, 0.25, 2, "union", (1, 3))
+    return Counters(method, num_layers=5, num_rows=8, device=torch.device("cpu"))
+
+
+def test_hand_count():
+    # Five layers: 0 dense, 1 and 3 select, 2 and 4 sparse.
+    counters = build()
+    record(counters, [1, 2], [1, 1], [30, 6])
+    record(counters, [1, 2], [1, 1], [31, 7])
+    assert counters.read() == {
+        "decode_steps": 2,
+        "tokens_attended": (3 * 30 + 2 * 10) + 5 * 6 + (3 * 31 + 2 * 10) + 5 * 7,
+        "tokens_dense": 5 * (30 + 6 + 31 + 7),
+        "selections": 4,
+        "requests": 2,
+        "requests_dense": 1,
+        "tokens_shared": 0,
+        "rows_grouped": 0,
+        "warm_starts": 0,
+    }
+
+
+def test_rows_that_keep_their_set_attend_to_it_in_selection_layers_too():
+    counters = build()
+    counters.learn_generations(torch.ones(8, dtype=torch.int64))
+    acts = torch.tensor([KEEP, SELECT, RECALL, SELECT], dtype=torch.uint8)
+    counters.record(torch.tensor([1, 2, 3, 4]), torch.tensor([30, 40, 50, 6]), acts=acts)
+    totals = counters.read()
+    assert totals["tokens_attended"] == (30 + 4 * 10) + (3 * 40 + 2 * 10) + (50 + 4 * 10) + 5 * 6
+    assert (totals["selections"], totals["warm_starts"]) == (2, 1)
+
+
+def test_rows_with_early_sets_attend_to_them_in_dense_layers_too():
+    counters = build()
+    counters.learn_generations(torch.ones(8, dtype=torch.int64))
+    acts = torch.tensor([EARLY | KEEP, EARLY | SELECT, EARLY | SELECT | RECALL, SELECT], dtype=torch.uint8)
+    counters.record(torch.tensor([1, 2, 3, 4]), torch.tensor([30, 40, 50, 6]), acts=acts)
+    totals = counters.read()
+    assert totals["tokens_attended"] == 5 * 10 + (2 * 40 + 3 * 10) + (2 * 50 + 3 * 10) + 5 * 6
+    assert (totals["selections"], totals["warm_starts"]) == (4, 1)
+
+
+def test_tokens_that_a_group_reads_once_are_counted_for_the_layers_that_do():
+    counters = build()
+    slots = torch.arange(1, 33, dtype=torch.int32).repeat(3, 1)
+    slots[2] += 100
+    slots[1, 24:] += 200
+    lens = torch.tensor([30, 28, 30])
+    groups = find_prefix_groups(slots, lens, granule=8)
+    counters.learn_generations(torch.ones(8, dtype=torch.int64))
+    counters.record(torch.tensor([1, 2, 3]), lens, groups, (Role.DENSE, Role.SELECT))
+    totals = counters.read()
+    assert (totals["tokens_shared"], totals["rows_grouped"]) == (3 * 24, 2)
+    counters.record(torch.tensor([1, 2, 3]), lens, groups, (Role.DENSE,))
+    assert counters.read()["tokens_shared"] == 3 * 24 + 1 * 24
+
+
+def test_request_that_outgrows_the_budget_leaves_the_dense_ones():
+    counters = build()
+    record(counters, [3], [1], [10])
+    assert counters.read()["requests_dense"] == 1
+    record(counters, [3], [1], [11])
+    assert counters.read()["requests"] == 1 and counters.read()["requests_dense"] == 0
+
+
+def test_next_tenant_of_a_row_is_a_new_request():
+    counters = build()
+    record(counters, [3], [1], [20])
+    record(counters, [3], [2], [5])
+    assert counters.read()["requests"] == 2 and counters.read()["requests_dense"] == 1
+
+
+def test_same_generation_after_a_flush_is_new_once_its_prefill_was_seen():
+    counters = build()
+    record(counters, [3], [1], [20])
+    counters.forget(torch.tensor([3]))
+    record(counters, [3], [1], [20])
+    assert counters.read()["requests"] == 2
+
+
+def test_padded_rows_count_for_nothing():
+    counters = build()
+    record(counters, [2, 0, 0], [1, 0, 0], [20, 1, 1])
+    totals = counters.read()
+    assert totals["requests"] == 1 and totals["tokens_dense"] == 5 * 20
+    record(counters, [0], [0], [1])
+    assert counters.read()["decode_steps"] == 1
+
+
+def test_sets_of_pages_are_counted_as_full_as_they_are():
+    # Layers 0 and 1 dense, 2 to 4 choose for themselves.
+    method = METHODS["quest"](32, 0, 0, "max", ())
+    counters = Counters(method, num_layers=5, num_rows=8, device=torch.device("cpu"))
+    rows, lens = torch.tensor([1, 2, 0, 3]), torch.tensor([50, 20, 1, 48])
+    counters.learn_generations(torch.ones(8, dtype=torch.int64))
+    counters.record(rows, lens)
+    # The last page of the first row has 2 tokens.
+    held = torch.tensor([18, 20, 1, 32], dtype=torch.int32).unsqueeze(1).expand(-1, 2).contiguous()
+    for layer in (2, 3, 4):
+        counters.record_sets(layer, rows, lens, held)
+    totals = counters.read()
+    assert totals["tokens_attended"] == 2 * (50 + 20 + 48) + 3 * (18 + 20 + 32)
+    assert (totals["tokens_dense"], totals["selections"]) == (5 * (50 + 20 + 48), 2 * 3)
+    assert (totals["requests"], totals["requests_dense"]) == (3, 1)
+
+
+def test_full_method_attends_to_everything():
+    counters = build("full")
+    record(counters, [1], [1], [30])
+    totals = counters.read()
+    assert totals["tokens_attended"] == totals["tokens_dense"] and totals["requests_dense"] == 1

@@ -1,0 +1,200 @@
+"""Where configuration comes from, which source wins, and what is refused."""
+
+import argparse
+import json
+
+import pytest
+
+from sgl_lim.settings import config
+from sgl_lim.settings.config import LimConfig, RefusedConfig
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    monkeypatch.setenv(config.ENV, "")
+
+
+def parse(*flags: str) -> LimConfig:
+    parser = argparse.ArgumentParser()
+    config.add_flags(parser)
+    config.take_flags(parser.parse_args(flags))
+    return config.load()
+
+
+def test_defaults_are_the_paper_s():
+    assert parse() == LimConfig("lessismore", 2048, 0.25, 4, None, "union", None)
+
+
+def test_every_flag_arrives():
+    got = parse(
+        *("--lim-method", "window", "--lim-budget", "512", "--lim-recency", "0.5", "--lim-sinks", "8"),
+        *("--lim-selection-layers", "3,9", "--lim-aggregate", "max", "--lim-dense-backend", "triton"),
+    )
+    assert got == LimConfig("window", 512, 0.5, 8, (3, 9), "max", "triton")
+    assert got.problems() == []
+
+
+def test_flags_win_over_the_environment_and_the_rest_of_it_stays(monkeypatch):
+    monkeypatch.setenv(config.ENV, json.dumps({"budget": 128, "sinks": 2, "selection_layers": [1, 5]}))
+    assert parse("--lim-budget", "256") == LimConfig(budget=256, sinks=2, selection_layers=(1, 5))
+
+
+def test_environment_may_name_a_file(monkeypatch, tmp_path):
+    path = tmp_path / "lim.json"
+    path.write_text('{"budget": 96, "selection_layers": "2,4"}')
+    monkeypatch.setenv(config.ENV, str(path))
+    assert config.load() == LimConfig(budget=96, selection_layers=(2, 4))
+
+
+def test_environment_takes_switches_as_the_flags_do(monkeypatch):
+    monkeypatch.setenv(config.ENV, '{"prefix_groups": "off", "early_sets": "on"}')
+    assert config.load() == LimConfig(prefix_groups=False, early_sets=True)
+    monkeypatch.setenv(config.ENV, '{"prefix_groups": "maybe"}')
+    assert config.load().problems() == ["--lim-prefix-groups must be on or off, got 'maybe'"]
+
+
+def test_what_was_given_is_told_as_typed():
+    parser = argparse.ArgumentParser()
+    config.add_flags(parser)
+    assert config.take_flags(parser.parse_args(["--lim-top-p", "0.5", "--lim-sinks", "2"])) == [
+        "--lim-sinks",
+        "--lim-top-p",
+    ]
+    assert config.take_flags(parser.parse_args([])) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{bad", "LESSISMORE_CONFIG must hold a JSON object"),
+        ("/no/such/file.json", "LESSISMORE_CONFIG must hold a JSON object"),
+        ('{"budgets": 1}', "unknown keys budgets; known are aggregate, budget"),
+        ('{"selection_layers": "2;4"}', "expected layer indices separated by commas"),
+    ],
+    ids=["json", "file", "key", "layers"],
+)
+def test_unreadable_environment_is_refused(monkeypatch, text, message):
+    monkeypatch.setenv(config.ENV, text)
+    with pytest.raises(RefusedConfig, match=message):
+        config.load()
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ("--lim-budget", "12.5"),
+        ("--lim-selection-layers", "a,b"),
+        ("--lim-method", "x"),
+        ("--lim-prefix-selection", "all"),
+    ],
+)
+def test_parser_names_the_flag(flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*flag)
+    assert stop.value.code == 2 and flag[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({"budget": 0}, "--lim-budget"),
+        ({"budget": -8}, "--lim-budget"),
+        ({"budget": 64.0}, "--lim-budget"),
+        ({"budget": True}, "--lim-budget"),
+        ({"budget": 1 << 31}, "--lim-budget"),
+        ({"selection_interval": 1 << 31}, "--lim-selection-interval"),
+        ({"budget": 4, "sinks": 4}, "--lim-budget"),
+        ({"sinks": -1}, "--lim-sinks"),
+        ({"recency": 1.5}, "--lim-recency"),
+        ({"recency": "half"}, "--lim-recency"),
+        ({"aggregate": "mean"}, "--lim-aggregate"),
+        ({"method": "magic"}, "--lim-method"),
+        ({"method": []}, "--lim-method"),
+        ({"method": [], "prefix_selection": "group"}, "--lim-method"),
+        ({"selection_layers": 2}, "--lim-selection-layers"),
+        ({"selection_layers": ()}, "--lim-selection-layers"),
+        ({"selection_layers": (2, 2)}, "--lim-selection-layers"),
+        ({"selection_layers": (-1, 2)}, "--lim-selection-layers"),
+        ({"selection_layers": (1.5,)}, "--lim-selection-layers"),
+    ],
+    ids=str,
+)
+def test_impossible_values_are_named(values, flag):
+    problems = LimConfig(**values).problems()
+    assert len(problems) == 1 and problems[0].startswith(flag)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"prefix_selection": "batch"}, "must be one of request, group, got 'batch'"),
+        ({"prefix_selection": True}, "must be one of request, group, got True"),
+        ({"prefix_selection": "group", "prefix_groups": False}, "--lim-prefix-groups off"),
+        ({"prefix_selection": "group", "selection_interval": 4}, "--lim-selection-interval 4"),
+        ({"prefix_selection": "group", "method": "window"}, "--lim-method window selects nothing"),
+        ({"prefix_selection": "group", "method": "full"}, "--lim-method full selects nothing"),
+    ],
+    ids=str,
+)
+def test_selection_by_group_is_refused_where_it_cannot_work(values, reason):
+    problems = LimConfig(**values).problems()
+    assert len(problems) == 1 and problems[0].startswith("--lim-prefix-selection") and reason in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"early_sets": "on"}, "must be on or off, got 'on'"),
+        ({"method": "window"}, "--lim-method window selects nothing"),
+        ({"method": "full"}, "--lim-method full selects nothing"),
+        ({"prefix_selection": "group"}, "--lim-prefix-selection group"),
+        ({"selection_layers": (0, 5)}, "no layer comes before --lim-selection-layers 0"),
+    ],
+    ids=str,
+)
+def test_early_sets_are_refused_where_there_are_none(values, reason):
+    problems = LimConfig(**{"early_sets": True, **values}).problems()
+    assert len(problems) == 1 and problems[0].startswith("--lim-early-sets") and reason in problems[0]
+
+
+def test_early_sets_arrive_and_make_sets_outlive_a_step():
+    assert not parse().remembers
+    assert parse("--lim-early-sets", "on") == LimConfig(early_sets=True)
+    assert config.load().remembers and config.load().problems() == []
+    assert parse("--lim-early-sets", "off", "--lim-selection-interval", "2").remembers
+
+
+def test_selection_by_group_arrives_from_flag_and_environment(monkeypatch):
+    assert parse("--lim-prefix-selection", "group") == LimConfig(prefix_selection="group")
+    assert config.load().problems() == []
+    monkeypatch.setenv(config.ENV, json.dumps({"prefix_selection": "group", "budget": 128}))
+    assert parse("--lim-prefix-selection", "request") == LimConfig(budget=128)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (
+            {"budget": 40},
+            "--lim-budget 40: --lim-method quest chooses pages of 16 tokens; take a multiple of 16, such as 48",
+        ),
+        ({"scope": "global"}, "--lim-scope global: --lim-method quest has kv_head alone; leave the flag out"),
+        ({"prefix_selection": "group"}, "--lim-prefix-selection group: --lim-method quest"),
+        ({"selection_interval": 2}, "--lim-selection-interval 2: --lim-method quest"),
+        ({"early_sets": True}, "--lim-early-sets on: --lim-method quest"),
+        ({"top_p": 0.9, "aggregate": "max"}, "--lim-top-p 0.9: --lim-method quest weighs no tokens"),
+        ({"recency": "auto", "aggregate": "max"}, "--lim-recency auto: --lim-method quest weighs no tokens"),
+        ({"record_budgets": (64,)}, "--lim-method quest ranks nothing"),
+    ],
+    ids=str,
+)
+def test_what_quest_cannot_do_is_refused(values, reason):
+    assert LimConfig(method="quest").problems() == [] == LimConfig(method="quest", scope="kv_head").problems()
+    (problem,) = LimConfig(method="quest", **values).problems()
+    assert reason in problem and ("leave the" in problem or "take a multiple" in problem)
+
+
+def test_all_reasons_are_told_at_once():
+    config_ = LimConfig(budget=-1, recency=2, selection_layers=(3, 1))
+    message = str(RefusedConfig(config_.problems()))
+    assert all(flag in message for flag in ("--lim-budget", "--lim-recency", "--lim-selection-layers"))

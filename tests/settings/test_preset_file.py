@@ -1,0 +1,191 @@
+"""Preset files: what is read back, refused and preferred."""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from sgl_lim.calibrate import preset_file
+from sgl_lim.settings import config
+from sgl_lim.settings.config import LimConfig
+from sgl_lim.settings.preset_file import PresetError
+from sgl_lim.settings.presets import resolve_layers
+from sgl_lim.settings.refusals import model_problems
+
+
+def test_a_file_reads_back_as_it_was(preset, preset_path, model):
+    assert preset_file.load_for(preset_path, model) == preset
+    assert [path.name for path in Path(preset_path).parent.iterdir()] == ["preset.json"]
+
+
+def test_a_file_without_the_weighted_coverage_is_read(preset, preset_path, tmp_path):
+    def age(content):
+        for entry in content["entries"]:
+            del entry["weighted_coverage"]
+
+    old = preset_file.load(write(tmp_path / "old.json", preset_path, age))
+    assert [entry.selection_layers for entry in old.entries] == [entry.selection_layers for entry in preset.entries]
+    assert {entry.weighted_coverage for entry in old.entries} == {None}
+
+
+@pytest.mark.parametrize(
+    ("budget", "nearest"), [(1, 64), (64, 64), (127, 64), (128, 64), (129, 256), (511, 256), (513, 1024), (9999, 1024)]
+)
+def test_the_nearest_budget_by_ratio_decides(preset, budget, nearest):
+    assert preset.nearest(budget).budget == nearest
+
+
+def write(path, preset_path, change):
+    content = json.loads(Path(preset_path).read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format="sgl-lim-preset/9"), "not a preset of the format sgl-lim-preset/1"),
+        (lambda c: c.update(layers=[1]), r"unknown layers; known keys are architecture, calibration, entries"),
+        (lambda c: c.pop("rule"), "missing rule"),
+        (lambda c: c.pop("calibration"), "missing calibration"),
+        (lambda c: c["rule"].update(mean=1), "rule must have method, aggregate, recency, sinks, scope"),
+        (lambda c: c.update(rule=None), "rule and calibration must be objects"),
+        (lambda c: c.update(num_layers="12"), "num_layers must be a positive integer"),
+        (lambda c: c.update(architecture=None), "architecture a text"),
+        (lambda c: c.update(entries=[]), "entries must be a list of at least one"),
+        (lambda c: c.update(entries=[3]), "an entry must be an object"),
+        (lambda c: c["entries"][0].update(selections=2), "unknown selections"),
+        (lambda c: c["entries"][0].pop("coverage"), "missing coverage"),
+        (lambda c: c["entries"][0].update(budget=0), "budget must be a positive integer, got 0"),
+        (lambda c: c["entries"][0].update(budget=True), "budget must be a positive integer, got True"),
+        (lambda c: c["entries"].reverse(), "increasing budgets"),
+        (lambda c: c["entries"][0].update(selection_layers=[]), "selection_layers must be increasing layers below 12"),
+        (lambda c: c["entries"][0].update(selection_layers=[8, 2]), "must be increasing layers"),
+        (lambda c: c["entries"][0].update(selection_layers=[2, 2]), "must be increasing layers"),
+        (lambda c: c["entries"][0].update(selection_layers=[2, 12]), "must be increasing layers below 12"),
+        (lambda c: c["entries"][0].update(selection_layers="2,8"), "must be increasing layers"),
+        (lambda c: c["entries"][0].update(selection_layers=[[2], 8]), "must be increasing layers"),
+        (lambda c: c["entries"][0].update(selection_layers=[False, 8]), "must be increasing layers"),
+    ],
+)
+def test_what_is_no_preset_is_refused(preset_path, tmp_path, change, message):
+    path = write(tmp_path / "changed.json", preset_path, change)
+    with pytest.raises(PresetError, match=message) as refused:
+        preset_file.load(path)
+    assert str(refused.value).startswith(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"{", r"not JSON .*python -m sgl_lim\.calibrate"),
+        (b"[]", "not a preset"),
+        (b"\xff", "not JSON"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tmp_path, content, message):
+    path = tmp_path / "file.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PresetError, match=message):
+        preset_file.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"layers": 36}, "made for a model of 12 layers, and this one has 36; calibrate this one"),
+        ({"architectures": ("LlamaForCausalLM",)}, "made for a Qwen3ForCausalLM, and this model is a LlamaForCausalLM"),
+        ({"architectures": ()}, "this model is a nameless"),
+    ],
+    ids=str,
+)
+def test_another_model_is_refused_with_the_flag(preset_path, model_of, other, message):
+    (reason,) = model_problems(LimConfig(preset=preset_path), model_of(**other))
+    assert reason.startswith(f"--lim-preset {preset_path}: ") and message in reason
+
+
+def test_early_sets_need_a_layer_before_the_preset_s_first(preset_path, model):
+    assert model_problems(LimConfig(preset=preset_path, budget=64, early_sets=True), model) == []
+    (reason,) = model_problems(LimConfig(preset=preset_path, budget=1024, early_sets=True), model)
+    assert reason.startswith("--lim-early-sets on: no layer comes before the first of --lim-preset")
+    layers = LimConfig(preset=preset_path, budget=1024, early_sets=True, selection_layers=(2, 8))
+    assert model_problems(layers, model) == []
+
+
+def test_flag_then_file_then_built_in_preset(preset_path, model_of):
+    model = model_of(path="models/chain-tracer")
+    both = LimConfig(budget=256, preset=preset_path, selection_layers=(3, 9))
+    assert resolve_layers(both, model) == ((3, 9), "--lim-selection-layers")
+    layers, source = resolve_layers(LimConfig(budget=200, preset=preset_path), model)
+    assert layers == (1, 7) and source == f"--lim-preset {preset_path}, calibrated at budget 256"
+    assert resolve_layers(LimConfig(budget=200), model) == ((2, 8), "preset chain-tracer")
+
+
+def test_a_server_that_differs_from_the_calibration_is_told(preset_path, model, caplog):
+    with caplog.at_level(logging.WARNING):
+        resolve_layers(LimConfig(budget=64, preset=preset_path), model)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        resolve_layers(LimConfig(budget=64, preset=preset_path, aggregate="max", scope="kv_head"), model)
+    told = [record.getMessage() for record in caplog.records]
+    assert [text.split("with ")[1] for text in told] == ["aggregate union, not max", "scope global, not kv_head"]
+
+
+def test_a_control_is_told_its_method_alone(preset):
+    assert preset.differences(LimConfig(method="window", sinks=0)) == ["method lessismore, not window"]
+
+
+def parse(*flags):
+    parser = argparse.ArgumentParser()
+    config.add_flags(parser)
+    config.take_flags(parser.parse_args(flags))
+    return config.load()
+
+
+def test_the_flag_wins_over_layers_of_the_variable(monkeypatch):
+    monkeypatch.setenv(config.ENV, json.dumps({"budget": 128, "selection_layers": [3, 9]}))
+    assert parse("--lim-preset", "a.json") == LimConfig(budget=128, preset="a.json")
+    monkeypatch.setenv(config.ENV, json.dumps({"selection_layers": [3, 9]}))
+    both = parse("--lim-preset", "a.json", "--lim-selection-layers", "2,8")
+    assert both == LimConfig(preset="a.json", selection_layers=(2, 8))
+
+
+def test_the_variable_may_name_a_preset(monkeypatch):
+    monkeypatch.setenv(config.ENV, json.dumps({"preset": "a.json"}))
+    assert config.load() == LimConfig(preset="a.json") and config.load().problems() == []
+    (reason,) = LimConfig(preset=3).problems()
+    assert reason.startswith("--lim-preset must be the path of a file")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"record_budgets": ()}, "LESSISMORE_CONFIG: record_budgets must be increasing"),
+        ({"record_budgets": 64}, "LESSISMORE_CONFIG: record_budgets must be increasing"),
+        ({"record_budgets": (64, 64)}, "LESSISMORE_CONFIG: record_budgets must be increasing"),
+        ({"record_budgets": (0, 64)}, "LESSISMORE_CONFIG: record_budgets must be increasing"),
+        ({"record_budgets": (4, 64)}, "--budgets 4 leaves no token beside --lim-sinks 4"),
+        ({"method": "window"}, "--lim-method window ranks nothing"),
+        ({"method": "full"}, "--lim-method full ranks nothing"),
+        ({"selection_interval": 2}, "--lim-selection-interval 2: calibration records"),
+        ({"early_sets": True}, "--lim-early-sets on: calibration records"),
+        ({"prefix_selection": "group"}, "--lim-prefix-selection group: calibration records"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_recorded_is_refused(values, reason):
+    problems = LimConfig(**{"record_budgets": (64, 128), **values}).problems()
+    assert len(problems) == 1 and problems[0].startswith(reason)
+
+
+def test_budgets_to_record_come_by_the_variable_alone(monkeypatch, capsys):
+    monkeypatch.setenv(config.ENV, json.dumps({"record_budgets": [64, 128]}))
+    assert config.load() == LimConfig(record_budgets=(64, 128)) and config.load().problems() == []
+    with pytest.raises(SystemExit):
+        parse("--lim-record-budgets", "64")
+    assert "--lim-record-budgets" in capsys.readouterr().err

@@ -1,0 +1,219 @@
+"""Reasons to refuse, told all at once; servers that are refused for real are in tests/served."""
+
+from types import SimpleNamespace
+
+import pytest
+from sglang.srt.configs.model_config import AttentionArch
+
+from sgl_lim.settings import refusals
+from sgl_lim.settings.config import LimConfig, RefusedConfig
+from sgl_lim.settings.refusals import (
+    check_before_weights,
+    check_pool,
+    decodes_sparsely,
+    warn_if_always_dense,
+    warn_if_unused,
+)
+
+MODEL = {
+    "attention_arch": AttentionArch.MHA,
+    "is_encoder_decoder": False,
+    "is_hybrid_swa": False,
+    "sliding_window_size": None,
+    "num_hidden_layers": 12,
+}
+SERVER = {
+    "attention_backend": "lessismore",
+    "prefill_attention_backend": None,
+    "decode_attention_backend": None,
+    "attn_dp_size": 1,
+    "pp_size": 1,
+    "enable_dp_attention": False,
+    "dcp_size": 1,
+    "enable_two_batch_overlap": False,
+    "enable_pdmux": False,
+    "kv_cache_dtype": "auto",
+    "speculative_algorithm": None,
+    "speculative_draft_attention_backend": None,
+    "enable_torch_compile": False,
+}
+
+
+def reasons(config=None, device="cpu", **changes) -> list[str]:
+    runner = SimpleNamespace(
+        model_config=SimpleNamespace(**{k: changes.get(k, v) for k, v in MODEL.items()}),
+        server_args=SimpleNamespace(**{k: v for k, v in {**SERVER, **changes}.items() if k not in MODEL}),
+        device=device,
+    )
+    try:
+        check_before_weights(config or LimConfig(), runner)
+    except RefusedConfig as refused:
+        return refused.reasons
+    return []
+
+
+def test_plain_configuration_is_served():
+    assert reasons() == [] and reasons(device="cuda") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"attention_arch": AttentionArch.MLA}, ("MLA", "--attention-backend")),
+        ({"is_encoder_decoder": True}, ("encoder-decoder", "--attention-backend")),
+        ({"is_hybrid_swa": True}, ("sliding-window", "--attention-backend")),
+        ({"sliding_window_size": 4096}, ("sliding-window", "--attention-backend")),
+        ({"pp_size": 2}, ("--pp-size 2", "--tp-size")),
+        ({"enable_dp_attention": True}, ("--enable-dp-attention", "leave the flag out")),
+        ({"dcp_size": 2}, ("--dcp-size", "leave it at 1")),
+        ({"enable_two_batch_overlap": True}, ("--enable-two-batch-overlap", "leave the flag out")),
+        ({"enable_pdmux": True}, ("--enable-pdmux", "leave the flag out")),
+        ({"kv_cache_dtype": "fp4_e2m1"}, ("--kv-cache-dtype fp4_e2m1", "fp8_e4m3")),
+        ({"speculative_algorithm": "EAGLE"}, ("EAGLE", "--speculative-draft-attention-backend")),
+        ({"enable_torch_compile": True}, ("--enable-torch-compile", "leave the flag out")),
+        ({"attn_dp_size": 2}, ("--attn-dp-size", "leave the flag out")),
+        (
+            {"attention_backend": "triton", "prefill_attention_backend": "lessismore"},
+            ("--prefill-attention-backend lessismore", "--decode-attention-backend"),
+        ),
+        (
+            {"speculative_algorithm": "EAGLE", "speculative_draft_attention_backend": "lessismore"},
+            ("EAGLE", "--speculative-draft-attention-backend"),
+        ),
+        ({"device": "npu"}, ("--device npu", "cuda or cpu")),
+        ({"config": LimConfig(selection_layers=(2, 12))}, ("--lim-selection-layers 2,12", "0 to 11")),
+        ({"config": LimConfig(dense_backend="fa9")}, ("--lim-dense-backend", "flashinfer")),
+        ({"config": LimConfig(dense_backend="fa3")}, ("--lim-dense-backend fa3", "leave it out")),
+        (
+            {"device": "cuda", "kv_cache_dtype": "fp8_e5m2", "config": LimConfig(dense_backend="fa3")},
+            ("--kv-cache-dtype fp8_e5m2", "fp8_e4m3"),
+        ),
+        ({"device": "cuda", "config": LimConfig(budget=9000)}, ("--lim-budget 9000", "--lim-aggregate max")),
+        ({"device": "cuda", "config": LimConfig(dense_backend="torch_native")}, ("torch_native", "leave it out")),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_each_reason_names_flag_and_way_out(changes, named):
+    found = reasons(**changes)
+    assert any(all(word in reason for word in named) for reason in found), found
+
+
+@pytest.mark.parametrize(
+    ("config", "flag"),
+    [
+        (LimConfig(selection_interval=4), "--lim-selection-interval 4"),
+        (LimConfig(early_sets=True), "--lim-early-sets on"),
+        (LimConfig(method="quest"), "--lim-method quest"),
+    ],
+    ids=["interval", "early", "quest"],
+)
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"attention_backend": None, "decode_attention_backend": "lessismore"}, "--attention-backend"),
+        ({"attention_backend": "fa3", "decode_attention_backend": "lessismore"}, "--attention-backend"),
+        ({"prefill_attention_backend": "triton"}, "--attention-backend"),
+        ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"),
+        ({"enable_lmcache": True}, "--enable-lmcache"),
+        ({"disaggregation_mode": "decode"}, "--disaggregation-mode decode"),
+    ],
+    ids=["decode-alone", "other-prefill-by-default", "other-prefill", "hierarchical", "lmcache", "disaggregated"],
+)
+def test_sets_that_outlive_a_step_and_bounds_need_to_see_what_is_written(config, flag, changes, named):
+    assert reasons(config, page_size=16) == []
+    found = reasons(config, page_size=16, **changes)
+    assert [flag in reason and named in reason for reason in found] == [True]
+
+
+@pytest.mark.parametrize("page_size", [None, 1, 8, 24])
+def test_quest_needs_pages_of_16(page_size):
+    (reason,) = reasons(LimConfig(method="quest"), page_size=page_size)
+    assert f"--page-size {page_size or 1}:" in reason and "use --page-size 16" in reason
+    assert reasons(LimConfig(method="quest"), page_size=64) == reasons(page_size=page_size) == []
+
+
+def test_the_page_size_that_counts_is_the_runner_s():
+    runner = SimpleNamespace(
+        model_config=SimpleNamespace(**MODEL), server_args=SimpleNamespace(**SERVER), device="cpu", page_size=16
+    )
+    check_before_weights(LimConfig(method="quest"), runner)
+
+
+def test_quest_is_not_served_with_speculation():
+    how = {"speculative_algorithm": "EAGLE", "speculative_draft_attention_backend": "triton", "page_size": 16}
+    (reason,) = reasons(LimConfig(method="quest"), **how)
+    assert "--speculative-algorithm EAGLE" in reason and "leave one of them out" in reason
+
+
+def test_a_speculative_draft_backend_of_its_own_is_served():
+    assert reasons(speculative_algorithm="EAGLE", speculative_draft_attention_backend="triton") == []
+
+
+def test_budgets_and_caches_that_the_kernels_take_are_served_on_a_gpu():
+    assert reasons(LimConfig(budget=8192), device="cuda", kv_cache_dtype="fp8_e4m3") == []
+    assert reasons(LimConfig(budget=9000, aggregate="max"), device="cuda") == []
+    assert reasons(LimConfig(dense_backend="triton"), device="cuda", kv_cache_dtype="fp8_e5m2") == []
+    assert reasons(LimConfig(budget=9000)) == []
+    assert reasons(LimConfig(method="quest", budget=16384), device="cuda", page_size=64) == []
+
+
+@pytest.mark.parametrize(("dense", "refused"), [("fa3", True), ("flashinfer", False)])
+def test_fp8_e5m2_depends_on_the_default_dense_backend(monkeypatch, dense, refused):
+    monkeypatch.setattr(refusals, "default_dense_backend", lambda device: dense)
+    assert bool(reasons(device="cuda", kv_cache_dtype="fp8_e5m2")) == refused
+
+
+def test_recorded_metadata_is_refused(monkeypatch):
+    monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")
+    (reason,) = reasons(device="cuda")
+    assert "SGLANG_ENABLE_METADATA_GLUE_GRAPH" in reason and "unset it" in reason
+
+
+def test_all_reasons_are_told_at_once():
+    found = reasons(LimConfig(budget=-1, selection_layers=(5, 3)), pp_size=2, enable_dp_attention=True)
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "ours"),
+    [
+        ("lessismore", None, True),
+        ("torch_native", "lessismore", True),
+        ("lessismore", "triton", False),
+        (None, None, False),
+    ],
+)
+def test_either_form_of_the_flag_is_seen(prefill, decode, ours):
+    args = SimpleNamespace(attention_backend=prefill, decode_attention_backend=decode)
+    assert decodes_sparsely(args) is ours
+
+
+@pytest.mark.parametrize(
+    ("backend", "flags", "warned"),
+    [(None, ["--lim-budget"], True), ("lessismore", ["--lim-budget"], False), ("fa3", [], False)],
+)
+def test_flags_without_the_backend_are_said_to_do_nothing(caplog, backend, flags, warned):
+    warn_if_unused(flags, SimpleNamespace(**{**SERVER, "attention_backend": backend}))
+    assert ("--lim-budget without --attention-backend lessismore" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("values", "warned"),
+    [({"budget": 512}, True), ({"budget": 511}, False), ({"budget": 512, "method": "full"}, False)],
+)
+def test_a_budget_that_no_request_outgrows_is_said_to_be_one(caplog, values, warned):
+    warn_if_always_dense(LimConfig(**values), SimpleNamespace(context_len=512))
+    assert ("--lim-budget 512 is no less than the context of 512" in caplog.text) == warned
+
+
+def test_foreign_pools_and_layouts_are_refused():
+    import torch
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    with pytest.raises(RefusedConfig, match="KV pool object"):
+        check_pool(object())
+    pool = MHATokenToKVPool(16, 1, torch.float32, 2, 8, 1, "cpu", False)
+    check_pool(pool)
+    pool.kv_cache_layout = "hnd"
+    with pytest.raises(RefusedConfig, match=r"'hnd'.*SGLANG_USE_HND_KVCACHE"):
+        check_pool(pool)
