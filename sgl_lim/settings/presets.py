@@ -4,8 +4,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from sgl_lim.calibrate import preset_file
 from sgl_lim.methods import METHODS
+from sgl_lim.settings import preset_file
 from sgl_lim.settings.config import LimConfig
 
 logger = logging.getLogger(__name__)

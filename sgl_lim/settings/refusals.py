@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from lim_kernels.select_tokens import MAX_UNION
-from sgl_lim.calibrate import preset_file
 from sgl_lim.methods import Full
 from sgl_lim.methods.ranked import Ranked
+from sgl_lim.settings import preset_file
 from sgl_lim.settings.config import LimConfig, RefusedConfig
 
 logger = logging.getLogger(__name__)
