@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lim_kernels import decode_with_scores
-from sgl_lim.calibrate import recorder as under_test
+from sgl_lim.serving import recorder as under_test
 from sgl_lim.methods import METHODS
 from sgl_lim.serving.decode import DecodeStep, HeadShare, Scales
 from sgl_lim.serving.recorder import Recorder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sgl_lim.calibrate import preset_file
+from sgl_lim.settings import preset_file
 from sgl_lim.settings import config
 from sgl_lim.settings.config import LimConfig
 from sgl_lim.settings.preset_file import PresetError
