@@ -27,7 +27,7 @@ class LessIsMore(Ranked):
             return None
         groups = find_prefix_groups(slots, torch.where(seq_lens > self.budget, seq_lens, 1), granule=granule)
         # Sets are shorter than what they are chosen from, and a part of a few tokens costs more than it saves.
-        in_sets, counts = groups_of_sets(seq_lens, groups, smallest=max(1, granule // 4), **self.sizes)
+        in_sets, counts = groups_of_sets(seq_lens, groups, self.sizes, smallest=max(1, granule // 4))
         return SharedSets(groups, in_sets, counts)
 
     def choose(
@@ -40,8 +40,8 @@ class LessIsMore(Ranked):
             scores,
             seq_lens,
             shared.groups,
+            self.sizes,
             # The scores of rows are combined as those of ranks.
             combine=self.rank_reduction[self.aggregate],
             slots=slots,
-            **self.sizes,
         )

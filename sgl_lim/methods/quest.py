@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lim_kernels import choose_tokens, expand_pages, score_pages
+from lim_kernels import SetSizes, choose_tokens, expand_pages, score_pages
 from lim_kernels.page_bounds import PAGE, PageBounds
 from sgl_lim.methods.base import Method, Role
 
@@ -44,5 +44,5 @@ class Quest(Method):
         scores = score_pages(q, bounds, slots, seq_lens, score_beyond=self.budget)
         heads = scores.shape[:2]
         in_row = ((seq_lens + PAGE - 1) // PAGE).repeat_interleave(heads[1])
-        pages, _ = choose_tokens(scores.flatten(0, 1), in_row, budget=self.budget // PAGE, recent=1, sinks=0)
+        pages, _ = choose_tokens(scores.flatten(0, 1), in_row, SetSizes(self.budget // PAGE, recent=1, sinks=0))
         return expand_pages(pages.unflatten(0, heads), slots, seq_lens)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lim_kernels import adapt_budgets, choose_tokens, score_tokens
+from lim_kernels import SetSizes, adapt_budgets, choose_tokens, score_tokens
 from sgl_lim.methods.base import Method, Role, SharedSets
 
 
@@ -30,9 +30,9 @@ class Ranked(Method):
         return self.budget - self.middle - self.kept_sinks
 
     @property
-    def sizes(self) -> dict[str, Any]:
-        """`budget`, `recent` and `sinks` as the operators take them."""
-        return {"budget": self.budget, "recent": self.recent, "sinks": self.kept_sinks}
+    def sizes(self) -> SetSizes:
+        """Sizes of a set, as the operators take them."""
+        return SetSizes(self.budget, self.recent, self.kept_sinks)
 
     def role(self, layer: int) -> Role:
         """Selection layers choose, layers before the first are dense, all others are sparse."""
@@ -44,13 +44,15 @@ class Ranked(Method):
         self, logits: Tensor, seq_lens: Tensor, *, lse: Tensor, kv_heads: int, first_head: int, num_heads: int
     ) -> Tensor:
         """See `lim_kernels.score_tokens`; KV heads are ranked as if each were a row of its own."""
-        sizes: dict[str, Any] = {**self.sizes, "aggregate": self.aggregate}
+        sizes, how = self.sizes, self.aggregate
         if not self.per_kv_head:
-            return score_tokens(logits, seq_lens, lse=lse, first_head=first_head, num_heads=num_heads, **sizes)
+            return score_tokens(
+                logits, seq_lens, sizes, aggregate=how, lse=lse, first_head=first_head, num_heads=num_heads
+            )
         batch = len(seq_lens)
         # [B * H_kv, H / H_kv, L], a view
         logits, lse = (tensor.unflatten(1, (kv_heads, -1)).flatten(0, 1) for tensor in (logits, lse))
-        scores = score_tokens(logits, seq_lens.repeat_interleave(kv_heads), lse=lse, **sizes)
+        scores = score_tokens(logits, seq_lens.repeat_interleave(kv_heads), sizes, aggregate=how, lse=lse)
         return scores.unflatten(0, (batch, kv_heads))
 
     def own_sizes(self, scores: Tensor, seq_lens: Tensor) -> dict[str, Any]:
@@ -60,9 +62,8 @@ class Ranked(Method):
         budgets, recents = adapt_budgets(
             scores,
             seq_lens,
-            budget=self.budget,
-            recent=None if self.auto_recency else self.recent,
-            sinks=self.kept_sinks,
+            self.sizes,
+            find_recent=self.auto_recency,
             top_p=self.top_p,
             floor=self.top_p_floor,
         )
@@ -73,12 +74,12 @@ class Ranked(Method):
     ) -> tuple[Tensor, Tensor]:
         """See `lim_kernels.choose_tokens`."""
         if not self.per_kv_head:
-            return choose_tokens(scores, seq_lens, slots=slots, **self.sizes, **self.own_sizes(scores, seq_lens))
+            return choose_tokens(scores, seq_lens, self.sizes, slots=slots, **self.own_sizes(scores, seq_lens))
         batch, kv_heads, length = scores.shape
         scores, lens = scores.flatten(0, 1), seq_lens.repeat_interleave(kv_heads)
         chosen, counts = (
             tensor.unflatten(0, (batch, kv_heads))
-            for tensor in choose_tokens(scores, lens, **self.sizes, **self.own_sizes(scores, lens))
+            for tensor in choose_tokens(scores, lens, self.sizes, **self.own_sizes(scores, lens))
         )
         if slots is None:
             return chosen, counts

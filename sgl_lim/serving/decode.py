@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lim_kernels import decode_with_scores, find_prefix_groups, grouped_decode, sparse_decode
+from lim_kernels import Scaling, decode_with_scores, find_prefix_groups, grouped_decode, sparse_decode
 from lim_kernels.page_bounds import PageBounds
 from lim_kernels.prefix_groups import PrefixGroups
 from sgl_lim.methods import Method, Role, SharedSets
@@ -63,14 +62,7 @@ class HeadShare:
     reduce: Reduce | None
 
 
-@dataclass(frozen=True)
-class Scales:
-    """What a layer's logits and cached values are multiplied by."""
-
-    scale: float
-    logit_cap: float
-    k_scale: float = 1.0
-    v_scale: float = 1.0
+Scales = Scaling
 
 
 def attend(
@@ -101,29 +93,28 @@ def attend(
     Raises:
         RuntimeError: a sparse layer ran before any set was in force, or a layer has no bounds to choose by.
     """
-    sizes = vars(scales)
     if role is Role.SPARSE:
         if step.set_slots is None or step.set_counts is None:
             raise RuntimeError("a sparse layer ran before a selection layer of the same step")
         operands = q, k_cache, v_cache, step.set_slots, step.set_counts
         if step.shared is not None:
-            return grouped_decode(*operands, step.shared.in_sets, **sizes)[0]
-        return sparse_decode(*operands, **sizes)[0]
+            return grouped_decode(*operands, step.shared.in_sets, scales)[0]
+        return sparse_decode(*operands, **vars(scales))[0]
     if role is Role.OWN and method.budget < step.slots.shape[1]:
         if bounds is None:
             raise RuntimeError(f"method {method.name} chooses by the bounds of pages, and none were given")
         step.set_slots, step.set_counts = method.choose_own(q, bounds, step.slots, step.seq_lens)
-        return sparse_decode(q, k_cache, v_cache, step.set_slots, step.set_counts, **sizes)[0]
+        return sparse_decode(q, k_cache, v_cache, step.set_slots, step.set_counts, **vars(scales))[0]
     if role is Role.DENSE or method.budget >= step.slots.shape[1]:
         # No row can exceed the budget: the set is the whole context, and nobody asks for logits.
         if role is not Role.DENSE:
             step.set_slots, step.set_counts = step.slots, step.seq_lens
         early = None if step.reuse is None else step.reuse.early
         if role is Role.DENSE and step.reuse is not None and early is not None:
-            return grouped_decode(q, k_cache, v_cache, step.reuse.extended, early.ends, early.groups, **sizes)[0]
+            return grouped_decode(q, k_cache, v_cache, step.reuse.extended, early.ends, early.groups, scales)[0]
         if step.groups is not None:
-            return grouped_decode(q, k_cache, v_cache, step.slots, step.seq_lens, step.groups, **sizes)[0]
-        return sparse_decode(q, k_cache, v_cache, step.slots, step.seq_lens, **sizes)[0]
+            return grouped_decode(q, k_cache, v_cache, step.slots, step.seq_lens, step.groups, scales)[0]
+        return sparse_decode(q, k_cache, v_cache, step.slots, step.seq_lens, **vars(scales))[0]
     batch = q.shape[0]
     rows_at_once = rows_at_once or batch
     # Rows that do not select have nothing to choose.
@@ -133,7 +124,7 @@ def attend(
         rows = slice(first, first + rows_at_once)
         # Groups may reach over the rows that fit together.
         grouped = rows_at_once >= batch
-        out, lse, logits = attend_and_score(method, step, q[rows], k_cache, v_cache, rows, grouped, sizes)
+        out, lse, logits = attend_and_score(method, step, q[rows], k_cache, v_cache, rows, grouped, scales)
         scores = method.score(
             logits,
             lens[rows],
@@ -168,7 +159,7 @@ def attend_and_score(
     v_cache: Tensor,
     rows: slice,
     grouped: bool,
-    sizes: dict[str, Any],
+    scales: Scaling,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A selection layer's attention for some rows: out, lse, and logits [b, H, L] of the rows that select.
 
@@ -184,8 +175,8 @@ def attend_and_score(
             reading = read(slots, seq_lens, reading.apart[rows], reading.ends[rows], None, budget)
         lead, slots, seq_lens, groups = budget, reuse.extended[rows], reading.ends, reading.groups
     if groups is None:
-        return decode_with_scores(q, k_cache, v_cache, slots, seq_lens, score_beyond=budget, **sizes)
+        return decode_with_scores(q, k_cache, v_cache, slots, seq_lens, scales, score_beyond=budget)
     operands = q, k_cache, v_cache, slots, seq_lens, groups
-    out, lse, logits = grouped_decode(*operands, scored=True, score_beyond=lead + budget, **sizes)
+    out, lse, logits = grouped_decode(*operands, scales, scored=True, score_beyond=lead + budget)
     assert logits is not None
     return out, lse, logits[:, :, lead:]

@@ -84,7 +84,7 @@ class Recorder:
             rows = slice(first, first + rows_at_once)
             lens = step.seq_lens[rows]
             out, lse, logits = decode_with_scores(
-                q[rows], k_cache, v_cache, step.slots[rows], lens, score_beyond=smallest, **vars(scales)
+                q[rows], k_cache, v_cache, step.slots[rows], lens, scales, score_beyond=smallest
             )
             outs.append(out)
             if self._sets:

@@ -119,11 +119,12 @@ class SetStore:
             seq_lens: int32 [B].
             granule: as in `find_prefix_groups`; None: groups are not looked for.
         """
-        budget = self._sizes["budget"]
+        budget = self._sizes.budget
         slots = extended[:, budget:]
-        how = {**self._sizes, "interval": self.interval, "early": self.early}
-        decided = decide_acts(self.memory, rows, tenants, slots, seq_lens, **how)
-        place_sets(self.memory, 0, rows, decided.acts, extended, seq_lens, **self._sizes)
+        decided = decide_acts(
+            self.memory, rows, tenants, slots, seq_lens, self._sizes, interval=self.interval, early=self.early
+        )
+        place_sets(self.memory, 0, rows, decided.acts, extended, seq_lens, self._sizes)
         reuse = Reuse(rows, decided.acts, decided.choose_lens, extended, selecting=None, early=None)
         if self.interval > 1:
             reuse.selecting = read(slots, seq_lens, decided.select_apart, decided.select_ends, granule, budget)
@@ -143,7 +144,7 @@ class SetStore:
         """
         layer = reuse.done
         reuse.done += 1
-        return keep_sets(self.memory, layer, reuse.rows, reuse.acts, reuse.extended, seq_lens, chosen, **self._sizes)
+        return keep_sets(self.memory, layer, reuse.rows, reuse.acts, reuse.extended, seq_lens, chosen, self._sizes)
 
 
 def read(slots: Tensor, seq_lens: Tensor, apart: Tensor, ends: Tensor, granule: int | None, lead: int) -> Reading:
