@@ -55,10 +55,10 @@ def attend_in_groups(
     *,
     groups: PrefixGroups,
     scale: float,
-    **how: Any,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`grouped_decode` as a dense layer calls it: out and lse."""
-    out, lse, _ = grouped_decode(q, keys, values, slots, lens, groups, Scaling(scale), **how)
+    out, lse, _ = grouped_decode(q, keys, values, slots, lens, groups, Scaling(scale), **options)
     return out, lse
 
 
