@@ -10,7 +10,7 @@ from forest import Forest
 from kernel_operands import Operands, Pool, Shape, full_lens
 from torch import Tensor
 
-from lim_kernels import grouped_decode
+from lim_kernels import Scaling, grouped_decode
 from lim_kernels.prefix_groups import PrefixGroups
 
 Cascade = Callable[[Operands, Forest], list[Callable[[], tuple[Tensor]]]]
@@ -46,9 +46,19 @@ def _rows_of(stored: Tensor, forest: Forest) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def attend_in_groups(*operands: Any, **options: Any) -> tuple[Tensor, Tensor]:
+def attend_in_groups(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    lens: Tensor,
+    *,
+    groups: PrefixGroups,
+    scale: float,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
     """`grouped_decode` as a dense layer calls it: out and lse."""
-    out, lse, _ = grouped_decode(*operands, **options)
+    out, lse, _ = grouped_decode(q, keys, values, slots, lens, groups, Scaling(scale), **options)
     return out, lse
 
 

@@ -5,11 +5,12 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lim_kernels import choose_tokens, decode_with_scores, score_tokens
+from lim_kernels import Scaling, SetSizes, choose_tokens, decode_with_scores, score_tokens
 from lim_kernels.select_tokens.reference import candidate_mask
 
 Call = Callable[[], object]
@@ -68,22 +69,23 @@ class Operands:
         ]
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Sizes of a selection, and its operators with them."""
+def attend_and_score(
+    q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lens: Tensor, *, scale: float, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`decode_with_scores` as `Operands.calls` calls an operator."""
+    return decode_with_scores(q, keys, values, slots, lens, Scaling(scale), **options)
 
-    budget: int
-    recent: int
-    sinks: int
+
+@dataclass(frozen=True)
+class Selection(SetSizes):
+    """Sizes of a set, and the operators of a selection with them."""
 
     def score(self, logits: Tensor, lens: Tensor, lse: Tensor, *, aggregate: str, implementation: str) -> Tensor:
         """`score_tokens`."""
         return score_tokens(
             logits,
             lens,
-            budget=self.budget,
-            recent=self.recent,
-            sinks=self.sinks,
+            self,
             aggregate=aggregate,
             lse=lse,
             implementation=implementation,
@@ -96,9 +98,7 @@ class Selection:
         return choose_tokens(
             scores,
             lens,
-            budget=self.budget,
-            recent=self.recent,
-            sinks=self.sinks,
+            self,
             slots=slots,
             implementation=implementation,
         )
@@ -280,7 +280,7 @@ def reference_rows(operands: Operands) -> Iterator[tuple[int, tuple[Tensor, Tens
             values[slots].double(),
             torch.arange(len(slots), device=slots.device).unsqueeze(0),
             operands.lens[row : row + 1],
-            scale=operands.scale,
+            Scaling(operands.scale),
             implementation="reference",
         )
         yield row, found

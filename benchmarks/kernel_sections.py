@@ -21,6 +21,7 @@ from kernel_operands import (
     Selection,
     Shape,
     TopK,
+    attend_and_score,
     checked_rows,
     decode_deviation,
     full_lens,
@@ -32,7 +33,7 @@ from kernel_operands import (
 )
 from torch import Tensor
 
-from lim_kernels import decode_with_scores, find_prefix_groups, sparse_decode
+from lim_kernels import Scaling, decode_with_scores, find_prefix_groups, sparse_decode
 from lim_kernels.select_tokens import AGGREGATES
 
 Case = tuple[int, int]
@@ -314,7 +315,7 @@ class Bench:
     def ours_of(self, case: Case) -> Measured:
         """Our dense attention with logits."""
         if ("ours", case) not in self.found:
-            calls = self.operands_of(case).calls(decode_with_scores, implementation=self.implementation)
+            calls = self.operands_of(case).calls(attend_and_score, implementation=self.implementation)
             self.found["ours", case] = self.measure_decode(calls, self.operands_of(case))
         return self.found["ours", case]
 
@@ -336,9 +337,9 @@ def selection_layer(
     *operands: Tensor, scale: float, selection: Selection, aggregate: str, implementation: str
 ) -> tuple[Tensor, ...]:
     """What a selection layer does beside its projections: out, lse, logits, and the chosen slots with their counts."""
-    *_, slots, lens = operands
+    q, keys, values, slots, lens = operands
     out, lse, logits = decode_with_scores(
-        *operands, scale=scale, score_beyond=selection.budget, implementation=implementation
+        q, keys, values, slots, lens, Scaling(scale), score_beyond=selection.budget, implementation=implementation
     )
     scores = selection.score(logits, lens, lse, aggregate=aggregate, implementation=implementation)
     return out, lse, logits, *selection.choose(scores, lens, slots, implementation=implementation)

@@ -76,7 +76,7 @@ class Recall:
             length = pool.prompt + place + 1
             lens = torch.full((len(rows),), length, dtype=torch.int32)
             at = request_rows, tenants, slots[:, :length], lens
-            decided = decide_acts(self.memory, *at, **self.method.sizes, interval=1, early=True)
+            decided = decide_acts(self.memory, *at, self.method.sizes, interval=1, early=True)
             had = self.memory.sets[:, request_rows].clone()
             self.method.chosen.clear()
             forward(
@@ -91,7 +91,7 @@ class Recall:
                 self.shares[layer, begins if place == 0 else "own"] += shares[there].tolist()
                 room = torch.zeros(len(rows), self.method.budget, dtype=torch.int32)
                 extended = torch.cat([room, slots[:, :length]], dim=1)
-                keep_sets(self.memory, layer, request_rows, acts, extended, lens, chosen, **self.method.sizes)
+                keep_sets(self.memory, layer, request_rows, acts, extended, lens, chosen, self.method.sizes)
 
 
 def measure_recall(model: ChainTracer, args: argparse.Namespace, budget: int) -> Iterator[dict[str, Any]]:

@@ -22,9 +22,9 @@ def plug() -> None:
         triton_on_cpu,
     )
     from sgl_lim.serving import metrics
-    from sgl_lim.settings import config, refusals
+    from sgl_lim.settings import flags, refusals
 
-    lim_patches.use(cli_flags, add_flags=config.add_flags, take_flags=_take_flags)
+    lim_patches.use(cli_flags, add_flags=flags.add_flags, take_flags=_take_flags)
     lim_patches.use(refuse_before_weights, check=_check_before_weights)
     lim_patches.use(server_info, key=metrics.INFO_KEY, describe=metrics.describe, on_idle=metrics.on_idle)
     lim_patches.use(row_generations)
@@ -42,14 +42,14 @@ def _make(runner: Any) -> Any:
 
 
 def _take_flags(args: argparse.Namespace) -> None:
-    from sgl_lim.settings import config, refusals
+    from sgl_lim.settings import flags, refusals
 
-    refusals.warn_if_unused(config.take_flags(args), args)
+    refusals.warn_if_unused(flags.take_flags(args), args)
 
 
 def _check_before_weights(model_runner: Any) -> None:
     from sgl_lim.settings import refusals
-    from sgl_lim.settings.config import load
+    from sgl_lim.settings.flags import load
 
     if refusals.names_us(model_runner.server_args) and not model_runner.is_draft_worker:
         refusals.check_before_weights(load(), model_runner)

@@ -9,6 +9,7 @@ from lim_kernels.count_step import count_sets, count_step
 from lim_kernels.decode_with_scores import decode_with_scores
 from lim_kernels.group_selection import choose_for_groups, groups_of_sets
 from lim_kernels.grouped_decode import grouped_decode
+from lim_kernels.operands import Scaling, SetSizes
 from lim_kernels.page_bounds import bound_pages, expand_pages, score_pages
 from lim_kernels.prefix_groups import find_prefix_groups
 from lim_kernels.select_tokens import choose_tokens, score_tokens, select_tokens
@@ -16,6 +17,8 @@ from lim_kernels.set_memory import decide_acts, keep_sets, place_sets
 from lim_kernels.sparse_decode import sparse_decode
 
 __all__ = [
+    "Scaling",
+    "SetSizes",
     "adapt_budgets",
     "bound_pages",
     "choose_for_groups",

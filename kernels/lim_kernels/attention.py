@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lim_kernels.operands import Scaling
+
 
 def valid_slots(slots: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Which entries of `slots` count, and a copy in which the others repeat the row's first slot.
@@ -53,11 +55,7 @@ def attend(
     v_cache: Tensor,
     slots: Tensor,
     counts: Tensor,
-    *,
-    scale: float,
-    logit_cap: float,
-    k_scale: float,
-    v_scale: float,
+    scaling: Scaling,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax attention of one query token a row over KV slots, in float32 (float64 for float64 operands).
 
@@ -65,7 +63,7 @@ def attend(
         q: [B, H, D].
         k_cache, v_cache: [num_slots, H_kv, D], [num_slots, H_kv, D_v].
         slots, counts: as in `valid_slots`.
-        scale, logit_cap, k_scale, v_scale: as in `sparse_decode`.
+        scaling: of this layer.
 
     Returns:
         out [B, H, D_v] in q's dtype; lse [B, H] and logits [B, H, K] in the arithmetic's dtype. `logits` are the
@@ -74,15 +72,16 @@ def attend(
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     valid, safe = valid_slots(slots, counts)
     # Keys are let go before values are gathered: on a CPU fresh memory costs as much as the arithmetic.
+    queries = group_queries(q, k_cache.shape[1]).to(compute) * (scaling.scale * scaling.k_scale)
     # [B, H_kv, G, K]
-    logits = _products(group_queries(q, k_cache.shape[1]).to(compute) * (scale * k_scale), k_cache, safe)
-    if logit_cap > 0:
-        logits = logits.div_(logit_cap).tanh_().mul_(logit_cap)
+    logits = _products(queries, k_cache, safe)
+    if scaling.logit_cap > 0:
+        logits = logits.div_(scaling.logit_cap).tanh_().mul_(scaling.logit_cap)
     logits.masked_fill_(~valid.view(valid.shape[0], -1, 1, valid.shape[-1]), float("-inf"))
     lse = logits.logsumexp(dim=3)
     out = (logits - lse.unsqueeze(3)).exp_() @ gather_slots(v_cache, safe).to(compute)
-    if v_scale != 1.0:
-        out = out * v_scale
+    if scaling.v_scale != 1.0:
+        out = out * scaling.v_scale
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2), logits.flatten(1, 2)
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lim_kernels.decode_parts import attend_chunk, find_chunk, merge_row, plan, store_merged, store_part
+from lim_kernels.operands import Scaling
 from lim_kernels.triton_support import interpreting, multiprocessors, plan_block
 
 
@@ -209,11 +210,8 @@ def split(
     v_cache: Tensor,
     slots: Tensor,
     lens: Tensor,
+    scaling: Scaling,
     *,
-    scale: float,
-    logit_cap: float,
-    k_scale: float,
-    v_scale: float,
     logits: Tensor | None,
     score_beyond: int,
     launch: Launch | None,
@@ -249,20 +247,20 @@ def split(
     split_kernel[(kv_heads, items)](
         partial_ptr=out,
         partial_lse_ptr=lse,
-        v_scale=v_scale,
+        v_scale=scaling.v_scale,
         score_beyond=score_beyond,
         stride_slots_head=slots.stride(1) if slots.dim() == 3 else 0,
         BLOCK_GROUP=max(16, triton.next_power_of_2(group)),
         num_warps=launch.warps,
         num_stages=launch.stages,
-        **attended(q, k_cache, v_cache, slots, logits, scale=scale * k_scale, logit_cap=logit_cap),
+        **attended(q, k_cache, v_cache, slots, logits, scaling),
         **cut,
     )
     return Parts(out, lse, cut)
 
 
 def attended(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, logits: Tensor | None, *, scale: float, logit_cap: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, logits: Tensor | None, scaling: Scaling
 ) -> dict[str, Any]:
     """Arguments of every kernel that attends to a chunk: operands, strides, and what follows from them."""
     return {
@@ -271,8 +269,8 @@ def attended(
         "v_ptr": v_cache,
         "slots_ptr": slots,
         "logits_ptr": logits,
-        "scale": scale,
-        "logit_cap": logit_cap,
+        "scale": scaling.scale * scaling.k_scale,
+        "logit_cap": scaling.logit_cap,
         "stride_q_row": q.stride(0),
         "stride_q_head": q.stride(1),
         "stride_k_slot": k_cache.stride(0),
@@ -284,7 +282,7 @@ def attended(
         "stride_logits_head": 0 if logits is None else logits.stride(1),
         "DIM": q.shape[2],
         "BLOCK_DIM": max(16, triton.next_power_of_2(q.shape[2])),
-        "HAS_CAP": logit_cap > 0,
+        "HAS_CAP": scaling.logit_cap > 0,
         "WRITE_LOGITS": logits is not None,
         "UPCAST": q.dtype == torch.float32 or interpreting(),
     }
@@ -296,11 +294,8 @@ def split_decode(
     v_cache: Tensor,
     slots: Tensor,
     lens: Tensor,
+    scaling: Scaling,
     *,
-    scale: float,
-    logit_cap: float,
-    k_scale: float,
-    v_scale: float,
     logits: Tensor | None = None,
     score_beyond: int = 0,
     launch: Launch | None = None,
@@ -322,10 +317,7 @@ def split_decode(
         v_cache,
         slots,
         lens,
-        scale=scale,
-        logit_cap=logit_cap,
-        k_scale=k_scale,
-        v_scale=v_scale,
+        scaling,
         logits=logits,
         score_beyond=score_beyond,
         launch=launch,

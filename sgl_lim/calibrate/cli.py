@@ -10,13 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from sgl_lim.calibrate import report
+from sgl_lim.settings import preset_file
 from sgl_lim.calibrate.options import Options, parse
 from sgl_lim.calibrate.prompts import PromptError, chain_prompts, encode, file_prompts
 from sgl_lim.calibrate.recording import Recording, RecordingError, ask_to_record, record
 from sgl_lim.calibrate.search import best_layers, measure
-from sgl_lim.settings import preset_file
 from sgl_lim.settings.config import LimConfig, RefusedConfig
-from sgl_lim.settings.parameters import ranking
 
 
 class Refused(ValueError):
@@ -83,7 +82,7 @@ def _prepare(options: Options) -> tuple[Any, Any, LimConfig]:
     from sglang.srt.utils import get_device
 
     from sgl_lim.settings import refusals
-    from sgl_lim.settings.config import load
+    from sgl_lim.settings.flags import load
 
     try:
         server_args = _server_args(options)
@@ -167,13 +166,7 @@ def _preset(
         architecture=(model.hf_config.architectures or [""])[0],
         num_layers=model.num_hidden_layers,
         entries=tuple(entries),
-        rule={
-            "method": config.method,
-            "aggregate": config.aggregate,
-            "recency": config.recency,
-            "sinks": config.sinks,
-            "scope": ranking(config)["scope"],
-        },
+        rule=preset_file.rule_of(config.build()),
         calibration={
             "model": Path(options.model_path).name,
             "selections": options.selections,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sgl_lim.settings.config import ENV, read_environment
+from sgl_lim.settings.config import ENV
+from sgl_lim.settings.flags import read_environment
 
 
 class RecordingError(RuntimeError):

@@ -1,19 +1,19 @@
-"""Selection methods, one file each. To add one, write its file and name it here."""
+"""Selection methods, one file each. To add one, write its file and name it in `registry`, or offer an entry point."""
 
-from sgl_lim.methods.base import PREFIX_SELECTIONS, SCOPES, Method, Role, SharedSets
+from sgl_lim.methods.base import HeadsOfRank, Keeping, Method, Role, SharedSets
 from sgl_lim.methods.full import Full
 from sgl_lim.methods.lessismore import LessIsMore
 from sgl_lim.methods.quest import Quest
+from sgl_lim.methods.registry import DEFAULT, METHODS
 from sgl_lim.methods.tidaldecode import TidalDecode
 from sgl_lim.methods.window import Window
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (LessIsMore, TidalDecode, Quest, Window, Full)}
-
 __all__ = [
+    "DEFAULT",
     "METHODS",
-    "PREFIX_SELECTIONS",
-    "SCOPES",
     "Full",
+    "HeadsOfRank",
+    "Keeping",
     "LessIsMore",
     "Method",
     "Quest",

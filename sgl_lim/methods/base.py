@@ -1,17 +1,19 @@
-"""What a selection method is: a frozen dataclass that says what each layer does and turns scores into a set."""
+"""What a selection method is: a frozen dataclass that says what each layer does and turns scores into a set.
+
+Its fields are its parameters, each declared by `parameter`; it has no others.
+"""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from lim_kernels.page_bounds import PageBounds
 from lim_kernels.prefix_groups import PrefixGroups
-
-PREFIX_SELECTIONS = ("request", "group")
-SCOPES = ("global", "kv_head")
+from sgl_lim.methods.parameters import MOST, Whole, parameter, parameters_of
 
 
 class Role(Enum):
@@ -40,55 +42,68 @@ class SharedSets:
 
 
 @dataclass(frozen=True)
-class Method(ABC):
-    """One selection method with its parameters.
+class Keeping:
+    """How sets outlive the step that chose them."""
 
-    Attributes:
-        budget: tokens in a set, at most.
-        recency: share of the budget for recent tokens.
-        sinks: leading tokens always kept.
-        aggregate: how heads agree, where the method ranks tokens.
-        selection_layers: increasing layer indices; layers before the first are dense.
-        prefix_selection: "request", each row chooses for itself; "group", rows that share a prefix choose it together.
-        scope: "global", one set for all heads; "kv_head", one for each KV head, ranked over its query heads.
-        top_p: share of the attention that a set is to hold, with as few tokens as do; None: it has the whole budget.
-        top_p_floor: tokens in such a set, at least.
-        auto_recency: the window gets the share of the budget that it holds of the attention, `recency` at most.
-    """
+    interval: int
+    """A row selects every so many steps."""
+    early: bool
+    """Whether the layers before the first selection layer attend to its set of the step before."""
+
+
+@dataclass(frozen=True)
+class HeadsOfRank:
+    """Which query heads a rank of a tensor-parallel group has, among all of the model's."""
+
+    first: int
+    own: int
+    all: int
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """One selection method with its parameters."""
 
     name: ClassVar[str]
-    scopes: ClassVar[tuple[str, ...]] = ("global",)
-    """Scopes that the method has, its default first."""
     page: ClassVar[int] = 1
     """Tokens that are chosen together: the budget and the server's page size are multiples of it."""
-    has_selection_layers: ClassVar[bool] = True
-    """Whether `selection_layers` mean anything to the method."""
-    rank_reduction: ClassVar[dict[str, str]] = {"union": "max", "max": "max", "sum": "logsumexp"}
-
-    budget: int
-    recency: float
-    sinks: int
-    aggregate: str
-    selection_layers: tuple[int, ...]
-    prefix_selection: str = "request"
-    scope: str = "global"
-    top_p: float | None = None
-    top_p_floor: int = 1
-    auto_recency: bool = False
 
     @property
     def per_kv_head(self) -> bool:
         """Whether each KV head has a set of its own."""
-        return self.scope == "kv_head"
+        return False
 
     @property
-    def kept_sinks(self) -> int:
-        """Leading tokens that every set has."""
-        return self.sinks
+    def budget(self) -> int:
+        """Tokens in a set, at most; nothing is sparse in rows that are no longer."""
+        return MOST
+
+    @property
+    def keeping(self) -> Keeping | None:
+        """How sets outlive a step; None where they do not."""
+        return None
+
+    @property
+    def sizes_vary(self) -> bool:
+        """Whether a set may have fewer tokens than the budget and the context allow."""
+        return False
+
+    @property
+    def rank_reduction(self) -> str | None:
+        """How the scores of tensor-parallel ranks are combined: "max", "logsumexp", or None where they need not be."""
+        return None
+
+    # What each layer does
 
     @abstractmethod
     def role(self, layer: int) -> Role:
         """What `layer` does in a decode step of a request longer than the budget."""
+
+    def layer_roles(self, num_layers: int) -> tuple[Role, ...]:
+        """Role of each layer of a model."""
+        return tuple(self.role(layer) for layer in range(num_layers))
+
+    # Sets
 
     def initial_set(self, seq_lens: Tensor, length: int) -> tuple[Tensor, Tensor] | None:
         """The set at the start of a step, before any layer ran, or None if a selection layer has to choose it.
@@ -101,12 +116,10 @@ class Method(ABC):
         """
         return None
 
-    def score(
-        self, logits: Tensor, seq_lens: Tensor, *, lse: Tensor, kv_heads: int, first_head: int, num_heads: int
-    ) -> Tensor:
+    def score(self, logits: Tensor, seq_lens: Tensor, *, lse: Tensor, kv_heads: int, heads: HeadsOfRank) -> Tensor:
         """Scores float32 [B, L] from logits float32 [B, H, L] and their lse float32 [B, H]; [B, H_kv, L] per KV head.
 
-        Ranks of a tensor-parallel group combine theirs afterwards, unless each KV head has its own set.
+        Ranks of a tensor-parallel group combine theirs afterwards, as `rank_reduction` says.
         """
         raise NotImplementedError(f"method {self.name} has no selection layers")
 
@@ -143,6 +156,65 @@ class Method(ABC):
         """
         raise NotImplementedError(f"method {self.name} has no layers that choose for themselves")
 
-    def layer_roles(self, num_layers: int) -> tuple[Role, ...]:
-        """Role of each layer of a model."""
-        return tuple(self.role(layer) for layer in range(num_layers))
+    # What it shows and refuses
+
+    def settings(self) -> dict[str, Any]:
+        """Parameters by name, as they are in force; builtins only."""
+        values = {name: getattr(self, name) for name in parameters_of(type(self))}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def conflicts(self) -> list[str]:
+        """Why these parameters, each right by itself, do not go together; each reason with its flag and a way out."""
+        return []
+
+    def device_problems(self, device: str) -> list[str]:
+        """Why these parameters cannot be served on a device ("cuda" or "cpu"); reasons as in `conflicts`."""
+        return []
+
+    def recording_problems(self) -> list[str]:
+        """Why calibration cannot record what this method would choose; reasons as in `conflicts`."""
+        return [f"--lim-method {self.name} ranks nothing that could be calibrated; leave the flag out"]
+
+    def flags_that_follow_writes(self) -> list[str]:
+        """Flags, as typed, that need to see everything that writes KV."""
+        return []
+
+    @property
+    def needs_prefix_groups(self) -> str | None:
+        """The flag, as typed, that needs rows which share a prefix to be found; None if none does."""
+        return None
+
+
+@dataclass(frozen=True)
+class Budgeted(Method):
+    """A method whose sparse layers attend to so many tokens."""
+
+    budget: int = parameter(  # type: ignore[assignment]
+        2048,
+        Whole(metavar="K", hint="; the paper uses 1024 to 6144", beyond=f"no context has more than {MOST} tokens"),
+        "Tokens a sparse layer attends to, per request",
+    )
+
+    def conflicts(self) -> list[str]:
+        """A set has whole pages."""
+        if self.budget % self.page == 0:
+            return []
+        above = -(-self.budget // self.page) * self.page
+        return [
+            f"--lim-budget {self.budget}: --lim-method {self.name} chooses pages of {self.page} tokens; "
+            f"take a multiple of {self.page}, such as {above}"
+        ]
+
+
+def beside_sinks(budget: int, sinks: int) -> list[str]:
+    """The reason why a budget is too small for so many sinks, if it is."""
+    if budget > sinks:
+        return []
+    return [f"--lim-budget {budget} leaves no token beside --lim-sinks {sinks}; raise the budget or lower the sinks"]
+
+
+def selecting_role(layer: int, selection_layers: Sequence[int]) -> Role:
+    """Role of a layer where selection layers choose: those before the first are dense, those between sparse."""
+    if layer in selection_layers:
+        return Role.SELECT
+    return Role.DENSE if layer < selection_layers[0] else Role.SPARSE

@@ -10,7 +10,6 @@ class Full(Method):
     """Every layer attends to the whole context."""
 
     name = "full"
-    has_selection_layers = False
 
     def role(self, layer: int) -> Role:
         """Dense, always."""

@@ -1,13 +1,20 @@
 """LessIsMore (arXiv 2508.07101): one set for all heads, chosen at a few layers, with a stable recency window."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lim_kernels import choose_for_groups, find_prefix_groups, groups_of_sets
-from sgl_lim.methods.base import SharedSets
+from lim_kernels import SetSizes, choose_for_groups, find_prefix_groups, groups_of_sets
+from sgl_lim.methods.base import Keeping, SharedSets, beside_sinks
+from sgl_lim.methods.parameters import Choice, Share, Switch, Whole, leave_one_out, parameter
 from sgl_lim.methods.ranked import Ranked
+from sgl_lim.methods.selection_layers import sinks_parameter
+
+WIDEST_WINDOW = 0.5
+"""Share of the budget that a window gets at most whose length follows the attention."""
+_KEEPS_NOTHING = "selects nothing that could be kept"
 
 
 @dataclass(frozen=True)
@@ -19,7 +26,70 @@ class LessIsMore(Ranked):
     """
 
     name = "lessismore"
-    scopes = ("global", "kv_head")
+
+    recency: float | str = parameter(
+        0.25,
+        Share(metavar="{R,auto}", auto=True),
+        "Share of the budget kept for recent tokens; auto: for each set, as large a share as these hold of the "
+        "attention, from a sixteenth (32 tokens or a quarter, if more) to a half",
+        missing="weighs no tokens for a window",
+        missing_for=("auto",),
+    )
+    sinks: int = sinks_parameter()
+    scope: str = parameter(
+        "global",
+        Choice(("global", "kv_head")),
+        "One set for all heads, or one for each KV head, ranked over its query heads",
+        missing="has one set for all heads",
+    )
+    prefix_selection: str = parameter(
+        "request",
+        Choice(("request", "group")),
+        "Who chooses the tokens of a shared prefix: each request for itself, or all of a group together, so that "
+        "sparse layers read them once as well",
+        missing="selects nothing that rows could agree on",
+    )
+    selection_interval: int = parameter(
+        1,
+        Whole(beyond="no request has so many steps"),
+        "Select every N-th decode step; in between a request's set is kept, its window moving along",
+        missing=_KEEPS_NOTHING,
+    )
+    early_sets: bool = parameter(
+        False,
+        Switch(),
+        "Layers before the first selection layer attend to its set of the step before",
+        missing=_KEEPS_NOTHING,
+    )
+
+    @property
+    def per_kv_head(self) -> bool:
+        """By scope."""
+        return self.scope == "kv_head"
+
+    @property
+    def window_varies(self) -> bool:
+        """With `--lim-recency auto`."""
+        return self.recency == "auto"
+
+    @property
+    def sizes(self) -> SetSizes:
+        """Middle floor(K (1 - r)); the rest is sinks and window, or window alone where it does not cover the sinks."""
+        share = WIDEST_WINDOW if isinstance(self.recency, str) else self.recency
+        rest = self.budget - math.floor(round(self.budget * (1 - share), 6))
+        sinks = self.sinks if rest >= self.sinks else 0
+        return SetSizes(budget=self.budget, recent=rest - sinks, sinks=sinks)
+
+    @property
+    def keeping(self) -> Keeping | None:
+        """With a selection interval above 1, or early sets."""
+        keeps = self.early_sets or self.selection_interval > 1
+        return Keeping(self.selection_interval, self.early_sets) if keeps else None
+
+    @property
+    def needs_prefix_groups(self) -> str | None:
+        """Rows that choose together are those of a prefix group."""
+        return "--lim-prefix-selection group" if self.prefix_selection == "group" else None
 
     def share_sets(self, slots: Tensor, seq_lens: Tensor, granule: int) -> SharedSets | None:
         """The prefix groups of the rows that have to choose, with prefix selection by group."""
@@ -27,7 +97,7 @@ class LessIsMore(Ranked):
             return None
         groups = find_prefix_groups(slots, torch.where(seq_lens > self.budget, seq_lens, 1), granule=granule)
         # Sets are shorter than what they are chosen from, and a part of a few tokens costs more than it saves.
-        in_sets, counts = groups_of_sets(seq_lens, groups, smallest=max(1, granule // 4), **self.sizes)
+        in_sets, counts = groups_of_sets(seq_lens, groups, self.sizes, smallest=max(1, granule // 4))
         return SharedSets(groups, in_sets, counts)
 
     def choose(
@@ -36,12 +106,44 @@ class LessIsMore(Ranked):
         """See `lim_kernels.choose_tokens`, and `choose_for_groups` for rows that choose together."""
         if shared is None:
             return super().choose(scores, seq_lens, slots)
-        return choose_for_groups(
-            scores,
-            seq_lens,
-            shared.groups,
-            # The scores of rows are combined as those of ranks.
-            combine=self.rank_reduction[self.aggregate],
-            slots=slots,
-            **self.sizes,
-        )
+        # The scores of rows are combined as those of ranks.
+        assert self.rank_reduction is not None
+        return choose_for_groups(scores, seq_lens, shared.groups, self.sizes, combine=self.rank_reduction, slots=slots)
+
+    def settings(self) -> dict[str, object]:
+        """The sinks that sets have."""
+        return {**super().settings(), "sinks": self.sizes.sinks}
+
+    def conflicts(self) -> list[str]:
+        """Sets of one size and for all heads are what outlives a step, and what rows choose together."""
+        found = super().conflicts() + beside_sinks(self.budget, self.sinks)
+        interval = [f"--lim-selection-interval {self.selection_interval}"] * (self.selection_interval > 1)
+        early = ["--lim-early-sets on"] * self.early_sets
+        group = ["--lim-prefix-selection group"] * (self.prefix_selection == "group")
+        adaptive = self._adaptive_flags()
+        for kept in group:
+            found += leave_one_out(adaptive, f"sizes each set by itself, not {kept}")
+            for one in interval:
+                found.append(
+                    f"{kept}: requests that share a prefix select at different steps with {one}; leave one of them out"
+                )
+            for one in early:
+                found.append(f"{one} keeps whole sets, and {kept} chooses smaller ones; leave one of them out")
+        for kept in early + interval:
+            found += leave_one_out(adaptive, f"makes sets of different sizes, and {kept} keeps them")
+        if self.per_kv_head:
+            found += leave_one_out(group + early + interval, "takes one set a request, not --lim-scope kv_head")
+        if self.early_sets and self.selection_layers[:1] == (0,):
+            found.append("--lim-early-sets on: no layer comes before --lim-selection-layers 0; leave the flag out")
+        return found
+
+    def recording_problems(self) -> list[str]:
+        """Calibration asks what one selection a layer, step and request would cover."""
+        reason = "calibration records what each request selects anew at every step; leave the flag out"
+        flags = [*self.flags_that_follow_writes(), *([self.needs_prefix_groups] if self.needs_prefix_groups else [])]
+        return super().recording_problems() + [f"{flag}: {reason}" for flag in flags]
+
+    def flags_that_follow_writes(self) -> list[str]:
+        """Sets that outlive a step hold positions of slots that nobody may write unseen."""
+        interval = [f"--lim-selection-interval {self.selection_interval}"] * (self.selection_interval > 1)
+        return interval + ["--lim-early-sets on"] * self.early_sets

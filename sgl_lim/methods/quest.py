@@ -2,38 +2,46 @@
 
 Of each page of 16 tokens the elementwise minimum and maximum of its keys are kept. At every decode step each layer
 after the first two takes the pages with the largest bound, and attends to these alone. By its own rule a set is what
-ranks best and the page of the current token: there are neither sinks nor a window, so `recency` and `sinks` are 0
-whatever was asked for. The paper has a set for each query head. Here each KV head has one, by the largest bound of its
-query heads (`max`), because query heads that read one KV head read its tokens together; with as many KV heads as query
-heads the two are the same.
+ranks best and the page of the current token: there are neither sinks nor a window. The paper has a set for each query
+head. Here each KV head has one, by the largest bound of its query heads, because query heads that read one KV head read
+its tokens together; with as many KV heads as query heads the two are the same.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from lim_kernels import choose_tokens, expand_pages, score_pages
+from lim_kernels import SetSizes, choose_tokens, expand_pages, score_pages
 from lim_kernels.page_bounds import PAGE, PageBounds
-from sgl_lim.methods.base import Method, Role
+from sgl_lim.methods.base import Budgeted, Role
+from sgl_lim.methods.parameters import Choice, parameter
 
 DENSE_LAYERS = 2
 """The paper leaves so many dense: their attention is not sparse."""
 
 
 @dataclass(frozen=True)
-class Quest(Method):
+class Quest(Budgeted):
     """Every layer from the third on chooses whole pages for each KV head."""
 
     name = "quest"
-    scopes = ("kv_head",)
     page = PAGE
-    has_selection_layers = False
 
-    def __post_init__(self) -> None:
-        if self.budget % PAGE:
-            raise ValueError(f"quest: expected a budget that is a multiple of {PAGE}, got {self.budget}")
-        for field, value in (("recency", 0), ("sinks", 0), ("aggregate", "max")):
-            object.__setattr__(self, field, value)
+    scope: str = parameter("kv_head", Choice(("kv_head",)), "Each KV head has a set")
+
+    @property
+    def per_kv_head(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def sizes_vary(self) -> bool:
+        """The last page of a row need not be full."""
+        return True
+
+    def flags_that_follow_writes(self) -> list[str]:
+        """Bounds are learnt from the keys that are written."""
+        return [f"--lim-method {self.name}"]
 
     def role(self, layer: int) -> Role:
         """The first two layers are dense, every other chooses for itself."""
@@ -44,5 +52,6 @@ class Quest(Method):
         scores = score_pages(q, bounds, slots, seq_lens, score_beyond=self.budget)
         heads = scores.shape[:2]
         in_row = ((seq_lens + PAGE - 1) // PAGE).repeat_interleave(heads[1])
-        pages, _ = choose_tokens(scores.flatten(0, 1), in_row, budget=self.budget // PAGE, recent=1, sinks=0)
+        sizes = SetSizes(budget=self.budget // PAGE, recent=1, sinks=0)
+        pages, _ = choose_tokens(scores.flatten(0, 1), in_row, sizes)
         return expand_pages(pages.unflatten(0, heads), slots, seq_lens)

@@ -1,87 +1,149 @@
 """What methods share that rank tokens at selection layers, and whose other layers attend to what was chosen there."""
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from lim_kernels import adapt_budgets, choose_tokens, score_tokens
-from sgl_lim.methods.base import Method, Role, SharedSets
+from lim_kernels import SetSizes, adapt_budgets, choose_tokens, score_tokens
+from lim_kernels.select_tokens import AGGREGATES, MAX_UNION
+from sgl_lim.methods.base import Budgeted, HeadsOfRank, Role, SharedSets, selecting_role
+from sgl_lim.methods.parameters import Choice, Share, Whole, parameter
+from sgl_lim.methods.selection_layers import selection_layers_parameter
+
+_UNWEIGHED = "weighs no tokens"
 
 
 @dataclass(frozen=True)
-class Ranked(Method):
-    """A set is sinks, the best-ranked candidates and a window, for all heads or for each KV head."""
+class Ranked(Budgeted):
+    """A set is what ranks best, for all heads or for each KV head; subclasses may keep sinks and a window beside."""
+
+    aggregate: str = parameter("union", Choice(AGGREGATES), "How heads agree on one set")
+    selection_layers: tuple[int, ...] = selection_layers_parameter()
+    top_p: float | None = parameter(
+        None,
+        Share(metavar="P", inside=True, hint="; leave it out for whole budgets"),
+        "Sets have no more tokens than hold this share of the attention (default: always the whole budget)",
+        missing=_UNWEIGHED,
+    )
+    top_p_floor: int | None = parameter(
+        None,
+        Whole(),
+        "Tokens that sets have at least with --lim-top-p (default: an eighth of the budget)",
+        missing=_UNWEIGHED,
+    )
 
     @property
-    def middle(self) -> int:
-        """Tokens chosen by rank: floor(K (1 - r))."""
-        return math.floor(round(self.budget * (1 - self.recency), 6))
+    def sizes(self) -> SetSizes:
+        """Budget, recency window and sinks of a set."""
+        return SetSizes(budget=self.budget, recent=0, sinks=0)
 
     @property
-    def kept_sinks(self) -> int:
-        """Sinks, or none where the recency share does not cover them."""
-        return self.sinks if self.budget - self.middle >= self.sinks else 0
+    def window_varies(self) -> bool:
+        """Whether each set finds its window's length, up to that in `sizes`."""
+        return False
 
     @property
-    def recent(self) -> int:
-        """Length of the recency window."""
-        return self.budget - self.middle - self.kept_sinks
+    def sizes_vary(self) -> bool:
+        """With `top_p` sets have as few tokens as hold the share."""
+        return self.top_p is not None
 
     @property
-    def sizes(self) -> dict[str, Any]:
-        """`budget`, `recent` and `sinks` as the operators take them."""
-        return {"budget": self.budget, "recent": self.recent, "sinks": self.kept_sinks}
+    def floor(self) -> int:
+        """Tokens in a set at least, with `top_p`."""
+        return max(1, self.budget // 8) if self.top_p_floor is None else self.top_p_floor
+
+    @property
+    def rank_reduction(self) -> str | None:
+        """KV heads are not split over ranks, so their own sets need no combining."""
+        if self.per_kv_head:
+            return None
+        return "logsumexp" if self.aggregate == "sum" else "max"
 
     def role(self, layer: int) -> Role:
         """Selection layers choose, layers before the first are dense, all others are sparse."""
-        if layer in self.selection_layers:
-            return Role.SELECT
-        return Role.DENSE if layer < self.selection_layers[0] else Role.SPARSE
+        return selecting_role(layer, self.selection_layers)
 
-    def score(
-        self, logits: Tensor, seq_lens: Tensor, *, lse: Tensor, kv_heads: int, first_head: int, num_heads: int
-    ) -> Tensor:
+    def score(self, logits: Tensor, seq_lens: Tensor, *, lse: Tensor, kv_heads: int, heads: HeadsOfRank) -> Tensor:
         """See `lim_kernels.score_tokens`; KV heads are ranked as if each were a row of its own."""
-        sizes: dict[str, Any] = {**self.sizes, "aggregate": self.aggregate}
         if not self.per_kv_head:
-            return score_tokens(logits, seq_lens, lse=lse, first_head=first_head, num_heads=num_heads, **sizes)
+            return score_tokens(
+                logits,
+                seq_lens,
+                self.sizes,
+                aggregate=self.aggregate,
+                first_head=heads.first,
+                num_heads=heads.all,
+                lse=lse,
+            )
         batch = len(seq_lens)
         # [B * H_kv, H / H_kv, L], a view
         logits, lse = (tensor.unflatten(1, (kv_heads, -1)).flatten(0, 1) for tensor in (logits, lse))
-        scores = score_tokens(logits, seq_lens.repeat_interleave(kv_heads), lse=lse, **sizes)
-        return scores.unflatten(0, (batch, kv_heads))
-
-    def own_sizes(self, scores: Tensor, seq_lens: Tensor) -> dict[str, Any]:
-        """`budgets` and `recents` of rows of scores [R, L] for `choose_tokens`; none where all have the method's."""
-        if self.top_p is None and not self.auto_recency:
-            return {}
-        budgets, recents = adapt_budgets(
-            scores,
-            seq_lens,
-            budget=self.budget,
-            recent=None if self.auto_recency else self.recent,
-            sinks=self.kept_sinks,
-            top_p=self.top_p,
-            floor=self.top_p_floor,
-        )
-        return {"budgets": budgets, "recents": recents}
+        lens = seq_lens.repeat_interleave(kv_heads)
+        return score_tokens(logits, lens, self.sizes, aggregate=self.aggregate, lse=lse).unflatten(0, (batch, kv_heads))
 
     def choose(
         self, scores: Tensor, seq_lens: Tensor, slots: Tensor | None, shared: SharedSets | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `lim_kernels.choose_tokens`."""
         if not self.per_kv_head:
-            return choose_tokens(scores, seq_lens, slots=slots, **self.sizes, **self.own_sizes(scores, seq_lens))
+            return self._choose_rows(scores, seq_lens, slots)
         batch, kv_heads, length = scores.shape
-        scores, lens = scores.flatten(0, 1), seq_lens.repeat_interleave(kv_heads)
         chosen, counts = (
             tensor.unflatten(0, (batch, kv_heads))
-            for tensor in choose_tokens(scores, lens, **self.sizes, **self.own_sizes(scores, lens))
+            for tensor in self._choose_rows(scores.flatten(0, 1), seq_lens.repeat_interleave(kv_heads), None)
         )
         if slots is None:
             return chosen, counts
         # No head has more tokens than the snapshot is wide, and a budget may be much wider.
         positions = chosen[:, :, :length].clamp(min=0).long()
         return slots.unsqueeze(1).expand(-1, kv_heads, -1).gather(2, positions), counts
+
+    def _choose_rows(self, scores: Tensor, seq_lens: Tensor, slots: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The set of each row of scores [R, L]."""
+        budgets, recents = None, None
+        if self.sizes_vary or self.window_varies:
+            budgets, recents = adapt_budgets(
+                scores,
+                seq_lens,
+                self.sizes,
+                find_recent=self.window_varies,
+                top_p=self.top_p,
+                floor=self.floor if self.sizes_vary else 1,
+            )
+        return choose_tokens(scores, seq_lens, self.sizes, slots=slots, budgets=budgets, recents=recents)
+
+    def settings(self) -> dict[str, object]:
+        """The floor in force, if there is one."""
+        return {**super().settings(), "top_p_floor": self.floor if self.sizes_vary else None}
+
+    def conflicts(self) -> list[str]:
+        """What sizes that follow the attention cannot be combined with."""
+        found = super().conflicts()
+        if self.aggregate == "union":
+            reason = "needs the weights of tokens, and --lim-aggregate union ranks by place; take sum or max"
+            found += [f"{flag} {reason}" for flag in self._adaptive_flags()]
+        if self.top_p_floor is not None:
+            if self.top_p_floor > self.budget:
+                found.append(f"--lim-top-p-floor {self.top_p_floor} exceeds --lim-budget {self.budget}; lower it")
+            if self.top_p is None:
+                found.append("--lim-top-p-floor does nothing without --lim-top-p; leave it out")
+        return found
+
+    def device_problems(self, device: str) -> list[str]:
+        """The kernel of the union has a largest budget."""
+        if device != "cuda" or self.aggregate != "union" or self.budget <= MAX_UNION:
+            return []
+        return [
+            f"--lim-budget {self.budget} is more than union ranks on a GPU; use at most {MAX_UNION}, or "
+            "--lim-aggregate max"
+        ]
+
+    def recording_problems(self) -> list[str]:
+        """Calibration records given budgets."""
+        reason = "finds budgets, and calibration records given ones; leave the flag out"
+        return [f"{flag} {reason}" for flag in self._adaptive_flags()]
+
+    def _adaptive_flags(self) -> list[str]:
+        """Flags, as typed, by which sizes follow the attention."""
+        flags = [] if self.top_p is None else [f"--lim-top-p {self.top_p}"]
+        return flags + ["--lim-recency auto"] * self.window_varies

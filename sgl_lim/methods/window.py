@@ -5,14 +5,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sgl_lim.methods.base import Method, Role
+from sgl_lim.methods.base import Budgeted, Role, beside_sinks
+from sgl_lim.methods.selection_layers import selection_layers_parameter, sinks_parameter
 
 
 @dataclass(frozen=True)
-class Window(Method):
-    """Same dense layers as `lessismore`; every layer from the first selection layer on sees sinks and window."""
+class Window(Budgeted):
+    """Same dense layers as LessIsMore; every layer from the first selection layer on sees sinks and window."""
 
     name = "window"
+
+    sinks: int = sinks_parameter()
+    selection_layers: tuple[int, ...] = selection_layers_parameter()
+
+    def conflicts(self) -> list[str]:
+        """Something has to be left for the window."""
+        return super().conflicts() + beside_sinks(self.budget, self.sinks)
 
     def role(self, layer: int) -> Role:
         """Dense before the first selection layer, sparse from it on."""

@@ -1,13 +1,14 @@
 """What sparse decode saved, counted on the KV pool's device so that a step never waits for it."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lim_kernels.count_step import TOTALS, Ledger, count_sets, count_step
-from lim_kernels.prefix_groups import PrefixGroups
-from sgl_lim.methods import Method, Role, SharedSets
+from sgl_lim.methods import Role
+from sgl_lim.serving.reads import Plan
 
 
 class Counters:
@@ -20,11 +21,9 @@ class Counters:
     `requests` counts requests that decoded (one that was retracted and resumed counts again).
     """
 
-    def __init__(self, method: Method, num_layers: int, num_rows: int, device: torch.device) -> None:
-        roles = method.layer_roles(num_layers)
-        self._budget = method.budget
-        self._layers = {role: roles.count(role) for role in Role}
-        self._roles = roles
+    def __init__(self, budget: int, roles: Sequence[Role], num_rows: int, device: torch.device) -> None:
+        self._budget, self._roles = budget, tuple(roles)
+        self._layers = {role: self._roles.count(role) for role in Role}
         self._ledger = Ledger(
             totals=torch.zeros(len(TOTALS), dtype=torch.int64, device=device),
             seen=torch.full((num_rows,), -1, dtype=torch.int64, device=device),
@@ -60,56 +59,46 @@ class Counters:
         source = generations.pin_memory() if self._generations.is_cuda else generations
         self._generations.copy_(source, non_blocking=True)
 
-    def record(
-        self,
-        rows: Tensor,
-        seq_lens: Tensor,
-        groups: PrefixGroups | None = None,
-        grouped_roles: tuple[Role, ...] = (),
-        acts: Tensor | None = None,
-        shared: SharedSets | None = None,
-    ) -> None:
+    def record(self, rows: Tensor, plan: Plan) -> None:
         """Count one decode step; may be captured in a graph.
 
         Args:
             rows: int32 or int64 [B], rows of the request pool; row 0 only pads a captured graph.
-            seq_lens: int32 or int64 [B].
-            groups: the batch's prefix groups; grouped_roles: roles of the layers that read a group once.
-            acts: as in `count_step`.
-            shared: the sets' groups, where sparse layers read them once.
         """
+        groups, grouped_layers = plan.counted_groups(self._layers)
         count_step(
             self._ledger,
             rows,
             self._generations,
-            seq_lens,
+            plan.seq_lens,
             budget=self._budget,
-            num_layers=sum(self._layers.values()),
+            num_layers=len(self._roles),
             sparse_layers=self._layers[Role.SPARSE] + self._layers[Role.OWN],
             selection_layers=self._layers[Role.SELECT] + self._layers[Role.OWN],
-            acts=acts,
+            acts=None if plan.kept is None else plan.kept.acts,
             early_layers=self._layers[Role.DENSE],
             groups=groups,
-            grouped_layers=sum(self._layers[role] for role in grouped_roles),
-            set_groups=None if shared is None else shared.in_sets,
-            set_counts=None if shared is None else shared.counts,
+            grouped_layers=grouped_layers,
+            set_groups=plan.set_groups,
+            set_counts=None if plan.shared is None else plan.shared.counts,
         )
 
-    def record_sets(self, layer: int, rows: Tensor, seq_lens: Tensor, set_counts: Tensor) -> None:
-        """Count the sets that a layer chose as long as they are; after `record`, may be captured in a graph.
+    def record_sets(self, layer: int, rows: Tensor, plan: Plan) -> None:
+        """Count the set in force as long as it is; after `record`, may be captured in a graph.
 
         Args:
-            layer: which chose them; the sparse layers from there to the next selection attend to them. Of layers that
+            layer: which chose it; the sparse layers from there to the next selection attend to it. Of layers that
                 choose for themselves the first speaks for all, as their sets are as long.
-            rows, seq_lens: as `record` had them; set_counts: int32 [B] or [B, H_kv].
+            rows: as `record` had them.
         """
+        assert plan.chosen is not None
         if self._roles[layer] is Role.OWN:
             layers = self._layers[Role.OWN] if self._roles.index(Role.OWN) == layer else 0
         else:
             readers = itertools.takewhile(lambda role: role is Role.SPARSE, self._roles[layer + 1 :])
             layers = sum(1 for _ in readers)
         if layers:
-            count_sets(self._ledger, rows, seq_lens, set_counts, budget=self._budget, layers=layers)
+            count_sets(self._ledger, rows, plan.seq_lens, plan.chosen.ends, budget=self._budget, layers=layers)
 
     @property
     def generations(self) -> Tensor:

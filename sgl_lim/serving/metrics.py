@@ -2,16 +2,15 @@
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sgl_lim.methods import Role
+from sgl_lim.methods.parameters import parameters_of
 from sgl_lim.serving.counters import named
-
-if TYPE_CHECKING:
-    from sgl_lim.serving.backend import SparseDecode
+from sgl_lim.serving.state import LimState
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ class _Reading:
 class _State:
     """The backend of this scheduler process, and when its counters were last published."""
 
-    lim: "SparseDecode | None" = None
+    lim: LimState | None = None
     model_name = ""
     enabled = False
     published: _Published | None = None
@@ -84,7 +83,7 @@ class _State:
     last = 0.0
 
 
-def announce(lim: "SparseDecode", runner: Any) -> None:
+def announce(lim: LimState, runner: Any) -> None:
     """Log the one line that says what is on, and make `lim` the backend that `describe` and the metrics show."""
     from sglang.srt.distributed.parallel_state import get_attn_tp_group
 
@@ -96,45 +95,34 @@ def announce(lim: "SparseDecode", runner: Any) -> None:
         logger.info("sgl-lim is on: %s", summary(lim))
 
 
-def settings(lim: "SparseDecode") -> dict[str, Any]:
+def settings(lim: LimState) -> dict[str, Any]:
     """Configuration as resolved, builtins only."""
-    method = lim.method
     return {
-        "method": method.name,
-        "budget": method.budget,
-        "recency": "auto" if method.auto_recency else method.recency,
-        "sinks": method.kept_sinks,
-        "aggregate": method.aggregate,
-        "scope": method.scope,
-        "top_p": method.top_p,
-        "top_p_floor": None if method.top_p is None else method.top_p_floor,
-        "selection_layers": list(method.selection_layers),
+        "method": lim.method.name,
+        **lim.method.settings(),
         "selection_layers_from": lim.layers_from,
         "layer_roles": [role.value for role in lim.roles],
         "dense_backend": lim.dense_backend,
         "prefix_groups": lim.granule is not None,
-        "prefix_selection": method.prefix_selection,
-        "selection_interval": 1 if lim.store is None else lim.store.interval,
-        "early_sets": lim.store is not None and lim.store.early,
     }
 
 
-def summary(lim: "SparseDecode") -> str:
-    """One line: method, budget, layer plan, dense backend."""
-    named = settings(lim)
+def summary(lim: LimState) -> str:
+    """One line: method, its parameters that are set, layer plan, dense backend."""
+    shown, own = settings(lim), parameters_of(type(lim.method))
     kinds = [role.value for role in Role if role is not Role.OWN or Role.OWN in lim.roles]
-    counts = [str(named["layer_roles"].count(kind)) for kind in kinds]
-    return (
-        f"method {named['method']}, budget {named['budget']} (recency {named['recency']}, sinks {named['sinks']}, "
-        f"aggregate {named['aggregate']}, scope {named['scope']}), "
-        f"selection layers {','.join(map(str, named['selection_layers'])) or 'none'} "
-        f"({named['selection_layers_from']}), layers {'/'.join(kinds)} {'/'.join(counts)}, "
-        f"dense backend {named['dense_backend']}, "
-        f"prefix groups {'on' if named['prefix_groups'] else 'off'}, "
-        f"prefix selection {named['prefix_selection']}, selection interval {named['selection_interval']}, "
-        f"early sets {'on' if named['early_sets'] else 'off'}"
-        + ("" if lim.method.top_p is None else f", top-p {named['top_p']} from {named['top_p_floor']} tokens on")
-        + ("" if lim.recorder is None else f", recording budgets {','.join(map(str, lim.recorder.budgets))}")
+    counts = [str(shown["layer_roles"].count(kind)) for kind in kinds]
+    values = {name: shown[name] for name in own if shown[name] is not None}
+    return ", ".join(
+        [
+            f"method {lim.method.name}",
+            *(f"{name.replace('_', ' ')} {own[name].form.show(value)}" for name, value in values.items()),
+            f"selection layers from {lim.layers_from}",
+            f"layers {'/'.join(kinds)} {'/'.join(counts)}",
+            f"dense backend {lim.dense_backend}",
+            f"prefix groups {'on' if shown['prefix_groups'] else 'off'}",
+            *(() if lim.recorder is None else (f"recording budgets {','.join(map(str, lim.recorder.budgets))}",)),
+        ]
     )
 
 
@@ -148,7 +136,7 @@ def describe() -> dict[str, Any] | None:
     return block
 
 
-def after_step(lim: "SparseDecode") -> None:
+def after_step(lim: LimState) -> None:
     """Called once a decode step: publish at most every few seconds, without ever waiting for a device."""
     _State.dirty = True
     if not _State.enabled:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from lim_kernels import decode_with_scores
+from sgl_lim.methods import HeadsOfRank
 from sgl_lim.methods.ranked import Ranked
-from sgl_lim.serving.decode import DecodeStep, HeadShare, Scales
+from sgl_lim.serving.layer import CombineRanks, LayerInput
+from sgl_lim.serving.reads import Plan, score_together
 
 
 class Recorder:
@@ -22,15 +24,23 @@ class Recorder:
     Args:
         rules: the method under calibration, once a budget; budgets increase, scope and aggregate are the same.
         num_layers: of the model, which run in order from 0 in every step.
-        heads: this rank's query heads. Every rank of a tensor-parallel group comes to the sums over all heads.
+        heads: this rank's query heads; combine_ranks: None where these are all. Every rank of a tensor-parallel group
+            comes to the sums over all heads.
         device: of the KV pool.
     """
 
-    def __init__(self, rules: Sequence[Ranked], num_layers: int, heads: HeadShare, device: torch.device | str) -> None:
-        self._rules, self._num_layers, self._heads = tuple(rules), num_layers, heads
+    def __init__(
+        self,
+        rules: Sequence[Ranked],
+        num_layers: int,
+        heads: HeadsOfRank,
+        combine_ranks: CombineRanks | None,
+        device: torch.device | str,
+    ) -> None:
+        self._rules, self._num_layers, self._heads, self._combine_ranks = tuple(rules), num_layers, heads, combine_ranks
         self._sums = torch.zeros(len(rules), num_layers, num_layers, dtype=torch.float64, device=device)
         self._rows = torch.zeros(len(rules), dtype=torch.int64, device=device)
-        self._step: DecodeStep | None = None
+        self._plan: Plan | None = None
         self._next_layer = 0
         # By index of a rule whose budget some row of the step exceeds: int64 [layers, B, 1 or H_kv, K] positions.
         self._sets: dict[int, Tensor] = {}
@@ -48,23 +58,8 @@ class Recorder:
         """
         return {"budgets": list(self.budgets), "rows": self._rows.tolist(), "sums": self._sums.tolist()}
 
-    def attend(
-        self,
-        layer: int,
-        step: DecodeStep,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        *,
-        scales: Scales,
-        rows_at_once: int | None = None,
-    ) -> Tensor:
-        """Full attention of one layer, recorded.
-
-        Args:
-            layer: from 0, in order within a step.
-            q: [B, H, D]; k_cache, v_cache: [num_slots, H_kv, D] and [num_slots, H_kv, D_v], current token stored.
-            rows_at_once: how many rows are scored together, None for all: logits take 4·H·L bytes a row.
+    def attend(self, layer: int, plan: Plan, operands: LayerInput) -> Tensor:
+        """Full attention of one layer, recorded; layers come from 0, in order within a step.
 
         Returns:
             [B, H, D_v] in q's dtype.
@@ -72,36 +67,34 @@ class Recorder:
         Raises:
             RuntimeError: inside a CUDA graph, which would replay without recording, or layers out of order.
         """
+        q, k_cache, v_cache, scaling = operands.q, operands.k_cache, operands.v_cache, operands.scaling
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "recording cannot be captured in a CUDA graph; start with --cuda-graph-backend-decode disabled"
             )
-        self._enter(layer, step, k_cache.shape[1])
-        batch, smallest = q.shape[0], self._rules[0].budget
-        rows_at_once = rows_at_once or batch
-        outs = []
-        for first in range(0, batch, rows_at_once):
-            rows = slice(first, first + rows_at_once)
-            lens = step.seq_lens[rows]
+        self._enter(layer, plan, k_cache.shape[1])
+        slots, smallest, outs = plan.context.slots, self._rules[0].budget, []
+        for rows in score_together(len(q), slots.shape[1], q.shape[1]):
+            lens = plan.seq_lens[rows]
             out, lse, logits = decode_with_scores(
-                q[rows], k_cache, v_cache, step.slots[rows], lens, score_beyond=smallest, **vars(scales)
+                q[rows], k_cache, v_cache, slots[rows], lens, scaling, score_beyond=smallest
             )
             outs.append(out)
             if self._sets:
                 self._record(layer, rows, lens, logits, lse, k_cache.shape[1])
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _enter(self, layer: int, step: DecodeStep, kv_heads: int) -> None:
+    def _enter(self, layer: int, plan: Plan, kv_heads: int) -> None:
         """Check that layers come in order, and make room for the sets of a new step."""
         if layer == 0:
-            self._step, self._next_layer, self._sets = step, 0, {}
-            batch, longest = step.slots.shape
+            self._plan, self._next_layer, self._sets = plan, 0, {}
+            batch, longest = plan.context.slots.shape
             for index, rule in enumerate(self._rules):
                 if rule.budget < longest:
-                    self._rows[index] += (step.seq_lens > rule.budget).sum()
+                    self._rows[index] += (plan.seq_lens > rule.budget).sum()
                     shape = (self._num_layers, batch, kv_heads if rule.per_kv_head else 1, rule.budget)
-                    self._sets[index] = torch.zeros(shape, dtype=torch.int64, device=step.slots.device)
-        if step is not self._step or layer != self._next_layer:
+                    self._sets[index] = torch.zeros(shape, dtype=torch.int64, device=plan.context.slots.device)
+        if plan is not self._plan or layer != self._next_layer:
             raise RuntimeError(f"layer {layer} ran where layer {self._next_layer} of the same step was to be recorded")
         self._next_layer += 1
 
@@ -120,22 +113,19 @@ class Recorder:
 
     def _choose(self, rule: Ranked, lens: Tensor, logits: Tensor, lse: Tensor, kv_heads: int) -> Tensor:
         """int64 [b, 1 or H_kv, K]: positions that the rule takes, L where it takes fewer than K."""
-        heads = self._heads
-        scores = rule.score(
-            logits, lens, lse=lse, kv_heads=kv_heads, first_head=heads.first_head, num_heads=heads.num_heads
-        )
-        if heads.reduce is not None and not rule.per_kv_head:
-            scores = heads.reduce(scores, rule.rank_reduction[rule.aggregate])
+        scores = rule.score(logits, lens, lse=lse, kv_heads=kv_heads, heads=self._heads)
+        if self._combine_ranks is not None and rule.rank_reduction is not None:
+            scores = self._combine_ranks(scores, rule.rank_reduction)
         positions, _ = rule.choose(scores, lens, None)
         positions = positions if rule.per_kv_head else positions.unsqueeze(1)
         return positions.masked_fill(positions < 0, logits.shape[2]).long()
 
     def _over_ranks(self, covered: Tensor) -> Tensor:
         """Sums over this rank's heads [S, b] as means over all heads."""
-        reduce = self._heads.reduce
+        combine = self._combine_ranks
         # Ranks can only combine by max or logsumexp.
-        total = covered if reduce is None else reduce(covered.log(), "logsumexp").exp()
-        return total / self._heads.num_heads
+        total = covered if combine is None else combine(covered.log(), "logsumexp").exp()
+        return total / self._heads.all
 
 
 def shares(logits: Tensor, lse: Tensor, seq_lens: Tensor, kv_heads: int) -> Tensor:

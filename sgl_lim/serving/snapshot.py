@@ -17,18 +17,18 @@ class Snapshot:
 
     Args:
         table: int32 [R, T], SGLang's `ReqToTokenPool.req_to_token`.
-        lead: columns of room before each row's slots, for whoever uses the copy.
+        room: columns left free before each row's slots, for whoever uses the copy.
     """
 
     slots: Tensor
     """int32 [B, L], KV slot of each position of the rows copied last; what lies beyond a row's length is undefined."""
     extended: Tensor
-    """int32 [B, lead + L], `slots` with the room before them."""
+    """int32 [B, room + L], `slots` with the columns before them."""
 
-    def __init__(self, table: Tensor, lead: int = 0) -> None:
-        self._table, self._lead = table, lead
+    def __init__(self, table: Tensor, room: int = 0) -> None:
+        self._table, self._room = table, room
         # Aligned rows load faster.
-        self._width = lead + -(-table.shape[1] // 16) * 16
+        self._width = room + -(-table.shape[1] // 16) * 16
         self._captured = self._allocate(0)
         self._eager = self._allocate(0)
 
@@ -48,14 +48,14 @@ class Snapshot:
         if not captured and batch > len(self._eager):
             self._eager = self._allocate(batch)
         extended = (self._captured if captured else self._eager)[:batch]
-        slots = extended[:, self._lead :]
+        slots = extended[:, self._room :]
         # SGLang may leave lengths out on the host to avoid waiting for the device.
         on_host = forward_batch.seq_lens_cpu
         longest = self._table.shape[1] if on_host is None else int(on_host[:batch].max())
         torch.index_select(self._table[:, :longest], 0, forward_batch.req_pool_indices, out=slots[:, :longest])
         # Eagerly, what follows is sized by the longest row.
-        self.extended = extended if captured else extended[:, : self._lead + longest]
-        self.slots = self.extended[:, self._lead :]
+        self.extended = extended if captured else extended[:, : self._room + longest]
+        self.slots = self.extended[:, self._room :]
 
     def _allocate(self, rows: int) -> Tensor:
         # Zeros are the reserved padding slot, so that even a wrong read stays inside the pool.

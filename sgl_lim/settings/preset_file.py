@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sgl_lim.settings.config import LimConfig
+from sgl_lim.methods import Method
 
 FORMAT = "sgl-lim-preset/1"
-_COMPARED = ("method", "aggregate", "recency", "sinks", "scope")
+COMPARED = ("method", "aggregate", "recency", "sinks", "scope")
 
 
 class PresetError(ValueError):
@@ -50,20 +50,30 @@ class PresetFile:
         """The entry whose budget is nearest by ratio; of two as near, the smaller."""
         return min(self.entries, key=lambda entry: (abs(math.log(entry.budget / budget)), entry.budget))
 
-    def differences(self, config: LimConfig) -> list[str]:
+    def differences(self, method: Method) -> list[str]:
         """Parameters of the calibrated rule that are not the server's, as `aggregate max, not union`.
 
         Of another method only the name: its other parameters mean something else.
         """
-        served = {**vars(config), "scope": config.scope or self.rule["scope"]}
-        names = _COMPARED if config.method == self.rule["method"] else ("method",)
-        return [f"{name} {self.rule[name]}, not {served[name]}" for name in names if self.rule[name] != served[name]]
+        served = rule_of(method)
+        names = served if method.name == self.rule["method"] else ("method",)
+        return [
+            f"{name} {self.rule[name]}, not {served[name]}"
+            for name in names
+            if name in self.rule and self.rule[name] != served[name]
+        ]
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all. Raises OSError."""
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n")
         partial.replace(path)
+
+
+def rule_of(method: Method) -> dict[str, Any]:
+    """What of a method's parameters decides which layers fit it."""
+    values = {"method": method.name, **method.settings()}
+    return {name: values[name] for name in COMPARED if name in values}
 
 
 def load(path: str) -> PresetFile:
@@ -86,8 +96,11 @@ def load(path: str) -> PresetFile:
         raise PresetError(f"{path}: entries must be a list of at least one, got {entries!r}")
     if not all(isinstance(content[name], dict) for name in ("rule", "calibration")):
         raise PresetError(f"{path}: rule and calibration must be objects")
-    if sorted(content["rule"]) != sorted(_COMPARED):
-        raise PresetError(f"{path}: rule must have {', '.join(_COMPARED)}, got {', '.join(sorted(content['rule']))}")
+    if "method" not in content["rule"] or not set(content["rule"]) <= set(COMPARED):
+        raise PresetError(
+            f"{path}: rule must have method and may have {', '.join(COMPARED[1:])}, got "
+            f"{', '.join(sorted(content['rule']))}"
+        )
     if not _is_count(content["num_layers"]) or not isinstance(content["architecture"], str):
         raise PresetError(f"{path}: num_layers must be a positive integer and architecture a text")
     parsed = tuple(_entry(path, entry, content["num_layers"]) for entry in entries)

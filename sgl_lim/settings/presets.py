@@ -4,8 +4,9 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from sgl_lim.methods import METHODS
 from sgl_lim.settings import preset_file
+from sgl_lim.methods import Method
+from sgl_lim.methods.parameters import flag, parameters_of
 from sgl_lim.settings.config import LimConfig
 
 logger = logging.getLogger(__name__)
@@ -61,23 +62,30 @@ def resolve_layers(config: LimConfig, model: Any) -> tuple[tuple[int, ...], str]
     Raises:
         preset_file.PresetError: the preset file cannot be used with this model.
     """
-    kind = METHODS[config.method]
-    if not kind.has_selection_layers:
-        asked = {"--lim-selection-layers": config.selection_layers, "--lim-preset": config.preset}
-        for flag in (flag for flag, value in asked.items() if value is not None):
-            logger.warning(
-                "sgl-lim: %s does nothing with --lim-method %s, which has no selection layers", flag, kind.name
-            )
-        return (), f"method {kind.name} has none"
+    assert config.kind is not None
+    if "selection_layers" not in parameters_of(config.kind):
+        return (), f"method {config.kind.name} has none"
     if config.selection_layers is not None:
-        return config.selection_layers, "--lim-selection-layers"
+        return config.selection_layers, flag("selection_layers")
     if config.preset is None:
         return selection_layers_for(model.model_path, model.num_hidden_layers)
     preset = preset_file.load_for(config.preset, model)
-    entry = preset.nearest(config.budget)
-    for reason in preset.differences(config):
+    method = config.build()
+    entry = preset.nearest(method.budget)
+    for reason in preset.differences(method):
         logger.warning("sgl-lim: --lim-preset %s was calibrated with %s", config.preset, reason)
     return entry.selection_layers, f"--lim-preset {config.preset}, calibrated at budget {entry.budget}"
+
+
+def resolve_method(config: LimConfig, model: Any) -> tuple[Method, str]:
+    """The configured method for a model, and where its selection layers come from. Arguments as `resolve_layers`."""
+    ignored = config.ignored()
+    if config.preset is not None and "selection_layers" not in parameters_of(type(config.build())):
+        ignored.append(flag("preset"))
+    if ignored:
+        logger.warning("sgl-lim: %s: nothing that --lim-method %s uses", ", ".join(ignored), config.method)
+    layers, source = resolve_layers(config, model)
+    return config.build(selection_layers=layers), source
 
 
 def selection_layers_for(model_path: str, num_layers: int) -> tuple[tuple[int, ...], str]:

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from lim_kernels.select_tokens import MAX_UNION
-from sgl_lim.methods import Full
-from sgl_lim.methods.ranked import Ranked
 from sgl_lim.settings import preset_file
+from sgl_lim.methods import Method
+from sgl_lim.methods.parameters import Increasing, flag, parameters_of
 from sgl_lim.settings.config import LimConfig, RefusedConfig
 
 logger = logging.getLogger(__name__)
@@ -50,11 +49,15 @@ def check_before_weights(config: LimConfig, model_runner: Any) -> None:
     Raises:
         RefusedConfig: with all reasons at once.
     """
-    model, server_args = model_runner.model_config, model_runner.server_args
+    model, server_args, device = model_runner.model_config, model_runner.server_args, model_runner.device
     # Where the runner has it, it is resolved; a server argument may be as the user left it.
     page_size = getattr(model_runner, "page_size", None) or getattr(server_args, "page_size", None) or 1
-    reasons = config.problems() + model_problems(config, model)
-    reasons += server_problems(config, server_args, model_runner.device) + page_problems(config, server_args, page_size)
+    reasons = config.problems() + model_problems(config, model) + server_problems(server_args)
+    reasons += device_problems(config.dense_backend, server_args, device)
+    method = config.sound_method()
+    if method is not None:
+        reasons += method.device_problems(device) + unseen_writes_problems(method, server_args)
+        reasons += page_problems(method, server_args, page_size)
     if reasons:
         raise RefusedConfig(reasons)
 
@@ -72,9 +75,10 @@ def model_problems(config: LimConfig, model: Any) -> list[str]:
     if getattr(model, "is_hybrid_swa", False) or (model.sliding_window_size or 0) > 0:
         found.append(f"sliding-window or hybrid attention already drops tokens by layer; {use_dense}")
     layers, depth = config.selection_layers, model.num_hidden_layers
-    if isinstance(layers, tuple) and all(isinstance(i, int) for i in layers) and max(layers, default=0) >= depth:
+    form = Increasing()
+    if layers is not None and form.problem(layers) is None and layers[-1] >= depth:
         found.append(
-            f"--lim-selection-layers {','.join(map(str, layers))} goes beyond the model's {depth} layers; "
+            f"{flag('selection_layers')} {form.show(layers)} goes beyond the model's {depth} layers; "
             f"choose among 0 to {depth - 1}"
         )
     if isinstance(config.preset, str):
@@ -89,15 +93,18 @@ def preset_problems(config: LimConfig, model: Any) -> list[str]:
         preset = preset_file.load_for(config.preset, model)
     except preset_file.PresetError as error:
         return [f"--lim-preset {error}"]
-    if config.early_sets is True and config.selection_layers is None and not config.problems():
-        layers = preset.nearest(config.budget).selection_layers
-        if layers[0] == 0:
-            return ["--lim-early-sets on: no layer comes before the first of --lim-preset; leave the flag out"]
-    return []
+    if config.selection_layers is not None or config.problems():
+        return []
+    # What the method says of selection layers that a flag names, it says of the file's.
+    layers = preset.nearest(config.build().budget).selection_layers
+    return [
+        f"{reason} (the layers are those of --lim-preset)"
+        for reason in config.build(selection_layers=layers).conflicts()
+    ]
 
 
-def server_problems(config: LimConfig, server_args: Any, device: str) -> list[str]:
-    """Reasons in SGLang's server arguments."""
+def server_problems(server_args: Any) -> list[str]:
+    """Reasons in SGLang's server arguments, whatever the method and the device."""
     found = []
     if not decodes_sparsely(server_args):
         found.append(
@@ -113,12 +120,11 @@ def server_problems(config: LimConfig, server_args: Any, device: str) -> list[st
             "--enable-dp-attention (or --attn-dp-size above 1): selection across its groups is not verified; "
             "leave the flag out"
         )
-    found += memory_problems(config, server_args)
     if getattr(server_args, "dcp_size", 1) > 1:
         found.append("--dcp-size above 1 splits a request's KV over ranks; leave it at 1")
-    for flag in ("enable_two_batch_overlap", "enable_pdmux"):
-        if getattr(server_args, flag, False):
-            found.append(f"--{flag.replace('_', '-')} runs several backends at once; leave the flag out")
+    for name in ("enable_two_batch_overlap", "enable_pdmux"):
+        if getattr(server_args, name, False):
+            found.append(f"--{name.replace('_', '-')} runs several backends at once; leave the flag out")
     if str(server_args.kv_cache_dtype).startswith(("fp4", "nvfp4")):
         found.append(f"--kv-cache-dtype {server_args.kv_cache_dtype}: packed fp4 KV; use auto or fp8_e4m3")
     if server_args.speculative_algorithm and server_args.speculative_draft_attention_backend in (None, BACKEND):
@@ -126,46 +132,40 @@ def server_problems(config: LimConfig, server_args: Any, device: str) -> list[st
             f"--speculative-algorithm {server_args.speculative_algorithm} would draft with this backend; "
             "name a dense one with --speculative-draft-attention-backend"
         )
-    if config.dense_backend is not None and config.dense_backend not in DENSE_BACKENDS:
-        found.append(f"--lim-dense-backend must be one of {', '.join(DENSE_BACKENDS)}, got {config.dense_backend!r}")
+    return found
+
+
+def device_problems(dense: str | None, server_args: Any, device: str) -> list[str]:
+    """Reasons in the dense backend that was asked for, None by default, and in what a device can do."""
+    found = []
+    if dense is not None and dense not in DENSE_BACKENDS:
+        found.append(f"--lim-dense-backend must be one of {', '.join(DENSE_BACKENDS)}, got {dense!r}")
     if device == "cpu":
-        if config.dense_backend not in (None, "torch_native"):
-            found.append(f"--lim-dense-backend {config.dense_backend} needs a GPU; on a CPU leave it out")
+        if dense not in (None, "torch_native"):
+            found.append(f"--lim-dense-backend {dense} needs a GPU; on a CPU leave it out")
         if getattr(server_args, "enable_torch_compile", False):
             found.append("--enable-torch-compile captures decode on CPU, where sets vary in place; leave the flag out")
     elif device == "cuda":
         e5m2 = str(server_args.kv_cache_dtype) == "fp8_e5m2"
-        if e5m2 and (config.dense_backend or default_dense_backend(device)) == "fa3":
+        if e5m2 and (dense or default_dense_backend(device)) == "fa3":
             found.append("--kv-cache-dtype fp8_e5m2 is not read by fa3; use fp8_e4m3 or --lim-dense-backend triton")
-        ranks = config.kind is not None and issubclass(config.kind, Ranked)
-        if ranks and config.aggregate == "union" and config.budget > MAX_UNION:
-            found.append(
-                f"--lim-budget {config.budget} is more than union ranks on a GPU; use at most {MAX_UNION}, or "
-                "--lim-aggregate max"
-            )
         if os.environ.get("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "0").lower() in ("1", "true", "yes", "y"):
             found.append(
                 "SGLANG_ENABLE_METADATA_GLUE_GRAPH records a step's preparation, which must run anew; unset it"
             )
-        if config.dense_backend == "torch_native":
+        if dense == "torch_native":
             found.append("--lim-dense-backend torch_native runs outside CUDA graphs; on a GPU leave it out")
     else:
         found.append(f"--device {device} is not supported; use cuda or cpu")
     return found
 
 
-def memory_problems(config: LimConfig, server_args: Any) -> list[str]:
+def unseen_writes_problems(method: Method, server_args: Any) -> list[str]:
     """Reasons in SGLang's server arguments for each flag that makes us see all that writes KV.
 
     These are flags by which sets outlive a step, and methods that know of each page what it holds.
     """
-    flags = []
-    if _is_above_one(config.selection_interval):
-        flags.append(f"--lim-selection-interval {config.selection_interval}")
-    if config.early_sets is True:
-        flags.append("--lim-early-sets on")
-    if config.kind is not None and config.kind.page > 1:
-        flags.append(f"--lim-method {config.method}")
+    flags = method.flags_that_follow_writes()
     loaders = (
         *("enable_hierarchical_cache", "enable_lmcache", "enable_flexkv", "radix_cache_backend"),
         *("enable_unified_cache_external_linker", "enable_hisparse"),
@@ -173,24 +173,24 @@ def memory_problems(config: LimConfig, server_args: Any) -> list[str]:
     loading = [f"--{name.replace('_', '-')}" for name in loaders if getattr(server_args, name, None)]
     disaggregation = getattr(server_args, "disaggregation_mode", "null")
     found = []
-    for flag in flags:
+    for one in flags:
         if (server_args.prefill_attention_backend or server_args.attention_backend) != BACKEND:
             found.append(
-                f"{flag} has to see which KV slots a prefill writes; name this backend with --attention-backend"
+                f"{one} has to see which KV slots a prefill writes; name this backend with --attention-backend"
             )
-        found += [f"{flag} does not see what {loader} loads; leave one of them out" for loader in loading]
+        found += [f"{one} does not see what {loader} loads; leave one of them out" for loader in loading]
         if disaggregation != "null":
             found.append(
-                f"{flag} does not see what --disaggregation-mode {disaggregation} transfers; leave the flag out"
+                f"{one} does not see what --disaggregation-mode {disaggregation} transfers; leave the flag out"
             )
     return found
 
 
-def page_problems(config: LimConfig, server_args: Any, page_size: int) -> list[str]:
+def page_problems(method: Method, server_args: Any, page_size: int) -> list[str]:
     """Reasons why a method that chooses pages cannot have the server's."""
-    if config.kind is None or config.kind.page == 1:
+    if method.page == 1:
         return []
-    name, page, found = f"--lim-method {config.method}", config.kind.page, []
+    name, page, found = f"--lim-method {method.name}", method.page, []
     if page_size % page:
         found.append(
             f"--page-size {page_size}: {name} chooses pages of {page} tokens, which have to lie together; "
@@ -204,20 +204,18 @@ def page_problems(config: LimConfig, server_args: Any, page_size: int) -> list[s
     return found
 
 
-def _is_above_one(value: object) -> bool:
-    return isinstance(value, int) and value > 1
-
-
 def warn_if_always_dense(config: LimConfig, model: Any) -> None:
     """Say so where no request can outgrow the budget.
 
     Args:
         model: SGLang's model config.
     """
-    if config.record_budgets is None and config.method != Full.name and config.budget >= model.context_len:
+    method = config.build()
+    has_budget = "budget" in parameters_of(type(method))
+    if config.record_budgets is None and has_budget and method.budget >= model.context_len:
         logger.warning(
             "sgl-lim: --lim-budget %d is no less than the context of %d tokens, so that all decode is dense; lower it",
-            config.budget,
+            method.budget,
             model.context_len,
         )
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from forest import Forest
 from kernel_forests import draw_forest, flashinfer_cascades, groups_deviation, level_tables, stored_tokens
-from kernel_operands import Operands, Pool, Shape
+from kernel_operands import Operands, Pool, Shape, attend_and_score
 from kernel_sections import Bench, Row
 from test_kernels import CPU, TINY, CountingTimer, dense, of
 from torch import Tensor
 
 from kernels import parse
-from lim_kernels import decode_with_scores, find_prefix_groups
+from lim_kernels import Scaling, find_prefix_groups
 from lim_kernels.attention import attend
 
 SHAPE = Shape(4, 2, 8, torch.float32)
@@ -138,9 +138,7 @@ class FakeLevel:
             rows = q[self.qo[node] : self.qo[node + 1]]
             pages = self.pages[self.kv[node] : self.kv[node + 1]].expand(len(rows), -1)
             lens = torch.full((len(rows),), pages.shape[1])
-            outs.append(
-                attend(rows, keys, values, pages, lens, scale=self.scale, logit_cap=0.0, k_scale=1.0, v_scale=1.0)
-            )
+            outs.append(attend(rows, keys, values, pages, lens, Scaling(self.scale)))
         return torch.cat([out for out, _, _ in outs]), torch.cat([lse for _, lse, _ in outs])
 
 
@@ -173,7 +171,7 @@ def test_the_levels_handed_to_flashinfer_are_the_forests(name: str, text: str, m
     operands = drawn(Forest.parse(text))
     calls = flashinfer_cascades(SHAPE)[name](operands, Forest.parse(text))
     assert len(calls) == len(operands.slots) * len(operands.caches)
-    for call, theirs in zip(calls, operands.calls(decode_with_scores), strict=True):
+    for call, theirs in zip(calls, operands.calls(attend_and_score), strict=True):
         wanted = theirs()
         assert isinstance(wanted, tuple)
         torch.testing.assert_close(call()[0], wanted[0])

@@ -10,13 +10,13 @@ import kernel_operands
 import kernel_sections
 import pytest
 import torch
-from kernel_operands import COPIED_BYTES, Operands, Pool, Selection, Shape
+from kernel_operands import COPIED_BYTES, Operands, Pool, Selection, Shape, attend_and_score
 from kernel_sections import COLUMNS, DTYPES, SECTIONS, Bench, Measured, Row, make_row
 from torch import Tensor
 
 import kernels
 from kernels import markdown, parse, parse_case
-from lim_kernels import choose_tokens, decode_with_scores
+from lim_kernels import choose_tokens
 
 CPU = torch.device("cpu")
 SELECTION = Selection(budget=8, recent=2, sinks=1)
@@ -49,7 +49,7 @@ class CountingTimer:
 
 def dense(operands: Operands) -> list[Callable[[], tuple[Tensor]]]:
     """A baseline in FA3's place."""
-    return [lambda call=call: call()[:1] for call in operands.calls(decode_with_scores)]  # type: ignore[misc, index]
+    return [lambda call=call: call()[:1] for call in operands.calls(attend_and_score)]  # type: ignore[misc, index]
 
 
 def top_k(scores: Tensor, slots: Tensor, lens: Tensor, k: int) -> Tensor:
@@ -154,7 +154,7 @@ def test_a_wrong_output_has_a_deviation_but_no_time(spoil: Callable[[Tensor], Te
 
 def test_one_wrong_row_of_logits_or_of_the_last_request_is_enough() -> None:
     operands = Pool(Shape(4, 2, 8, torch.bfloat16), 16 * 6 * 40, CPU).draw(6, 40)
-    right = operands.calls(decode_with_scores)[0]()
+    right = operands.calls(attend_and_score)[0]()
     assert isinstance(right, tuple)
     assert kernel_operands.decode_deviation(operands, *right) < 1e-2
     for i in range(3):
@@ -202,7 +202,7 @@ def scores_and_set() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores 0 … 19 of two rows, their lengths, and the reference's set of eight."""
     scores = torch.arange(20.0).repeat(2, 1)
     lens = torch.tensor([20, 15], dtype=torch.int32)
-    return scores, lens, *choose_tokens(scores, lens, budget=8, recent=2, sinks=1)
+    return scores, lens, *choose_tokens(scores, lens, SELECTION)
 
 
 def test_sets_compare_in_any_order_and_every_difference_counts() -> None:

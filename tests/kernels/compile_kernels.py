@@ -19,6 +19,8 @@ from triton.runtime.jit import JITFunction
 
 import lim_kernels
 from lim_kernels import (
+    Scaling,
+    SetSizes,
     adapt_budgets,
     bound_pages,
     choose_for_groups,
@@ -84,32 +86,34 @@ def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def launch_decode(batch, heads, kv_heads, dim, dtype, cache_dtype=None, **how) -> None:
+def launch_decode(batch, heads, kv_heads, dim, dtype, cache_dtype=None, **scales) -> None:
     q = empty(batch, heads, dim, dtype=dtype)
     cache = empty(1 << 16, kv_heads, dim, dtype=cache_dtype or dtype)
     indices = empty(batch, 4096), empty(batch)
-    sparse_decode(q, cache, cache, *indices, scale=0.1, implementation="triton", **how)
-    decode_with_scores(q, cache, cache, *indices, scale=0.1, score_beyond=2048, implementation="triton", **how)
+    scaling = {"scale": 0.1, **scales}
+    sparse_decode(q, cache, cache, *indices, **scaling, implementation="triton")
+    decode_with_scores(q, cache, cache, *indices, Scaling(**scaling), score_beyond=2048, implementation="triton")
 
 
-def launch_grouped(batch, heads, kv_heads, dim, dtype, cache_dtype=None, **how) -> None:
+def launch_grouped(batch, heads, kv_heads, dim, dtype, cache_dtype=None, *, scored=False, **scales) -> None:
     q = empty(batch, heads, dim, dtype=dtype)
     cache = empty(1 << 16, kv_heads, dim, dtype=cache_dtype or dtype)
     indices = empty(batch, 4096), empty(batch)
     groups = find_prefix_groups(*indices, granule=128, implementation="triton")
-    grouped_decode(q, cache, cache, *indices, groups, scale=0.1, score_beyond=2048, implementation="triton", **how)
+    how = {"scored": scored, "score_beyond": 2048, "implementation": "triton"}
+    grouped_decode(q, cache, cache, *indices, groups, Scaling(0.1, **scales), **how)
 
 
 def launch_set_memory(layers: int, *, interval: int, early: bool) -> None:
-    sizes = {"budget": 2048, "recent": 508, "sinks": 4, "implementation": "triton"}
+    sizes, triton = SetSizes(2048, recent=508, sinks=4), {"implementation": "triton"}
     per_row = empty(9, dtype=torch.int64), empty(9), empty(9)
     memory = SetMemory(empty(layers, 9, 1536), empty(layers, 1 << 16), *per_row, empty(1))
     rows, lens, extended = empty(4, dtype=torch.int64), empty(4), empty(4, 2048 + 4096)
     slots = extended[:, 2048:]
-    decided = decide_acts(memory, rows, per_row[0], slots, lens, **sizes, interval=interval, early=early)
-    place_sets(memory, 0, rows, decided.acts, extended, lens, **sizes)
+    decided = decide_acts(memory, rows, per_row[0], slots, lens, sizes, interval=interval, early=early, **triton)
+    place_sets(memory, 0, rows, decided.acts, extended, lens, sizes, **triton)
     for layer in range(layers):
-        keep_sets(memory, layer, rows, decided.acts, extended, lens, empty(4, 2048), **sizes)
+        keep_sets(memory, layer, rows, decided.acts, extended, lens, empty(4, 2048), sizes, **triton)
     find_prefix_groups(slots, lens, granule=128, lead=2048, apart=decided.select_apart, implementation="triton")
 
 
@@ -151,21 +155,21 @@ def launch_all(*, fp8: bool) -> None:
 
     logits, seq_lens = empty(4, 32, 32768, dtype=fp32), empty(4)
     triton = {"implementation": "triton"}
-    for sizes in ({"budget": 2048, "recent": 512, "sinks": 4}, {"budget": 8192, "recent": 0, "sinks": 0}):
-        select_tokens(logits, seq_lens, **sizes, **triton)
+    for sizes in (SetSizes(2048, recent=512, sinks=4), SetSizes(8192, recent=0, sinks=0)):
+        select_tokens(logits, seq_lens, **vars(sizes), **triton)
     for aggregate in ("max", "sum"):
         lse = empty(4, 32, dtype=fp32)
-        scores = score_tokens(logits, seq_lens, **sizes, aggregate=aggregate, lse=lse, **triton)
-    choose_tokens(scores, seq_lens, **sizes, slots=empty(4, 32768), **triton)
-    for how in ({"recent": None}, {"recent": 16, "top_p": 0.9}, {"recent": None, "top_p": 0.9}):
-        budgets, recents = adapt_budgets(scores, seq_lens, budget=2048, sinks=4, **how, **triton)
-        choose_tokens(scores, seq_lens, **sizes, budgets=budgets, recents=recents, **triton)
-    choose_tokens(scores, seq_lens, **sizes, budgets=budgets, **triton)
+        scores = score_tokens(logits, seq_lens, sizes, aggregate=aggregate, lse=lse, **triton)
+    choose_tokens(scores, seq_lens, sizes, slots=empty(4, 32768), **triton)
+    for how in ({"find_recent": True}, {"top_p": 0.9}, {"find_recent": True, "top_p": 0.9}):
+        budgets, recents = adapt_budgets(scores, seq_lens, SetSizes(2048, recent=16, sinks=4), **how, **triton)
+        choose_tokens(scores, seq_lens, sizes, budgets=budgets, recents=recents, **triton)
+    choose_tokens(scores, seq_lens, sizes, budgets=budgets, **triton)
     for batch, to_slots, combine in ((4, False, "max"), (300, True, "logsumexp")):
         slots, lens = empty(batch, 32768), empty(batch)
         how = {"combine": combine, "slots": slots if to_slots else None}
         groups = find_prefix_groups(slots, lens, granule=128, **triton)
-        choose_for_groups(empty(batch, 32768, dtype=fp32), lens, groups, **sizes, **how, **triton)
+        choose_for_groups(empty(batch, 32768, dtype=fp32), lens, groups, sizes, **how, **triton)
 
     launch_page_bounds(64, 32, 8, 128, bf16)
     launch_page_bounds(3, 16, 1, 64, fp32)
@@ -182,7 +186,7 @@ def launch_all(*, fp8: bool) -> None:
     ledger = Ledger(empty(6, dtype=torch.int64), empty(9, dtype=torch.int64), empty(9, dtype=torch.uint8))
     layers = {"num_layers": 32, "sparse_layers": 28, "selection_layers": 2}
     groups = find_prefix_groups(empty(4, 4096), seq_lens, granule=128, **triton)
-    in_sets, set_counts = groups_of_sets(seq_lens, groups, **sizes, smallest=32, **triton)
+    in_sets, set_counts = groups_of_sets(seq_lens, groups, sizes, smallest=32, **triton)
     grouped = {"groups": groups, "grouped_layers": 4}
     in_parts = {**grouped, "set_groups": in_sets, "set_counts": set_counts}
     for shared in ({}, grouped, in_parts, {**grouped, "acts": empty(4, dtype=torch.uint8)}):

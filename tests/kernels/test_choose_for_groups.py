@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lim_kernels import choose_for_groups, choose_tokens, find_prefix_groups, groups_of_sets
+from lim_kernels import SetSizes, choose_for_groups, choose_tokens, find_prefix_groups, groups_of_sets
 from lim_kernels.prefix_groups import MAX_LEVELS
 from prefix_rows import prefix_rows, shared_by_comparison
 from support.group_oracle import grouped_parts
@@ -15,7 +15,7 @@ from support.prefix_tree import groups_of, members_of
 from test_select_tokens_triton import SCORES, SIZES, candidates_of
 
 EXAMPLES = {"reference": 400, "triton": 25}
-WIDE = {"budget": 600, "recent": 150, "sinks": 4}
+WIDE = SetSizes(600, recent=150, sinks=4)
 
 
 def long_only(seq_lens, budget):
@@ -29,7 +29,7 @@ def groups_of_long(slots, seq_lens, granule, budget):
 
 def poisoned_scores(noise, seq_lens, sizes):
     """Scores that are NaN wherever they are undefined."""
-    return noise.masked_fill(~candidates_of(seq_lens, noise.shape[1], **sizes), float("nan"))
+    return noise.masked_fill(~candidates_of(seq_lens, noise.shape[1], sizes), float("nan"))
 
 
 @st.composite
@@ -44,7 +44,7 @@ def batches(draw):
     )
     budget = draw(st.integers(1, 40))
     sinks = draw(st.integers(0, min(budget, 6)))
-    sizes = {"budget": budget, "sinks": sinks, "recent": draw(st.integers(0, budget - sinks))}
+    sizes = SetSizes(budget, draw(st.integers(0, budget - sinks)), sinks)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     noise = SCORES[draw(st.sampled_from(["random", "ties", "equal", "unlisted", "all-unlisted"]))](
         torch.randn(slots.shape, generator=generator)
@@ -63,27 +63,27 @@ def combined_score(values, combine):
 def check_sets(sets, counts, scores, seq_lens, slots, granule, sizes, combine):
     """Each row's set against the oracle, segment by segment; what is not forced is compared by its score."""
     lens, table = seq_lens.tolist(), scores.tolist()
-    shared = shared_by_comparison(slots, long_only(seq_lens, sizes["budget"]), granule).tolist()
-    long_rows = [row for row, length in enumerate(lens) if length > sizes["budget"]]
-    all_parts = {row: grouped_parts(row, lens, shared, MAX_LEVELS, **sizes) for row in long_rows}
+    shared = shared_by_comparison(slots, long_only(seq_lens, sizes.budget), granule).tolist()
+    long_rows = [row for row, length in enumerate(lens) if length > sizes.budget]
+    all_parts = {row: grouped_parts(row, lens, shared, MAX_LEVELS, **vars(sizes)) for row in long_rows}
     most = max((len(parts) for parts in all_parts.values()), default=1)
-    roomy = sizes["budget"] >= sizes["sinks"] + most * sizes["recent"]
+    roomy = sizes.budget >= sizes.sinks + most * sizes.recent
     chosen = {}
     for row, length in enumerate(lens):
         count = int(counts[row])
         kept = sets[row, :count].tolist()
         assert kept == sorted(set(kept)) and (sets[row, count:] == -1).all()
-        if length <= sizes["budget"]:
+        if length <= sizes.budget:
             assert kept == list(range(length))
             continue
         parts = all_parts[row]
-        assert count == sum(part[3] for part in parts) <= sizes["budget"]
+        assert count == sum(part[3] for part in parts) <= sizes.budget
         # Sinks, and the window as far as the row has it for itself; all of it where everything forced has room.
-        window = length - sizes["recent"]
+        window = length - sizes.recent
         window = window if roomy else max(window, parts[-1][1].start)
-        assert {*range(sizes["sinks"]), *range(window, length)} <= {*kept}
+        assert {*range(sizes.sinks), *range(window, length)} <= {*kept}
         if len(parts) == 1:
-            assert count == sizes["budget"]
+            assert count == sizes.budget
         for rows, positions, forced, quota in parts:
             mine = [p for p in kept if p in positions]
             assert len(mine) == quota and {*forced} <= {*mine}
@@ -108,11 +108,11 @@ def test_rows_choose_as_specified(implementation, device, combine):
     @given(batches())
     def check(case):
         slots, seq_lens, granule, sizes, scores = case
-        groups = groups_of_long(slots.to(device), seq_lens.to(device), granule, sizes["budget"])
-        call = scores.to(device), seq_lens.to(device), groups
-        how = {**sizes, "combine": combine, "implementation": implementation}
+        groups = groups_of_long(slots.to(device), seq_lens.to(device), granule, sizes.budget)
+        call = scores.to(device), seq_lens.to(device), groups, sizes
+        how = {"combine": combine, "implementation": implementation}
         sets, counts = (result.cpu() for result in choose_for_groups(*call, **how))
-        assert sets.dtype == counts.dtype == torch.int32 and sets.shape == (len(seq_lens), sizes["budget"])
+        assert sets.dtype == counts.dtype == torch.int32 and sets.shape == (len(seq_lens), sizes.budget)
         check_sets(sets, counts, scores, seq_lens, slots, granule, sizes, combine)
         in_slots, same = (result.cpu() for result in choose_for_groups(*call, **how, slots=slots.to(device)))
         expected = slots.gather(1, sets.clamp(min=0).long()).masked_fill(sets < 0, 0)
@@ -149,12 +149,12 @@ def test_sets_form_the_groups_that_are_foretold(implementation, device):
     @given(batches(), st.sampled_from([1, 2, 7]))
     def check(case, smallest):
         slots, seq_lens, granule, sizes, scores = case
-        groups = groups_of_long(slots.to(device), seq_lens.to(device), granule, sizes["budget"])
+        groups = groups_of_long(slots.to(device), seq_lens.to(device), granule, sizes.budget)
         found, counts = groups_of_sets(
-            seq_lens.to(device), groups, **sizes, smallest=smallest, implementation=implementation
+            seq_lens.to(device), groups, sizes, smallest=smallest, implementation=implementation
         )
         sets, set_counts = choose_for_groups(
-            scores.to(device), seq_lens.to(device), groups, **sizes, combine="max", implementation="reference"
+            scores.to(device), seq_lens.to(device), groups, sizes, combine="max", implementation="reference"
         )
         check_set_groups(found, counts, sets.cpu(), set_counts, groups, smallest)
 
@@ -166,10 +166,10 @@ def test_where_nothing_is_shared_it_is_choose_tokens(implementation, device):
     @given(batches(), st.sampled_from(["max", "logsumexp"]))
     def check(case, combine):
         slots, seq_lens, _, sizes, scores = (part.to(device) if torch.is_tensor(part) else part for part in case)
-        groups = groups_of_long(slots, seq_lens, 1000, sizes["budget"])
-        how = {**sizes, "implementation": implementation}
-        results = choose_for_groups(scores, seq_lens, groups, combine=combine, **how)
-        for ours, theirs in zip(results, choose_tokens(scores, seq_lens, **how), strict=True):
+        groups = groups_of_long(slots, seq_lens, 1000, sizes.budget)
+        how = {"implementation": implementation}
+        results = choose_for_groups(scores, seq_lens, groups, sizes, combine=combine, **how)
+        for ours, theirs in zip(results, choose_tokens(scores, seq_lens, sizes, **how), strict=True):
             assert torch.equal(ours, theirs)
 
     check()
@@ -195,10 +195,10 @@ def test_triton_gives_the_reference_s_sets(device, triton_runs, kind, sizes):
     slots, seq_lens = (part.to(device) for part in tree_of_three(5000))
     noise = torch.randn(slots.shape, generator=torch.Generator().manual_seed(5)).to(device)
     scores = poisoned_scores(SCORES[kind](noise), seq_lens, sizes)
-    groups = groups_of_long(slots, seq_lens, 50, sizes["budget"])
+    groups = groups_of_long(slots, seq_lens, 50, sizes.budget)
     assert sorted(groups.counts.tolist()) == [0] * 6 + [3, 5]
     results, expected = (
-        choose_for_groups(scores, seq_lens, groups, **sizes, combine="max", slots=slots, implementation=implementation)
+        choose_for_groups(scores, seq_lens, groups, sizes, combine="max", slots=slots, implementation=implementation)
         for implementation in ("triton", "reference")
     )
     for ours, theirs in zip(results, expected, strict=True):
@@ -209,10 +209,10 @@ def test_triton_gives_the_reference_s_sets(device, triton_runs, kind, sizes):
 def test_sets_in_slots_form_groups_themselves(implementation, device):
     slots, seq_lens = (part.to(device) for part in tree_of_three(5000))
     noise = torch.randn(slots.shape, generator=torch.Generator().manual_seed(6)).to(device)
-    groups = groups_of_long(slots, seq_lens, 50, WIDE["budget"])
+    groups = groups_of_long(slots, seq_lens, 50, WIDE.budget)
     scores = poisoned_scores(noise, seq_lens, WIDE)
     sets, counts = choose_for_groups(
-        scores, seq_lens, groups, **WIDE, combine="max", slots=slots, implementation=implementation
+        scores, seq_lens, groups, WIDE, combine="max", slots=slots, implementation=implementation
     )
     found = find_prefix_groups(sets, counts, granule=1, implementation="reference")
     # The neediest of rows 0-4 is row 2: beyond the group its own window and, in the inner group, row 1's are forced,
@@ -228,14 +228,14 @@ def test_many_rows_and_wide_views(implementation, device):
     slots = torch.arange(1, batch * width + 1, dtype=torch.int32).view(batch, width)
     slots[:35, :200] = slots[0, :200]
     seq_lens = torch.randint(230, width, (batch,), generator=torch.Generator().manual_seed(1))
-    sizes = {"budget": 64, "recent": 16, "sinks": 4}
+    sizes = SetSizes(64, recent=16, sinks=4)
     noise = torch.full((batch, 400), float("nan"))
     noise[:, :width] = torch.randn(batch, width, generator=torch.Generator().manual_seed(2))
     slots, seq_lens, noise = slots.to(device), seq_lens.to(device), noise.to(device)
-    groups = groups_of_long(slots, seq_lens, 8, sizes["budget"])
+    groups = groups_of_long(slots, seq_lens, 8, sizes.budget)
     for combine in ("max", "logsumexp"):
-        how = {**sizes, "combine": combine, "implementation": implementation}
-        sets, counts = choose_for_groups(noise[:, :width], seq_lens, groups, **how)
+        how = {"combine": combine, "implementation": implementation}
+        sets, counts = choose_for_groups(noise[:, :width], seq_lens, groups, sizes, **how)
         check_sets(sets.cpu(), counts.cpu(), noise[:, :width].cpu(), seq_lens.cpu(), slots.cpu(), 8, sizes, combine)
 
 
@@ -244,10 +244,10 @@ def test_shares_beyond_32_bits(device, triton_runs):
     slots[1, :20_000] = slots[0, :20_000]
     seq_lens = torch.tensor([90_000, 70_000], device=device)
     scores = torch.randn(2, 90_000, generator=torch.Generator().manual_seed(0)).to(device)
-    sizes = {"budget": 50_000, "recent": 12_500, "sinks": 4}
-    groups = groups_of_long(slots, seq_lens, 16, sizes["budget"])
+    sizes = SetSizes(50_000, recent=12_500, sinks=4)
+    groups = groups_of_long(slots, seq_lens, 16, sizes.budget)
     results, expected = (
-        choose_for_groups(scores, seq_lens, groups, **sizes, combine="max", implementation=implementation)
+        choose_for_groups(scores, seq_lens, groups, sizes, combine="max", implementation=implementation)
         for implementation in ("triton", "reference")
     )
     assert torch.equal(results[0], expected[0]) and torch.equal(results[1], expected[1])
@@ -263,7 +263,7 @@ def test_a_prefix_of_nearly_everything_leaves_room_for_sinks_and_window(implemen
     scores = torch.zeros(2, 400, device=device)
     groups = groups_of_long(slots, seq_lens, 16, 16)
     sets, counts = choose_for_groups(
-        scores, seq_lens, groups, budget=16, recent=5, sinks=4, combine="max", implementation=implementation
+        scores, seq_lens, groups, SetSizes(16, recent=5, sinks=4), combine="max", implementation=implementation
     )
     assert sets[1].tolist() == [0, 1, 2, 3, 4, 12, 13, 14, 15, 16, *[-1] * 6] and counts.tolist() == [16, 10]
     assert sets[0].tolist() == [0, 1, 2, 3, 4, 12, 13, 14, 15, 16, 17, *range(395, 400)]
@@ -274,7 +274,7 @@ def test_a_prefix_of_nearly_everything_leaves_room_for_sinks_and_window(implemen
     [
         ({"scores": torch.zeros(9)}, r"scores float32 \[B, L\]"),
         ({"seq_lens": torch.ones(3, dtype=torch.int32)}, r"seq_lens \[2\]"),
-        ({"budget": 3}, r"budget >= recent \+ sinks"),
+        ({"sizes": SetSizes(3, recent=2, sinks=2)}, r"budget >= recent \+ sinks"),
         ({"combine": "sum"}, "combine in"),
         ({"slots": torch.ones(2, 9, dtype=torch.int64)}, r"slots int32 \[2, 9\]"),
         ({"scores": torch.zeros(9, 2).T}, "contiguous"),
@@ -284,7 +284,8 @@ def test_a_prefix_of_nearly_everything_leaves_room_for_sinks_and_window(implemen
 )
 def test_bad_operands_are_named(change, message):
     slots, seq_lens = torch.ones(2, 9, dtype=torch.int32), torch.tensor([9, 5], dtype=torch.int32)
-    call = {"scores": torch.zeros(2, 9), "seq_lens": seq_lens, "budget": 4, "recent": 2, "sinks": 2, "combine": "max"}
+    sizes = SetSizes(4, recent=2, sinks=2)
+    call = {"scores": torch.zeros(2, 9), "seq_lens": seq_lens, "sizes": sizes, "combine": "max"}
     groups = find_prefix_groups(slots, seq_lens, granule=4)
     with pytest.raises(ValueError, match=message):
         choose_for_groups(groups=groups, **call | change)
@@ -292,10 +293,10 @@ def test_bad_operands_are_named(change, message):
 
 def test_small_groups_fall_to_those_within_them(implementation, device):
     slots, seq_lens = (part.to(device) for part in tree_of_three(5000))
-    groups = groups_of_long(slots, seq_lens, 50, WIDE["budget"])
+    groups = groups_of_long(slots, seq_lens, 50, WIDE.budget)
     # 248 set tokens of rows 0-4 and 181 more of rows 1-3, as in the test above.
     for smallest, own_starts in ((181, [248, 429, 429, 429, 248]), (182, [248] * 5), (249, [0, 429, 429, 429, 0])):
-        found, _ = groups_of_sets(seq_lens, groups, **WIDE, smallest=smallest, implementation=implementation)
+        found, _ = groups_of_sets(seq_lens, groups, WIDE, smallest=smallest, implementation=implementation)
         assert found.own_starts.tolist() == [*own_starts, 0, 0, 0]
     assert sorted(found.counts.tolist()) == [0] * 7 + [3] and found.parents.max() == -1
 
@@ -303,18 +304,18 @@ def test_small_groups_fall_to_those_within_them(implementation, device):
 def test_bad_operands_of_set_groups_are_named():
     slots, seq_lens = torch.ones(2, 9, dtype=torch.int32), torch.tensor([9, 5], dtype=torch.int32)
     groups = find_prefix_groups(slots, seq_lens, granule=4)
-    sizes = {"budget": 4, "recent": 1, "sinks": 1}
+    sizes = SetSizes(4, recent=1, sinks=1)
     with pytest.raises(ValueError, match=r"seq_lens \[2\]"):
-        groups_of_sets(seq_lens[:1], groups, **sizes)
+        groups_of_sets(seq_lens[:1], groups, sizes)
     with pytest.raises(ValueError, match="smallest at least 1"):
-        groups_of_sets(seq_lens, groups, **sizes, smallest=0)
+        groups_of_sets(seq_lens, groups, sizes, smallest=0)
     with pytest.raises(ValueError, match=r"budget >= recent \+ sinks"):
-        groups_of_sets(seq_lens, groups, **sizes | {"budget": 1})
+        groups_of_sets(seq_lens, groups, SetSizes(1, recent=1, sinks=1))
     with pytest.raises(ValueError, match="implementation among"):
-        groups_of_sets(seq_lens, groups, **sizes, implementation="cuda")
+        groups_of_sets(seq_lens, groups, sizes, implementation="cuda")
 
 
 def test_groups_of_other_rows_are_refused():
     groups = find_prefix_groups(torch.ones(3, 9, dtype=torch.int32), torch.ones(3, dtype=torch.int32), granule=4)
     with pytest.raises(ValueError, match="groups of 2 rows"):
-        choose_for_groups(torch.zeros(2, 9), torch.ones(2), groups, budget=4, recent=1, sinks=1, combine="max")
+        choose_for_groups(torch.zeros(2, 9), torch.ones(2), groups, SetSizes(4, recent=1, sinks=1), combine="max")

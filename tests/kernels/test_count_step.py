@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lim_kernels import count_sets, count_step, find_prefix_groups, groups_of_sets
+from lim_kernels import SetSizes, count_sets, count_step, find_prefix_groups, groups_of_sets
 from lim_kernels.acts import EARLY, KEEP, RECALL, SELECT
 from lim_kernels.count_step import TOTALS, Ledger
 
@@ -113,7 +113,7 @@ def test_what_sparse_layers_share_is_added_up(implementation, device):
     lens = torch.tensor([60, 34, 64, 1], device=device)
     groups = find_prefix_groups(slots, lens, granule=16, implementation=implementation)
     sizes = {"budget": 16, "implementation": implementation}
-    in_sets, counts = groups_of_sets(lens, groups, recent=4, sinks=2, **sizes)
+    in_sets, counts = groups_of_sets(lens, groups, SetSizes(16, recent=4, sinks=2), implementation=implementation)
     # Of three rows' 32 tokens as many are chosen as leave row 2 its window of 4 and of the 8 that are not forced
     # floor(8 * 28 / 56); of the 16 more that rows 0 and 2 share as many as leave 4 + floor(4 * 12 / 28) of 8. Row 1 has
     # two tokens beyond.

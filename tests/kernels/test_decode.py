@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from decode_operands import assert_attends, draw_slots, operands
-from lim_kernels import decode_with_scores, sparse_decode
+from lim_kernels import Scaling, decode_with_scores, sparse_decode
 
 HEADS = {"mha": (4, 4), "gqa": (8, 2), "mqa": (5, 1)}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -55,7 +55,7 @@ def test_decode_with_scores_is_dense_attention_and_its_logits(implementation, de
     q, k, v, generator = operands(*shape, 64, 64, dtype, device=device)
     seq_lens = torch.tensor([33, 1, 20], device=device)
     slots = draw_slots((3, 33), seq_lens, 97, generator, device=device)
-    out, lse, logits = decode_with_scores(q, k, v, slots, seq_lens, scale=0.125, implementation=implementation)
+    out, lse, logits = decode_with_scores(q, k, v, slots, seq_lens, Scaling(0.125), implementation=implementation)
     assert logits.dtype == torch.float32 and logits.shape == (3, shape[0], 33)
     for row, length in enumerate(seq_lens.tolist()):
         chosen = slots[row, :length].long()
@@ -69,7 +69,7 @@ def test_whole_context_as_a_set_is_dense_attention(implementation, device):
     q, k, v, generator = operands(8, 2, 32, 32, torch.float32, device=device)
     seq_lens = torch.tensor([21, 3, 10], device=device)
     slots = draw_slots((3, 21), seq_lens, 97, generator, device=device)
-    *dense, _ = decode_with_scores(q, k, v, slots, seq_lens, scale=0.3, implementation=implementation)
+    *dense, _ = decode_with_scores(q, k, v, slots, seq_lens, Scaling(0.3), implementation=implementation)
     sparse = sparse_decode(q, k, v, slots, seq_lens, scale=0.3, implementation=implementation)
     torch.testing.assert_close(tuple(dense), sparse)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decode_operands import assert_close_to_exact, draw_slots, eager_attention, operands, rounding
-from lim_kernels import decode_with_scores, sparse_decode
+from lim_kernels import Scaling, decode_with_scores, sparse_decode
 
 pytestmark = pytest.mark.usefixtures("triton_runs")
 
@@ -45,14 +45,19 @@ SHAPES = {
 }
 
 
-def assert_like_reference(results, q, k, v, slots, counts, **how):
+def attend(op, q, k, v, slots, counts, scaling, **how):
+    """`op` over these operands; `sparse_decode` takes the scaling as keywords."""
+    if op is sparse_decode:
+        return op(q, k, v, slots, counts, **vars(scaling), **how)
+    return op(q, k, v, slots, counts, scaling, **how)
+
+
+def assert_like_reference(results, q, k, v, slots, counts, scaling):
     """Results (out, lse[, logits]) of Triton, row by row, against the reference on float64 copies of the operands."""
     op = decode_with_scores if len(results) == 3 else sparse_decode
     wide = [t.contiguous().double() for t in (q, k, v)]
-    exact = op(*wide, slots, counts, **how, implementation="reference")
-    scales = {name: how.pop(name, 1.0) for name in ("k_scale", "v_scale")}
-    how["scale"] *= scales["k_scale"]
-    how.pop("score_beyond", None)
+    exact = attend(op, *wide, slots, counts, scaling, implementation="reference")
+    scale, v_scale = scaling.scale * scaling.k_scale, scaling.v_scale
     torch.testing.assert_close(results[1].double(), exact[1], rtol=1e-4, atol=1e-4)
     group = q.shape[1] // k.shape[1]
     lens = (counts if counts.dim() == 2 else counts.unsqueeze(1)).expand(-1, k.shape[1])
@@ -62,9 +67,9 @@ def assert_like_reference(results, q, k, v, slots, counts, **how):
             mine = slice(group * head, group * (head + 1))
             chosen = sets[row, head, : lens[row, head]].long()
             keys, values = (t[chosen, head : head + 1].to(q.dtype) for t in (k.contiguous(), v.contiguous()))
-            eager = eager_attention(q[row, mine], keys, values, **how) * scales["v_scale"]
+            eager = eager_attention(q[row, mine], keys, values, scale, scaling.logit_cap) * v_scale
             # tanh by way of exp errs by float32's eps on its whole range, where torch's is exact near zero.
-            spare = rounding(values) * scales["v_scale"] * max(1.0, how.get("logit_cap", 0.0) / 4)
+            spare = rounding(values) * v_scale * max(1.0, scaling.logit_cap / 4)
             assert_close_to_exact(results[0][row, mine], exact[0][row, mine], eager, q.dtype, spare)
     return exact
 
@@ -85,9 +90,9 @@ def test_sparse_decode(device, shape, precision):
     )
     counts = torch.tensor(shape.lens, dtype=torch.int32, device=device)
     slots = draw_slots((len(shape.lens), shape.width), counts, len(k), generator, device=device)
-    how = {"scale": shape.dim**-0.5} | ({"k_scale": 0.7, "v_scale": 1.9} if precision[1] == FP8 else {})
-    results = sparse_decode(q, k, v, slots, counts, **how, implementation="triton")
-    assert_like_reference(results, q, k, v, slots, counts, **how)
+    scaling = Scaling(shape.dim**-0.5, **({"k_scale": 0.7, "v_scale": 1.9} if precision[1] == FP8 else {}))
+    results = sparse_decode(q, k, v, slots, counts, **vars(scaling), implementation="triton")
+    assert_like_reference(results, q, k, v, slots, counts, scaling)
 
 
 @pytest.mark.parametrize("logit_cap", [0.0, 5.0], ids=["plain", "capped"])
@@ -109,9 +114,10 @@ def test_decode_with_scores(device, shape, precision, logit_cap):
     seq_lens = torch.tensor(shape.lens, device=device)
     slots = draw_slots((len(shape.lens), shape.width), seq_lens, len(k), generator, device=device)
     beyond = sorted(shape.lens)[len(shape.lens) // 2] - 1
-    how = {"scale": shape.dim**-0.5, "logit_cap": logit_cap, "k_scale": 1.3, "score_beyond": beyond}
-    results = decode_with_scores(q, k, v, slots, seq_lens, **how, implementation="triton")
-    exact = assert_like_reference(results, q, k, v, slots, seq_lens, **how)
+    scaling = Scaling(shape.dim**-0.5, logit_cap, k_scale=1.3)
+    how = {"score_beyond": beyond, "implementation": "triton"}
+    results = decode_with_scores(q, k, v, slots, seq_lens, scaling, **how)
+    exact = assert_like_reference(results, q, k, v, slots, seq_lens, scaling)
     for row, length in enumerate(shape.lens):
         if length > beyond:
             written, expected = results[2][row, :, :length].double(), exact[2][row, :, :length]
@@ -126,7 +132,7 @@ def test_sets_of_kv_heads_may_differ_in_length(device, counts_per_head):
     slots = draw_slots((3, 3, 300), lens if counts_per_head else lens.view(3, 1), 400, generator, device=device)
     lens = lens.to(device)
     results = sparse_decode(q, k, v, slots, lens, scale=0.125, implementation="triton")
-    assert_like_reference(results, q, k, v, slots, lens, scale=0.125)
+    assert_like_reference(results, q, k, v, slots, lens, Scaling(0.125))
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
@@ -140,10 +146,9 @@ def test_operands_may_be_views_into_wider_buffers(device, op, index_dtype):
     view_k, view_v = within(k, (300, 2, 56), float("nan")), within(v, (300, 3, 48), float("nan"))
     view_slots, view_counts = within(slots, (5, 300), 0), within(counts.to(slots).view(5, 1), (5, 4), 300).squeeze(1)
     assert not any(t.is_contiguous() for t in (fused, view_k, view_v, view_slots, view_counts))
-    results = op(
-        fused.unflatten(1, (8, 48)), view_k, view_v, view_slots, view_counts, scale=0.2, implementation="triton"
-    )
-    exact = assert_like_reference(results, q, k, v, slots, counts.to(device), scale=0.2)
+    views = fused.unflatten(1, (8, 48)), view_k, view_v, view_slots, view_counts
+    results = attend(op, *views, Scaling(0.2), implementation="triton")
+    exact = assert_like_reference(results, q, k, v, slots, counts.to(device), Scaling(0.2))
     for row, length in enumerate(counts.tolist()):
         if op is decode_with_scores:
             assert (results[2][row, :, :length].double() - exact[2][row, :, :length]).abs().max() < 1e-5
@@ -162,7 +167,7 @@ def test_query_dimensions_need_not_be_adjacent(device):
     slots = draw_slots((3, 9), counts, 97, generator, device=device)
     transposed = q.transpose(1, 2).contiguous().transpose(1, 2)
     results = sparse_decode(transposed, k, v, slots, counts, scale=0.2, implementation="triton")
-    assert_like_reference(results, q, k, v, slots, counts, scale=0.2)
+    assert_like_reference(results, q, k, v, slots, counts, Scaling(0.2))
 
 
 def test_large_logits_neither_overflow_nor_vanish(device):

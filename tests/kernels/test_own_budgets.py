@@ -1,11 +1,13 @@
 """Does a row with a budget and window of its own choose what it would choose with these sizes for all?"""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lim_kernels import choose_tokens
+from lim_kernels import SetSizes, choose_tokens
 from test_select_tokens_triton import NONE, SCORES
 
 EXAMPLES = {"reference": 300, "triton": 25}
@@ -36,9 +38,7 @@ def test_a_row_chooses_as_if_its_sizes_were_everybody_s(implementation, device):
         sets, counts = choose_tokens(
             scores,
             torch.tensor(lens, dtype=torch.int32, device=device),
-            budget=budget,
-            recent=budget + 1,
-            sinks=sinks,
+            SetSizes(budget, recent=budget + 1, sinks=sinks),
             budgets=torch.tensor(budgets, dtype=torch.int32, device=device),
             recents=torch.tensor(recents, dtype=torch.int32, device=device),
             implementation=implementation,
@@ -47,7 +47,7 @@ def test_a_row_chooses_as_if_its_sizes_were_everybody_s(implementation, device):
         for row, (length, own, recent) in enumerate(zip(lens, budgets, recents, strict=True)):
             alone = torch.tensor([length], device=device)
             expected, _ = choose_tokens(
-                scores[row : row + 1], alone, budget=own, recent=recent, sinks=sinks, implementation="reference"
+                scores[row : row + 1], alone, SetSizes(own, recent, sinks), implementation="reference"
             )
             assert sets[row, :own].tolist() == expected[0].tolist()
             assert (sets[row, own:] == -1).all()
@@ -59,21 +59,21 @@ def test_a_row_chooses_as_if_its_sizes_were_everybody_s(implementation, device):
 def test_one_of_both_leaves_the_other_to_the_batch(implementation, device, given):
     scores = torch.randn(3, 2500, generator=torch.Generator().manual_seed(5)).to(device)
     seq_lens = torch.tensor([2500, 40, 31], dtype=torch.int32, device=device)
-    sizes = {"budget": 64, "recent": 9, "sinks": 2}
+    sizes = SetSizes(64, recent=9, sinks=2)
     own = {"budgets": 30, "recents": 17}[given]
     slots = torch.randint(1, 1 << 30, scores.shape, dtype=torch.int32, device=device)
     results = choose_tokens(
         scores,
         seq_lens,
-        **sizes,
+        sizes,
         **{given: torch.full((3,), own, dtype=torch.int32, device=device)},
         slots=slots,
         implementation=implementation,
     )
-    alike = sizes | {given[:-1]: own}
-    sets, counts = choose_tokens(scores, seq_lens, **alike, slots=slots, implementation="reference")
-    assert torch.equal(results[0][:, : alike["budget"]], sets) and torch.equal(results[1], counts)
-    assert (results[0][:, alike["budget"] :] == 0).all()
+    alike = replace(sizes, **{given[:-1]: own})
+    sets, counts = choose_tokens(scores, seq_lens, alike, slots=slots, implementation="reference")
+    assert torch.equal(results[0][:, : alike.budget], sets) and torch.equal(results[1], counts)
+    assert (results[0][:, alike.budget :] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["budgets", "recents"])
@@ -85,5 +85,5 @@ def test_one_of_both_leaves_the_other_to_the_batch(implementation, device, given
 def test_bad_sizes_are_named(name, wrong):
     with pytest.raises(ValueError, match=rf"{name} int32 \[2\]|contiguous"):
         choose_tokens(
-            torch.zeros(2, 9), torch.tensor([9, 5], dtype=torch.int32), budget=6, recent=3, sinks=2, **{name: wrong}
+            torch.zeros(2, 9), torch.tensor([9, 5], dtype=torch.int32), SetSizes(6, recent=3, sinks=2), **{name: wrong}
         )

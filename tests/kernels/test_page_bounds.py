@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lim_kernels import bound_pages, choose_tokens, expand_pages, score_pages
+from lim_kernels import SetSizes, bound_pages, choose_tokens, expand_pages, score_pages
 from lim_kernels.page_bounds import PAGE, PageBounds
 
 EXAMPLES = {"reference": 60, "triton": 12}
@@ -190,7 +190,7 @@ def test_bound_score_choose_and_expand_find_the_best_pages(implementation, devic
         bound_pages(bounds, cache, slots[row, :length], **how)
     scores = score_pages(q, bounds, slots, seq_lens, score_beyond=budget, **how)
     in_row = ((seq_lens + PAGE - 1) // PAGE).repeat_interleave(kv_heads)
-    pages, _ = choose_tokens(scores.flatten(0, 1), in_row, budget=budget // PAGE, recent=1, sinks=0, **how)
+    pages, _ = choose_tokens(scores.flatten(0, 1), in_row, SetSizes(budget // PAGE, recent=1, sinks=0), **how)
     sets, counts = expand_pages(pages.unflatten(0, (len(lens), kv_heads)), slots, seq_lens, **how)
     for row, length in enumerate(lens):
         for head in range(kv_heads):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lim_kernels import choose_tokens, score_tokens, select_tokens
+from lim_kernels import SetSizes, choose_tokens, score_tokens, select_tokens
 from oracle import aggregate_scores, union_set
 
 # Triton's interpreter is slow, and on a GPU every combination of sizes is compiled.
@@ -101,24 +101,24 @@ def test_equal_logits_go_to_the_lower_position_on_every_path(implementation, dev
 def test_heads_split_over_ranks_choose_the_same_set(implementation, device, aggregate):
     logits = torch.randn(3, 8, 200, generator=torch.Generator().manual_seed(1)).to(device)
     seq_lens = torch.tensor([200, 150, 20], device=device)
-    sizes = {"budget": 32, "recent": 8, "sinks": 4}
+    sizes = SetSizes(32, recent=8, sinks=4)
     how = {"aggregate": aggregate, "implementation": implementation}
     shares = [
-        score_tokens(logits[:, first : first + 2], seq_lens, first_head=first, num_heads=8, **how, **sizes)
+        score_tokens(logits[:, first : first + 2], seq_lens, sizes, first_head=first, num_heads=8, **how)
         for first in (0, 2, 4, 6)
     ]
     stacked = torch.stack(shares)
     combined = stacked.logsumexp(0) if aggregate == "sum" else stacked.amax(0)
-    expected, _ = select_tokens(logits, seq_lens, **how, **sizes)
-    assert torch.equal(choose_tokens(combined, seq_lens, **sizes, implementation=implementation)[0], expected)
+    expected, _ = select_tokens(logits, seq_lens, **how, **vars(sizes))
+    assert torch.equal(choose_tokens(combined, seq_lens, sizes, implementation=implementation)[0], expected)
 
 
 def test_a_place_far_ahead_does_not_outweigh_a_score():
     # Position and score share an integer, which has to have room for the longest row.
     scores = torch.full((1, (1 << 22) - 1), -3.0)
     scores[0, 0], scores[0, -1] = 1.0, torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
-    how = {"budget": 1, "recent": 0, "sinks": 0, "implementation": "reference"}
-    assert choose_tokens(scores, torch.tensor([scores.shape[1]]), **how)[0].item() == scores.shape[1] - 1
+    sizes, seq_lens = SetSizes(1, recent=0, sinks=0), torch.tensor([scores.shape[1]])
+    assert choose_tokens(scores, seq_lens, sizes, implementation="reference")[0].item() == scores.shape[1] - 1
 
 
 def test_negative_zero_ties_with_zero(implementation, device):

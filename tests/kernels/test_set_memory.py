@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lim_kernels import decide_acts, keep_sets, place_sets
+from lim_kernels import SetSizes, decide_acts, keep_sets, place_sets
 from lim_kernels.acts import EARLY, KEEP, RECALL, SELECT
 from lim_kernels.set_memory import SetMemory
 
@@ -109,9 +109,8 @@ def test_every_step_is_the_account_s(implementation, device, index_dtype):
 
 def run_steps(shape, layers, interval, early, draw, implementation, device, index_dtype):
     """Requests come, fork, grow, leave rows and slots to others; each step is compared."""
-    sizes = dict(zip(("budget", "recent", "sinks"), shape, strict=True))
-    budget, num_rows, num_slots = sizes["budget"], 6, 700
-    memory = memory_of(layers, num_rows, num_slots, budget - sizes["recent"] - sizes["sinks"], device)
+    sizes, num_rows, num_slots = SetSizes(*shape), 6, 700
+    memory = memory_of(layers, num_rows, num_slots, sizes.middle, device)
     account = Account(layers, *shape, interval, early)
     free, tenancy, live = list(range(1, num_slots)), [0] * num_rows, {}
     draw.shuffle(free)
@@ -146,8 +145,8 @@ def run_steps(shape, layers, interval, early, draw, implementation, device, inde
 
 
 def one_step(account, memory, batch, tenancy, sizes, interval, early, draw, implementation, device, index_dtype):
-    budget, count = sizes["budget"], len(batch)
-    how = {**sizes, "implementation": implementation}
+    budget, count = sizes.budget, len(batch)
+    how = {"implementation": implementation}
     width = max(len(slots) for *_, slots in batch) + draw.randint(0, 5)
     # What lies beyond a row's end may be another request's.
     extended = torch.randint(0, 700, (count, budget + width + 3), dtype=torch.int32)[:, : budget + width]
@@ -160,7 +159,7 @@ def one_step(account, memory, batch, tenancy, sizes, interval, early, draw, impl
     owners = torch.tensor(tenancy, device=device)
     slots_view, room = extended[:, budget:], extended[:, :budget].clone()
 
-    decided = decide_acts(memory, rows, owners, slots_view, seq_lens, **how, interval=interval, early=early)
+    decided = decide_acts(memory, rows, owners, slots_view, seq_lens, sizes, **how, interval=interval, early=early)
     acts, had = account.begin(batch)
     assert decided.acts.tolist() == acts
     apart = [(act & SELECT) == 0 for act in acts]
@@ -173,7 +172,7 @@ def one_step(account, memory, batch, tenancy, sizes, interval, early, draw, impl
         assert flags.tolist() == expected
         assert ends.tolist() == [budget + (0 if alone else n) for alone, n in zip(expected, lens, strict=True)]
 
-    place_sets(memory, 0, rows, decided.acts, extended, seq_lens, **how)
+    place_sets(memory, 0, rows, decided.acts, extended, seq_lens, sizes, **how)
     assert torch.equal(extended[:, budget:], slots_view)
     for layer in range(account.layers):
         for n, (_, _, slots) in enumerate(batch):
@@ -189,7 +188,7 @@ def one_step(account, memory, batch, tenancy, sizes, interval, early, draw, impl
                 continue
             kept = list(range(len(slots)))
             if len(slots) > budget:
-                first, last = sizes["sinks"], len(slots) - sizes["recent"]
+                first, last = sizes.sinks, len(slots) - sizes.recent
                 ranked = sorted(draw.sample(range(first, last), account.middle))
                 kept = [*range(first), *ranked, *range(last, len(slots))]
                 if row:
@@ -197,7 +196,7 @@ def one_step(account, memory, batch, tenancy, sizes, interval, early, draw, impl
             chosen[n, : len(kept)] = torch.tensor(kept)
             chosen[n, len(kept) :] = -1
             expected.append([slots[t] for t in kept])
-        sets, counts = keep_sets(memory, layer, rows, decided.acts, extended, seq_lens, chosen.to(device), **how)
+        sets, counts = keep_sets(memory, layer, rows, decided.acts, extended, seq_lens, chosen.to(device), sizes, **how)
         assert counts.tolist() == [min(n, budget) for n in lens]
         for n, kept in enumerate(expected):
             assert sets[n].tolist() == kept + [0] * (budget - len(kept))
@@ -243,9 +242,7 @@ def test_the_latest_are_recalled_however_times_lie(implementation, device, times
         tenants,
         slots,
         torch.tensor([1503], device=device),
-        budget=middle + 5,
-        recent=3,
-        sinks=2,
+        SetSizes(middle + 5, recent=3, sinks=2),
         interval=3,
         early=False,
         implementation=implementation,
@@ -260,9 +257,10 @@ def test_a_step_s_own_slots_know_nothing_of_their_last_owner(implementation, dev
     slots = torch.arange(1, 31, dtype=torch.int32, device=device).view(2, 15)
     memory.stamps[:, slots[:, [1, 3, 5, 7]].flatten().long()] = 3
     memory.stamps[:, slots[:, 9].long()] = 8
-    sizes = {"budget": 4, "recent": 0, "sinks": 0, "interval": 2, "early": True, "implementation": implementation}
+    how = {"interval": 2, "early": True, "implementation": implementation}
     tenants, lens = torch.zeros(3, dtype=torch.int64, device=device), torch.tensor([10, 10], device=device)
-    decided = decide_acts(memory, torch.tensor([1, 2], device=device), tenants, slots, lens, **sizes)
+    sizes = SetSizes(4, recent=0, sinks=0)
+    decided = decide_acts(memory, torch.tensor([1, 2], device=device), tenants, slots, lens, sizes, **how)
     assert decided.acts.tolist() == [RECALL | EARLY] * 2
     assert memory.sets[:, 1:].tolist() == [[[1, 3, 5, 7]] * 2] * 2
     assert not memory.stamps[:, slots[:, 9].long()].any()
@@ -276,7 +274,7 @@ def test_a_step_s_own_slots_know_nothing_of_their_last_owner(implementation, dev
         ({"rows": torch.ones(3, dtype=torch.int64)}, r"rows \[2\]"),
         ({"tenants": torch.ones(4, dtype=torch.int32)}, r"tenants int64 \[4\]"),
         ({"interval": 0}, "an interval of at least 1"),
-        ({"sinks": 2}, "sets of 2 ranked tokens"),
+        ({"sizes": SetSizes(6, recent=2, sinks=2)}, "sets of 2 ranked tokens"),
         ({"implementation": "cuda"}, "implementation among"),
     ],
 )
@@ -287,9 +285,7 @@ def test_bad_operands_are_named(change, message):
         "tenants": torch.ones(4, dtype=torch.int64),
         "slots": torch.ones(2, 9, dtype=torch.int32),
         "seq_lens": torch.ones(2, dtype=torch.int32),
-        "budget": 6,
-        "recent": 2,
-        "sinks": 1,
+        "sizes": SetSizes(6, recent=2, sinks=1),
         "interval": 2,
         "early": False,
     }
@@ -300,10 +296,10 @@ def test_bad_operands_are_named(change, message):
 def test_bad_layers_and_sets_are_named():
     memory, rows = memory_of(1, 4, 9, 3, "cpu"), torch.ones(2, dtype=torch.int64)
     acts, lens = torch.ones(2, dtype=torch.uint8), torch.ones(2, dtype=torch.int32)
-    extended, sizes = torch.ones(2, 15, dtype=torch.int32), {"budget": 6, "recent": 2, "sinks": 1}
+    extended, sizes = torch.ones(2, 15, dtype=torch.int32), SetSizes(6, recent=2, sinks=1)
     with pytest.raises(ValueError, match="a layer below 1, got 1"):
-        place_sets(memory, 1, rows, acts, extended, lens, **sizes)
+        place_sets(memory, 1, rows, acts, extended, lens, sizes)
     with pytest.raises(ValueError, match="contiguous acts uint8"):
-        place_sets(memory, 0, rows, acts.long(), extended, lens, **sizes)
+        place_sets(memory, 0, rows, acts.long(), extended, lens, sizes)
     with pytest.raises(ValueError, match=r"chosen int32 \[2, 6\]"):
-        keep_sets(memory, 0, rows, acts, extended, lens, torch.ones(2, 5, dtype=torch.int32), **sizes)
+        keep_sets(memory, 0, rows, acts, extended, lens, torch.ones(2, 5, dtype=torch.int32), sizes)

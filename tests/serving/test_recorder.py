@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lim_kernels import decode_with_scores
-from sgl_lim.methods import METHODS
 from sgl_lim.serving import recorder as under_test
+from sgl_lim.methods import METHODS
 from sgl_lim.serving.decode import DecodeStep, HeadShare, Scales
 from sgl_lim.serving.recorder import Recorder
 from support.set_oracle import SetRule
@@ -29,8 +29,8 @@ RULES = [
 def poisoned(monkeypatch):
     """What the operator leaves undefined may hold anything."""
 
-    def poison(q, k_cache, v_cache, slots, seq_lens, *, score_beyond, **sizes):
-        out, lse, logits = decode_with_scores(q, k_cache, v_cache, slots, seq_lens, **sizes)
+    def poison(q, k_cache, v_cache, slots, seq_lens, scaling, *, score_beyond):
+        out, lse, logits = decode_with_scores(q, k_cache, v_cache, slots, seq_lens, scaling)
         undefined = torch.arange(logits.shape[2]) >= seq_lens.unsqueeze(1)
         undefined |= (seq_lens <= score_beyond).unsqueeze(1)
         return out, lse, logits.masked_fill(undefined.unsqueeze(1), float("nan"))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sgl_lim.settings import config, preset_file
+from sgl_lim.settings import preset_file
+from sgl_lim.settings import config
 from sgl_lim.settings.config import LimConfig
 from sgl_lim.settings.preset_file import PresetError
 from sgl_lim.settings.presets import resolve_layers

@@ -1,21 +1,23 @@
-"""Our backend over a dense backend of a few lines, and batches to drive it with."""
+"""Our backend over a dense backend of a few lines, built by the real builder, and batches to drive it with."""
 
 from types import SimpleNamespace
 
 import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from sgl_lim.methods import METHODS, Role
-from sgl_lim.serving.backend import SparseDecode, sparse_subclass
-from sgl_lim.serving.counters import Counters
-from sgl_lim.serving.decode import HeadShare, Scales, attend
-from sgl_lim.serving.set_store import SetStore
-from sgl_lim.serving.snapshot import Snapshot
+from lim_kernels import Scaling
+from sgl_lim.methods import HeadsOfRank, Role
+from sgl_lim.serving.backend import add_sparse_decode
+from sgl_lim.serving.layer import LayerInput
+from sgl_lim.serving.state import build_state
+from sgl_lim.settings.config import configure
 
 BUDGET = 16
+HEADS, KV_HEADS, DIM, LAYERS = 4, 2, 8, 3
 DECODE, EXTEND, MIXED, IDLE = "decode", "extend", "mixed", "idle"
 
 
-class Dense:
+class Dense(AttentionBackend):
     """What SGLang calls on an attention backend; eager metadata is its own, as in fa3, flashinfer and triton."""
 
     def __init__(self):
@@ -32,6 +34,14 @@ class Dense:
 
     def init_forward_metadata_in_graph(self, forward_batch):
         self.calls.append("in")
+
+    def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **options):
+        self.calls.append("extend")
+        return q
+
+    def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **options):
+        self.calls.append("decode")
+        return q
 
 
 class Composed(Dense):
@@ -59,48 +69,62 @@ def batch_of(rows, lens, mode=DECODE, written=None, **more):
     )
 
 
-def build(
-    table, dense=Dense, name="lessismore", granule=4, interval=1, num_slots=400, selection="request", early=False
-):
-    """Our backend over the rows of `table`; three layers, the second selects."""
-    method = METHODS[name](BUDGET, 0.25, 2, "union", (1,), selection)
-    remembers = interval > 1 or early
-    store = SetStore(method, interval, len(table), num_slots, "cpu", early=early) if remembers else None
-    backend = dense()
-    backend.__class__ = sparse_subclass(dense)
-    backend.lim = SparseDecode(
-        method=method,
-        roles=method.layer_roles(3),
-        heads=HeadShare(first_head=0, own_heads=4, num_heads=4, reduce=None),
-        dense_backend="dense",
-        dense_by_kernels=False,
-        layers_from="test",
-        pool=None,
-        rows=SimpleNamespace(
-            req_to_token=table, req_generation=torch.zeros(len(table), dtype=torch.int64), device="cpu"
-        ),
-        snapshot=Snapshot(table, lead=BUDGET if store else 0),
-        counters=Counters(method, 3, len(table), table.device),
-        granule=granule,
-        store=store,
+class Pool:
+    """A KV pool of one layer's random keys and values, the same in every layer and for every pool of a size."""
+
+    page_size = 1
+
+    def __init__(self, num_slots):
+        self.size = num_slots - 1
+        generator = torch.Generator().manual_seed(1)
+        self.k, self.v = (torch.randn(num_slots, KV_HEADS, DIM, generator=generator) for _ in range(2))
+
+    def get_key_buffer(self, layer):
+        return self.k
+
+    def get_value_buffer(self, layer):
+        return self.v
+
+
+def runner_of(table, num_slots=400):
+    """What the builder asks of SGLang's model runner, for three layers over the rows of `table`."""
+    model = SimpleNamespace(
+        num_attention_heads=HEADS, num_hidden_layers=LAYERS, model_path="nameless", dtype=torch.float32
     )
+    generations = torch.zeros(len(table), dtype=torch.int64)
+    rows = SimpleNamespace(req_to_token=table, req_generation=generations, device="cpu")
+    return SimpleNamespace(model_config=model, req_to_token_pool=rows, token_to_kv_pool=Pool(num_slots))
+
+
+def build(table, dense=Dense, granule=4, num_slots=400, **values):
+    """Our backend over the rows of `table`; three layers, the second selects.
+
+    `values` are the configuration's; a granule of None switches prefix groups off.
+    """
+    plain = {"budget": BUDGET, "recency": 0.25, "sinks": 2, "selection_layers": (1,)}
+    config = configure(**{**plain, "prefix_groups": granule is not None, **values})
+    assert config.problems() == []
+    all_heads = HeadsOfRank(first=0, own=HEADS, all=HEADS)
+    lim = build_state(config, runner_of(table, num_slots), "fa3", all_heads, None)
+    lim.granule = granule
+    backend = dense()
+    add_sparse_decode(backend, lim)
     return backend
 
 
-def operands(batch, num_slots=400):
-    """Queries of a step and the pool's keys and values, the same in every call."""
-    generator = torch.Generator().manual_seed(1)
-    k, v = (torch.randn(num_slots, 2, 8, generator=generator) for _ in range(2))
-    return torch.randn(batch, 4, 8, generator=generator), k, v
+def queries(batch):
+    """Queries of a step, the same in every call."""
+    return torch.randn(batch, HEADS, DIM, generator=torch.Generator().manual_seed(2))
 
 
-def attention(backend, step, batch, num_slots=400, **options):
-    """Outputs of a selection and of a sparse layer of `step`, on `operands`."""
-    q, k, v = operands(batch, num_slots)
-    roles = (Role.SELECT, Role.SPARSE) if backend.lim.method.name == "lessismore" else (Role.SPARSE,)
-    scales = Scales(scale=0.3, logit_cap=0.0)
+def run_role(backend, plan, role, batch):
+    """The output of a layer of this role in the step of `plan`, on `queries` and the pool."""
     lim = backend.lim
-    return [
-        attend(lim.method, step, role, q, k, v, scales=scales, heads=lim.heads, store=lim.store, **options)
-        for role in roles
-    ]
+    layer = LayerInput(queries(batch), lim.pool.k, lim.pool.v, Scaling(scale=0.3))
+    return lim.decode.run(plan, role, layer)
+
+
+def attention(backend, plan, batch):
+    """Outputs of a selection layer, if the method has any, and of a sparse layer."""
+    roles = [role for role in (Role.SELECT, Role.SPARSE) if role in backend.lim.roles]
+    return [run_role(backend, plan, role, batch) for role in roles]

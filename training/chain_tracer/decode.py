@@ -5,13 +5,12 @@ chains run at once. Prompt rows are dense whatever the policy, so one prefill se
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lim_kernels import adapt_budgets, choose_tokens, score_tokens
+from lim_kernels import SetSizes, adapt_budgets, choose_tokens, score_tokens
 from sgl_lim.tasks.chains import ChainProblem
 
 from .data import BOS, EOS, IDS
@@ -147,13 +146,13 @@ def _select(q: Tensor, k: Tensor, seq_lens: Tensor, policy: Policy, scale: float
         wide = k[i : i + step].float().repeat_interleave(group, dim=1)
         logits = (q[i : i + step].float() @ wide.transpose(2, 3) * scale).transpose(1, 2).flatten(0, 1)
         lens = seq_lens.repeat(len(wide)).to(torch.int32)
-        sizes: dict[str, Any] = {"budget": policy.budget, "recent": policy.recent, "sinks": policy.sinks}
-        scores = score_tokens(logits.contiguous(), lens, **sizes, aggregate=policy.aggregate)
-        own: dict[str, Any] = {}
+        sizes = SetSizes(policy.budget, policy.recent, policy.sinks)
+        scores = score_tokens(logits.contiguous(), lens, sizes, aggregate=policy.aggregate)
+        budgets = recents = None
         if policy.top_p is not None or policy.recency is None:
-            found = {**sizes, "recent": None if policy.recency is None else policy.recent, "top_p": policy.top_p}
-            own["budgets"], own["recents"] = adapt_budgets(scores, lens, **found)
-        positions, _ = choose_tokens(scores, lens, **sizes, **own)
+            find_recent = policy.recency is None
+            budgets, recents = adapt_budgets(scores, lens, sizes, find_recent=find_recent, top_p=policy.top_p)
+        positions, _ = choose_tokens(scores, lens, sizes, budgets=budgets, recents=recents)
         index = positions.long().masked_fill(positions < 0, length).view(len(wide), count, -1)
         visible[i : i + step].scatter_(2, index, True)
     return visible[..., :length]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lim_kernels import bound_pages, decode_with_scores
+from lim_kernels import Scaling, bound_pages, decode_with_scores
 from lim_kernels.page_bounds import PAGE, PageBounds
 from sgl_lim.methods import Method, Role
 from sgl_lim.serving.decode import DecodeStep, HeadShare, Scales, attend, begin_step
@@ -130,7 +130,7 @@ def _share(step: DecodeStep) -> Tensor:
 def _recall(step: DecodeStep, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """Weight of the set in full attention, float32 [S], mean over query heads."""
     assert step.set_slots is not None and step.set_counts is not None
-    _, lse, logits = decode_with_scores(q, keys, values, step.slots, step.seq_lens, scale=scale)
+    _, lse, logits = decode_with_scores(q, keys, values, step.slots, step.seq_lens, Scaling(scale))
     chosen, counts = step.set_slots, step.set_counts
     if chosen.dim() == 2:
         chosen, counts = chosen[:, None], counts[:, None]

@@ -1,11 +1,14 @@
 """Public entry of adaptive budgets: what rows get, validation, dispatch."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from lim_kernels.adaptive_budget import reference
 from lim_kernels.adaptive_budget.masses import SHARE_BITS, WINDOWS, window_of
 from lim_kernels.dispatch import default_for, require, resolve
-from lim_kernels.select_tokens.api import check_scores, check_sizes
+from lim_kernels.operands import SetSizes
+from lim_kernels.select_tokens.api import check_scores
 
 _IMPLEMENTATIONS = ("reference", "triton")
 
@@ -13,10 +16,9 @@ _IMPLEMENTATIONS = ("reference", "triton")
 def adapt_budgets(
     scores: Tensor,
     seq_lens: Tensor,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int | None,
-    sinks: int,
+    find_recent: bool = False,
     top_p: float | None = None,
     floor: int = 1,
     implementation: str | None = None,
@@ -27,7 +29,7 @@ def adapt_budgets(
     1/16 octave, in integers (see `masses`): a token's weight is right within 2.2%, one 41 octaves below the heaviest
     weighs nothing, and every implementation finds the same sizes. In rows longer than the budget:
 
-    - With `recent=None` the window gets the share of the budget that it holds of the attention: it is the longest of
+    - With `find_recent` the window gets the share of the budget that it holds of the attention: it is the longest of
       1 … 8 sixteenths of the budget whose tokens hold as many sixteenths of the attention at least, but not shorter
       than one sixteenth, nor than 32 tokens where a quarter of the budget is as many, nor than that quarter where it
       is not. (The current token is always in it; sixteenths are rounded down.)
@@ -38,8 +40,8 @@ def adapt_budgets(
         scores: float32 [B, L], log-weights as `score_tokens` gives them by "max" or "sum" ("union" gives places, which
             say nothing of weights); read in rows longer than the budget, at all their positions.
         seq_lens: int32 or int64 [B].
-        budget, sinks: as in `score_tokens`.
-        recent: length of the window, or None to find one for each row.
+        sizes: as in `score_tokens`.
+        find_recent: whether to find a window for each row, instead of `sizes.recent`, which is not read then.
         top_p: share of the attention between 0 and 1, or None to give each row the whole budget.
         floor: least tokens of a row longer than the budget, with `top_p`.
 
@@ -53,8 +55,10 @@ def adapt_budgets(
     """
     op = "adapt_budgets"
     check_scores(op, scores, seq_lens, None)
-    check_sizes(op, budget, window_of(budget, WINDOWS) if recent is None else recent, sinks)
-    require(recent is None or top_p is not None, op, "a share top_p or recent=None", "neither")
+    budget = sizes.budget
+    longest = replace(sizes, recent=window_of(budget, WINDOWS)) if find_recent else sizes
+    longest.check(op)
+    require(find_recent or top_p is not None, op, "a share top_p or find_recent=True", "neither")
     require(top_p is None or 0 < top_p < 1, op, "top_p between 0 and 1", top_p)
     require(1 <= floor <= budget, op, f"a floor of 1 to {budget} tokens", floor)
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(scores)) == "reference":
@@ -62,4 +66,4 @@ def adapt_budgets(
     else:
         from lim_kernels.adaptive_budget.triton import adapt_budgets as adapt
     share = None if top_p is None else round(top_p * 2**SHARE_BITS)
-    return adapt(scores, seq_lens, budget=budget, recent=recent, sinks=sinks, share=share, floor=floor)
+    return adapt(scores, seq_lens, sizes, find_recent=find_recent, share=share, floor=floor)

@@ -16,20 +16,20 @@ from lim_kernels.adaptive_budget.masses import (
     least_window,
     window_of,
 )
+from lim_kernels.operands import SetSizes
 
 
 def adapt_budgets(
     scores: Tensor,
     seq_lens: Tensor,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int | None,
-    sinks: int,
+    find_recent: bool,
     share: int | None,
     floor: int,
 ) -> tuple[Tensor, Tensor]:
     """See `api.adapt_budgets`; `share` in units of 2**-SHARE_BITS."""
-    length = scores.shape[1]
+    budget, sinks, length = sizes.budget, sizes.sinks, scores.shape[1]
     lens = seq_lens.to(torch.int64)
     longer = lens > budget
     positions = torch.arange(length, device=scores.device)
@@ -43,14 +43,14 @@ def adapt_budgets(
     mass = (counts * weights).sum(dim=1)
     of_tokens = weights.gather(1, bins)
 
-    if recent is None:
+    if find_recent:
         recents = torch.full_like(lens, least_window(budget))
         for part in range(1, WINDOWS + 1):
             window = window_of(budget, part)
             held = of_tokens.masked_fill(~((positions >= ends - window) & (positions < ends)), 0).sum(dim=1)
             recents = torch.where(longer & (held >= (mass >> 4) * part), recents.clamp(min=window), recents)
     else:
-        recents = torch.full_like(lens, recent)
+        recents = torch.full_like(lens, sizes.recent)
     budgets = lens.clamp(max=budget)
     if share is not None:
         starts = ends - recents.unsqueeze(1)
@@ -63,9 +63,9 @@ def adapt_budgets(
         whole = torch.where(short, counts, 0).sum(dim=1)
         lacking = wanted - torch.where(short, counts * weights, 0).sum(dim=1)
         weight = torch.where(short, 0, weights).masked_fill(counts == 0, 0).amax(dim=1).clamp(min=1)
-        sizes = recents + sinks + whole + (lacking.clamp(min=0) + weight - 1) // weight
-        sizes = torch.maximum(sizes, (recents + sinks + 1).clamp(min=floor)).clamp(max=budget)
-        budgets = torch.where(longer, sizes, budgets)
+        needed = recents + sinks + whole + (lacking.clamp(min=0) + weight - 1) // weight
+        needed = torch.maximum(needed, (recents + sinks + 1).clamp(min=floor)).clamp(max=budget)
+        budgets = torch.where(longer, needed, budgets)
     return budgets.to(torch.int32), recents.to(torch.int32)
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lim_kernels.adaptive_budget import masses
+from lim_kernels.operands import SetSizes
 from lim_kernels.triton_support import readable_width
 
 _BINS = tl.constexpr(masses.BINS)
@@ -151,10 +152,9 @@ def size_kernel(
 def adapt_budgets(
     scores: Tensor,
     seq_lens: Tensor,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int | None,
-    sinks: int,
+    find_recent: bool,
     share: int | None,
     floor: int,
 ) -> tuple[Tensor, Tensor]:
@@ -167,23 +167,23 @@ def adapt_budgets(
         "lens_ptr": seq_lens,
         "counts_ptr": counts,
         "stride_scores": scores.stride(0),
-        "budget": budget,
+        "budget": sizes.budget,
         "COPIES": _COPIES,
     }
-    if length > budget:
+    if length > sizes.budget:
         count_kernel[(triton.cdiv(length, _BLOCK), batch)](
             width=readable_width(scores), BLOCK=_BLOCK, num_warps=8, **common
         )
     size_kernel[(batch,)](
         budgets_ptr=budgets,
         recents_ptr=recents,
-        recent=masses.least_window(budget) if recent is None else recent,
-        sinks=sinks,
+        recent=masses.least_window(sizes.budget) if find_recent else sizes.recent,
+        sinks=sizes.sinks,
         share=0 if share is None else share,
         floor=floor,
         FACTORS=masses.FACTORS,
         CHUNK=_CHUNK,
-        FIND_RECENT=recent is None,
+        FIND_RECENT=find_recent,
         FIND_BUDGET=share is not None,
         num_warps=8,
         **common,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lim_kernels.decode_with_scores import reference
 from lim_kernels.dispatch import check_decode_operands, default_for, require, require_rows, resolve
+from lim_kernels.operands import Scaling
 
 _IMPLEMENTATIONS = ("reference", "triton")
 
@@ -16,11 +17,8 @@ def decode_with_scores(
     v_cache: Tensor,
     slots: Tensor,
     seq_lens: Tensor,
+    scaling: Scaling,
     *,
-    scale: float,
-    logit_cap: float = 0.0,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
     score_beyond: int = 0,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +29,7 @@ def decode_with_scores(
         k_cache, v_cache: [num_slots, H_kv, D] and [num_slots, H_kv, D_v].
         slots: int32 or int64 [B, L], KV slot of each position; entries at or beyond `seq_lens[b]` are never read.
         seq_lens: int32 or int64 [B], each 1 … L, the current token included.
-        scale, logit_cap, k_scale, v_scale: as in `sparse_decode`.
+        scaling: of this layer.
         score_beyond: rows of at most so many tokens need no logits, and may get none.
 
     Returns:
@@ -57,9 +55,6 @@ def decode_with_scores(
         v_cache,
         slots,
         seq_lens,
-        scale=scale,
-        logit_cap=logit_cap,
-        k_scale=k_scale,
-        v_scale=v_scale,
+        scaling,
         score_beyond=score_beyond,
     )

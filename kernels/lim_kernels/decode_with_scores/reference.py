@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from lim_kernels.attention import attend
+from lim_kernels.operands import Scaling
 
 
 def decode_with_scores(
@@ -11,14 +12,9 @@ def decode_with_scores(
     v_cache: Tensor,
     slots: Tensor,
     seq_lens: Tensor,
+    scaling: Scaling,
     *,
-    scale: float,
-    logit_cap: float,
-    k_scale: float,
-    v_scale: float,
     score_beyond: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `api.decode_with_scores`; here every row gets its logits."""
-    return attend(
-        q, k_cache, v_cache, slots, seq_lens, scale=scale, logit_cap=logit_cap, k_scale=k_scale, v_scale=v_scale
-    )
+    return attend(q, k_cache, v_cache, slots, seq_lens, scaling)

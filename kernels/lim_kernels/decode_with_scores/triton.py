@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from lim_kernels.operands import Scaling
 from lim_kernels.split_decode import Launch, split_decode
 from lim_kernels.triton_support import padded_empty
 
@@ -12,11 +13,8 @@ def decode_with_scores(
     v_cache: Tensor,
     slots: Tensor,
     seq_lens: Tensor,
+    scaling: Scaling,
     *,
-    scale: float,
-    logit_cap: float,
-    k_scale: float,
-    v_scale: float,
     score_beyond: int,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,10 +26,7 @@ def decode_with_scores(
         v_cache,
         slots,
         seq_lens,
-        scale=scale,
-        logit_cap=logit_cap,
-        k_scale=k_scale,
-        v_scale=v_scale,
+        scaling,
         logits=logits,
         score_beyond=score_beyond,
         launch=launch,

@@ -4,8 +4,9 @@ from torch import Tensor
 
 from lim_kernels.dispatch import default_for, require, require_one_device, resolve
 from lim_kernels.group_selection import reference
+from lim_kernels.operands import SetSizes
 from lim_kernels.prefix_groups import PrefixGroups
-from lim_kernels.select_tokens.api import check_scores, check_sizes
+from lim_kernels.select_tokens.api import check_scores
 
 COMBINATIONS = ("max", "logsumexp")
 _IMPLEMENTATIONS = ("reference", "triton")
@@ -15,10 +16,8 @@ def choose_for_groups(
     scores: Tensor,
     seq_lens: Tensor,
     groups: PrefixGroups,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int,
-    sinks: int,
     combine: str,
     slots: Tensor | None = None,
     implementation: str | None = None,
@@ -56,14 +55,14 @@ def choose_for_groups(
         seq_lens: int32 or int64 [B].
         groups: of rows that are longer than the budget. `find_prefix_groups` gives them if it is told that the other
             rows have length 1. A row within the budget that is in no group keeps everything.
-        budget, recent, sinks: as in `score_tokens`.
+        sizes: as in `score_tokens`.
         combine: how the scores of a group's rows become one: "max" (fitting for "max" and "union" scores), or
             "logsumexp" (for "sum").
         slots: int32 [B, L], KV slot of each position, to have the set in slots rather than in positions.
 
     Returns:
-        positions int32 [B, budget], ascending, -1 after `counts[b]`, or their slots in that order, 0 after
-        `counts[b]`; counts int32 [B]. Both are those of `choose_tokens` for rows that are in no group.
+        positions int32 [B, K] with K = `sizes.budget`, ascending, -1 after `counts[b]`, or their slots in that order,
+        0 after `counts[b]`; counts int32 [B]. Both are those of `choose_tokens` for rows that are in no group.
 
     Raises:
         ValueError: wrong shape, dtype or device, an unknown combination or implementation, or a budget that does not
@@ -74,22 +73,20 @@ def choose_for_groups(
     batch = scores.shape[0]
     require(groups.counts.shape == seq_lens.shape, op, f"groups of {batch} rows", list(groups.counts.shape))
     require_one_device(op, scores, seq_lens, groups.counts)
-    check_sizes(op, budget, recent, sinks)
+    sizes.check(op)
     require(combine in COMBINATIONS, op, f"combine in {COMBINATIONS}", repr(combine))
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(scores)) == "reference":
         choose = reference.choose_for_groups
     else:
         from lim_kernels.group_selection.triton import choose_for_groups as choose
-    return choose(scores, seq_lens, groups, budget=budget, recent=recent, sinks=sinks, combine=combine, slots=slots)
+    return choose(scores, seq_lens, groups, sizes, combine=combine, slots=slots)
 
 
 def groups_of_sets(
     seq_lens: Tensor,
     groups: PrefixGroups,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int,
-    sinks: int,
     smallest: int = 1,
     implementation: str | None = None,
 ) -> tuple[PrefixGroups, Tensor]:
@@ -100,7 +97,7 @@ def groups_of_sets(
     `grouped_decode` over the sets reads a group's tokens once.
 
     Args:
-        seq_lens, groups, budget, recent, sinks: as in `choose_for_groups`.
+        seq_lens, groups, sizes: as in `choose_for_groups`.
         smallest: a group of fewer set tokens is not worth a part of its own, and each of its rows, or the next group
             on the way to it, takes them for its own.
 
@@ -115,10 +112,10 @@ def groups_of_sets(
     require(fits, op, f"seq_lens [{len(groups.counts)}]", list(seq_lens.shape))
     require(seq_lens.device == groups.counts.device, op, f"seq_lens on {groups.counts.device}", seq_lens.device)
     require(smallest >= 1, op, "smallest at least 1 token", smallest)
-    check_sizes(op, budget, recent, sinks)
+    sizes.check(op)
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(seq_lens)) == "reference":
         find = reference.groups_of_sets
     else:
         from lim_kernels.group_selection.triton_plan import groups_of_sets as find
-    fields, counts = find(seq_lens, groups, budget=budget, recent=recent, sinks=sinks, smallest=smallest)
+    fields, counts = find(seq_lens, groups, sizes, smallest=smallest)
     return PrefixGroups(**fields), counts

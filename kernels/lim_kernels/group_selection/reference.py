@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lim_kernels.operands import SetSizes
 from lim_kernels.prefix_groups import PrefixGroups
 
 
@@ -30,18 +31,16 @@ def choose_for_groups(
     scores: Tensor,
     seq_lens: Tensor,
     groups: PrefixGroups,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int,
-    sinks: int,
     combine: str,
     slots: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `api.choose_for_groups`."""
     batch = scores.shape[0]
     counts = [0] * batch
-    sets = torch.full((batch, budget), -1 if slots is None else 0, dtype=torch.int32, device=scores.device)
-    for part, quota in plan(seq_lens.tolist(), groups, budget=budget, recent=recent, sinks=sinks):
+    sets = torch.full((batch, sizes.budget), -1 if slots is None else 0, dtype=torch.int32, device=scores.device)
+    for part, quota in plan(seq_lens.tolist(), groups, sizes):
         combined = scores[part.rows, part.start : part.end]
         combined = combined.amax(0) if combine == "max" else combined.logsumexp(0)
         positions = part.start + best(combined, quota, part.head, min(part.tail, quota - part.head))
@@ -53,14 +52,14 @@ def choose_for_groups(
 
 
 def groups_of_sets(
-    seq_lens: Tensor, groups: PrefixGroups, *, budget: int, recent: int, sinks: int, smallest: int
+    seq_lens: Tensor, groups: PrefixGroups, sizes: SetSizes, *, smallest: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """See `api.groups_of_sets`; the fields of `PrefixGroups` by name."""
     batch = len(seq_lens)
     counts, starts, ends, parents = [0] * batch, [0] * batch, [0] * batch, [-1] * batch
     # Of each row: where its own part begins after the groups so far, the last of them, and how far others lead.
     own_starts, paths, followed, taken = [0] * batch, [-1] * batch, [0] * batch, [0] * batch
-    for part, quota in plan(seq_lens.tolist(), groups, budget=budget, recent=recent, sinks=sinks):
+    for part, quota in plan(seq_lens.tolist(), groups, sizes):
         first, group = part.rows[0], part.group
         end = taken[first] + quota
         if group >= 0 and end - own_starts[first] >= smallest:
@@ -84,9 +83,9 @@ def groups_of_sets(
     return {**made, "members": groups.members}, torch.tensor(taken, dtype=torch.int32, device=seq_lens.device)
 
 
-def plan(lens: list[int], groups: PrefixGroups, *, budget: int, recent: int, sinks: int) -> list[tuple[Segment, int]]:
+def plan(lens: list[int], groups: PrefixGroups, sizes: SetSizes) -> list[tuple[Segment, int]]:
     """All segments in the order of `cut`, and how many tokens each takes."""
-    segments = cut(lens, groups, recent=recent, sinks=sinks)
+    segments = cut(lens, groups, recent=sizes.recent, sinks=sizes.sinks)
     # Of each row: forced positions of the segments from the present one on, and tokens taken by those before it.
     owed, taken = [0] * len(lens), [0] * len(lens)
     for part in segments:
@@ -97,7 +96,7 @@ def plan(lens: list[int], groups: PrefixGroups, *, budget: int, recent: int, sin
         for row in part.rows:
             owed[row] -= part.head + part.tail
         quota = share(
-            part, budget - taken[part.rows[0]], [lens[row] for row in part.rows], [owed[r] for r in part.rows]
+            part, sizes.budget - taken[part.rows[0]], [lens[row] for row in part.rows], [owed[r] for r in part.rows]
         )
         planned.append((part, quota))
         for row in part.rows:

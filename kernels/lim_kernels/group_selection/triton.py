@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lim_kernels.group_selection.triton_plan import plan_spans
+from lim_kernels.operands import SetSizes
 from lim_kernels.prefix_groups import MAX_LEVELS, PrefixGroups
 from lim_kernels.select_tokens.triton_choose import choose_in_spans
 from lim_kernels.triton_support import multiprocessors, padded_empty, plan_block, readable_width
@@ -101,18 +102,16 @@ def choose_for_groups(
     scores: Tensor,
     seq_lens: Tensor,
     groups: PrefixGroups,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int,
-    sinks: int,
     combine: str,
     slots: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `api.choose_for_groups`."""
     batch, length = scores.shape
-    if length <= budget:
+    if length <= sizes.budget:
         # No row is longer than the budget, so there are no groups.
-        return choose_in_spans(scores, seq_lens, budget=budget, recent=recent, sinks=sinks, slots=slots)
+        return choose_in_spans(scores, seq_lens, sizes, slots=slots)
     found = {
         "counts_ptr": groups.counts,
         "starts_ptr": groups.starts,
@@ -122,7 +121,7 @@ def choose_for_groups(
         "BLOCK_ROWS": plan_block(batch),
     }
     path = {"parents_ptr": groups.parents, "paths_ptr": groups.paths}
-    spans = plan_spans(seq_lens, groups, budget=budget, recent=recent, sinks=sinks)
+    spans = plan_spans(seq_lens, groups, sizes)
     combined = padded_empty(batch, length, device=scores.device)
     # Half of the rows' blocks at most: a group has two rows or more.
     most = triton.cdiv(length, _BLOCK) * batch // 2 + MAX_LEVELS * batch
@@ -138,17 +137,8 @@ def choose_for_groups(
         num_warps=4,
         **found,
     )
-    sets, counts = choose_in_spans(
-        scores,
-        seq_lens,
-        budget=budget,
-        recent=recent,
-        sinks=sinks,
-        slots=slots,
-        combined=combined,
-        spans=spans,
-    )
-    copy_kernel[(triton.cdiv(budget, _COPIED), batch)](
+    sets, counts = choose_in_spans(scores, seq_lens, sizes, slots=slots, combined=combined, spans=spans)
+    copy_kernel[(triton.cdiv(sizes.budget, _COPIED), batch)](
         spans_ptr=spans,
         set_ptr=sets,
         batch=batch,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lim_kernels.operands import SetSizes
 from lim_kernels.prefix_groups import MAX_LEVELS, PrefixGroups
 from lim_kernels.select_tokens.triton_spans import SPAN_FIELDS, store_span
 from lim_kernels.triton_support import plan_block
@@ -215,7 +216,7 @@ def set_groups_kernel(
         tl.store(set_parents_ptr + group, tl.where(exists, parent, -1))
 
 
-def plan_spans(seq_lens: Tensor, groups: PrefixGroups, *, budget: int, recent: int, sinks: int) -> Tensor:
+def plan_spans(seq_lens: Tensor, groups: PrefixGroups, sizes: SetSizes) -> Tensor:
     """int32 [2B, SPAN_FIELDS], the span of each row's own segment, then of each group; empty where there is none."""
     batch, device = len(seq_lens), seq_lens.device
     forced = torch.empty(2 * batch, dtype=torch.int32, device=device)
@@ -231,18 +232,18 @@ def plan_spans(seq_lens: Tensor, groups: PrefixGroups, *, budget: int, recent: i
         "paths_ptr": groups.paths,
         "forced_ptr": forced,
         "batch": batch,
-        "recent": recent,
-        "sinks": sinks,
+        "recent": sizes.recent,
+        "sinks": sizes.sinks,
         "BLOCK_ROWS": plan_block(batch),
         "num_warps": 1,
     }
     force_kernel[(2 * batch,)](**planned)
-    plan_kernel[(2 * batch,)](spans_ptr=spans, budget=budget, LEVELS=_LEVELS, **planned)
+    plan_kernel[(2 * batch,)](spans_ptr=spans, budget=sizes.budget, LEVELS=_LEVELS, **planned)
     return spans
 
 
 def groups_of_sets(
-    seq_lens: Tensor, groups: PrefixGroups, *, budget: int, recent: int, sinks: int, smallest: int
+    seq_lens: Tensor, groups: PrefixGroups, sizes: SetSizes, *, smallest: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """See `api.groups_of_sets`; the fields of `PrefixGroups` by name."""
     batch = len(seq_lens)
@@ -250,7 +251,7 @@ def groups_of_sets(
     made = torch.empty(len(names) + 1, batch, dtype=torch.int32, device=seq_lens.device)
     fields, set_counts = dict(zip(names, made[:-1], strict=True)), made[-1]
     set_groups_kernel[(2 * batch,)](
-        spans_ptr=plan_spans(seq_lens, groups, budget=budget, recent=recent, sinks=sinks),
+        spans_ptr=plan_spans(seq_lens, groups, sizes),
         group_counts_ptr=groups.counts,
         parents_ptr=groups.parents,
         members_ptr=groups.members,

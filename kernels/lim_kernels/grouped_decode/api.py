@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lim_kernels.dispatch import check_decode_operands, default_for, require, require_rows, resolve
 from lim_kernels.grouped_decode import reference
+from lim_kernels.operands import Scaling
 from lim_kernels.prefix_groups import PrefixGroups
 
 _IMPLEMENTATIONS = ("reference", "triton")
@@ -18,11 +19,8 @@ def grouped_decode(
     slots: Tensor,
     seq_lens: Tensor,
     groups: PrefixGroups,
+    scaling: Scaling,
     *,
-    scale: float,
-    logit_cap: float = 0.0,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
     scored: bool = False,
     score_beyond: int = 0,
     implementation: str | None = None,
@@ -30,7 +28,7 @@ def grouped_decode(
     """`decode_with_scores`, reading the keys and values of a prefix group once for all its rows.
 
     Args:
-        q, k_cache, v_cache, slots, seq_lens, scale, logit_cap, k_scale, v_scale: as in `decode_with_scores`.
+        q, k_cache, v_cache, slots, seq_lens, scaling: as in `decode_with_scores`.
         groups: of these slots and lengths, by `find_prefix_groups`, or of sets, by `groups_of_sets`. A row attends to
             its groups' positions and, from `own_starts[b]` on, to its own: where a caller sets that, to a part of its
             slots. A row that is in a group may have none of its own.
@@ -62,10 +60,7 @@ def grouped_decode(
         slots,
         seq_lens,
         groups,
-        scale=scale,
-        logit_cap=logit_cap,
-        k_scale=k_scale,
-        v_scale=v_scale,
+        scaling,
         scored=scored,
         score_beyond=score_beyond,
     )

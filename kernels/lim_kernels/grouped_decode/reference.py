@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lim_kernels.attention import attend
+from lim_kernels.operands import Scaling
 from lim_kernels.prefix_groups import PrefixGroups
 
 
@@ -17,16 +18,16 @@ def grouped_decode(
     slots: Tensor,
     seq_lens: Tensor,
     groups: PrefixGroups,
+    scaling: Scaling,
     *,
     scored: bool,
     score_beyond: int,
-    **sizes: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See `api.grouped_decode`; here every row gets its logits. `sizes` are those of `attention.attend`."""
+    """See `api.grouped_decode`; here every row gets its logits."""
     counts = groups.counts.tolist()
     found = [group for group, count in enumerate(counts) if count]
     if not found and not groups.own_starts.any():
-        out, lse, all_logits = attend(q, k_cache, v_cache, slots, seq_lens, **sizes)
+        out, lse, all_logits = attend(q, k_cache, v_cache, slots, seq_lens, scaling)
         return out, lse, all_logits if scored else None
 
     own_starts = groups.own_starts.long()
@@ -35,7 +36,7 @@ def grouped_decode(
     own_slots = slots.gather(1, positions.clamp(max=slots.shape[1] - 1))
     # A set may be its group's alone.
     nothing = (own_lens == 0).unsqueeze(1)
-    out, lse, own_logits = attend(q, k_cache, v_cache, own_slots, own_lens.clamp(min=1), **sizes)
+    out, lse, own_logits = attend(q, k_cache, v_cache, own_slots, own_lens.clamp(min=1), scaling)
     out, lse = out.masked_fill(nothing.unsqueeze(2), 0.0), lse.masked_fill(nothing, float("-inf"))
     logits: Tensor | None = None
     if scored:
@@ -52,7 +53,7 @@ def grouped_decode(
         queries = q[rows].unflatten(1, (k_cache.shape[1], -1)).transpose(0, 1).flatten(1, 2).flatten(0, 1)
         shared = slots[rows[:1], start:end]
         length = torch.full_like(seq_lens[:1], end - start)
-        parts = attend(queries.unsqueeze(0), k_cache, v_cache, shared, length, **sizes)
+        parts = attend(queries.unsqueeze(0), k_cache, v_cache, shared, length, scaling)
         part, part_lse, part_logits = (_by_row(t[0], len(rows), k_cache.shape[1]) for t in parts)
         merged = torch.logaddexp(lse[rows], part_lse)
         out[rows] = out[rows] * (lse[rows] - merged).exp().unsqueeze(2) + part * (part_lse - merged).exp().unsqueeze(2)

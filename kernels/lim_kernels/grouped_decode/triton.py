@@ -25,6 +25,7 @@ from lim_kernels.decode_parts import (
     store_merged,
     store_part,
 )
+from lim_kernels.operands import Scaling
 from lim_kernels.prefix_groups import MAX_LEVELS, PrefixGroups
 from lim_kernels.split_decode import Launch, attended, empty_results, split
 from lim_kernels.triton_support import multiprocessors, padded_empty, plan_block
@@ -260,11 +261,8 @@ def grouped_decode(
     slots: Tensor,
     seq_lens: Tensor,
     groups: PrefixGroups,
+    scaling: Scaling,
     *,
-    scale: float,
-    logit_cap: float,
-    k_scale: float,
-    v_scale: float,
     scored: bool,
     score_beyond: int,
     launch: Launch | None = None,
@@ -281,10 +279,7 @@ def grouped_decode(
         v_cache,
         slots,
         seq_lens,
-        scale=scale,
-        logit_cap=logit_cap,
-        k_scale=k_scale,
-        v_scale=v_scale,
+        scaling,
         logits=logits,
         score_beyond=score_beyond,
         launch=launch,
@@ -309,7 +304,7 @@ def grouped_decode(
         partial_ptr=shared,
         partial_lse_ptr=shared_lse,
         batch=batch,
-        v_scale=v_scale,
+        v_scale=scaling.v_scale,
         score_beyond=score_beyond,
         fewest_items=wave,
         most_items=most,
@@ -324,7 +319,7 @@ def grouped_decode(
         BLOCK_ROWS=plan_block(batch),
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **attended(q, k_cache, v_cache, slots, logits, scale=scale * k_scale, logit_cap=logit_cap),
+        **attended(q, k_cache, v_cache, slots, logits, scaling),
     )
     out, lse = empty_results(q, dim_v)
     merge_path_kernel[(heads, batch)](

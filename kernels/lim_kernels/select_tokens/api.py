@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lim_kernels.dispatch import default_for, require, require_rows, resolve
+from lim_kernels.operands import SetSizes
 from lim_kernels.select_tokens import reference
 
 AGGREGATES = ("union", "max", "sum")
@@ -19,10 +20,8 @@ _IMPLEMENTATIONS = ("reference", "triton")
 def score_tokens(
     logits: Tensor,
     seq_lens: Tensor,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int,
-    sinks: int,
     aggregate: str = "union",
     first_head: int = 0,
     num_heads: int | None = None,
@@ -34,8 +33,7 @@ def score_tokens(
     Args:
         logits: float32 [B, H, L], raw scaled logits; anything at or beyond `seq_lens[b]` is ignored.
         seq_lens: int32 or int64 [B], each 1 … L.
-        budget, recent, sinks: token budget, length of the recency window, number of sinks;
-            `budget - recent - sinks` is the middle budget.
+        sizes: of the set.
         aggregate: "union" (rank-major union of the heads' top lists), or "max" / "sum" of the heads' softmax weights.
         first_head, num_heads: index of `logits[:, 0]` among all heads and how many heads there are, where this rank
             holds only some of them. Scores of ranks are combined by max for "union" and "max", by logsumexp for "sum".
@@ -47,7 +45,7 @@ def score_tokens(
         "max" gives the largest log-weight and "sum" the logarithm of the weights' sum. For candidates alone, "union"
         gives the negated place in the union, -inf where no head lists the token.
     """
-    _check(logits, seq_lens, budget, recent, sinks, aggregate)
+    _check(logits, seq_lens, sizes, aggregate)
     op = "score_tokens"
     num_heads = logits.shape[1] + first_head if num_heads is None else num_heads
     if lse is not None:
@@ -59,18 +57,15 @@ def score_tokens(
     else:
         from lim_kernels.select_tokens.triton import score_tokens as score
 
-        middle = budget - recent - sinks
-        fits = aggregate != "union" or middle <= MAX_UNION
-        require(fits, op, f"a middle budget of at most {MAX_UNION} for union", middle)
+        fits = aggregate != "union" or sizes.middle <= MAX_UNION
+        require(fits, op, f"a middle budget of at most {MAX_UNION} for union", sizes.middle)
         if lse is None and aggregate != "union":
             lse = reference.within_rows(logits, seq_lens).logsumexp(dim=2)
     return score(
         logits,
         lse,
         seq_lens,
-        budget=budget,
-        recent=recent,
-        sinks=sinks,
+        sizes,
         aggregate=aggregate,
         first_head=first_head,
         num_heads=num_heads,
@@ -80,10 +75,8 @@ def score_tokens(
 def choose_tokens(
     scores: Tensor,
     seq_lens: Tensor,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int,
-    sinks: int,
     slots: Tensor | None = None,
     budgets: Tensor | None = None,
     recents: Tensor | None = None,
@@ -94,27 +87,27 @@ def choose_tokens(
     Args:
         scores: float32 [B, L], larger is better; read for the candidates of rows longer than their budget.
         seq_lens: int32 or int64 [B].
-        budget, recent, sinks: as in `score_tokens`.
+        sizes: as in `score_tokens`.
         slots: int32 [B, L], KV slot of each position, to have the set in slots rather than in positions.
-        budgets: int32 [B], each row's own budget, `budget` at most; None: it is `budget` for all.
-        recents: int32 [B], each row's own window instead of `recent`. In rows longer than their budget, sinks and
+        budgets: int32 [B], each row's own budget, `sizes.budget` at most; None: it is that for all.
+        recents: int32 [B], each row's own window instead of `sizes.recent`. In rows longer than their budget, sinks and
             window must fit into it. `adapt_budgets` gives both.
 
     Returns:
-        positions int32 [B, budget], ascending, -1 after `counts[b]`, or their slots in that order, 0 after
-        `counts[b]`; counts int32 [B], the row's length or its budget, whichever is less. A row no longer than its
-        budget returns all it has.
+        positions int32 [B, K] with K = `sizes.budget`, ascending, -1 after `counts[b]`, or their slots in that order,
+        0 after `counts[b]`; counts int32 [B], the row's length or its budget, whichever is less. A row no longer than
+        its budget returns all it has.
 
     Raises:
         ValueError: wrong shape, dtype or device, or an unknown implementation.
     """
     op = "choose_tokens"
     check_scores(op, scores, seq_lens, slots)
-    for name, sizes in (("budgets", budgets), ("recents", recents)):
-        if sizes is not None:
-            fits = sizes.dtype == torch.int32 and sizes.shape == seq_lens.shape and sizes.device == scores.device
-            require(fits, op, f"{name} int32 {list(seq_lens.shape)} on {scores.device}", _describe(sizes))
-            require_rows(op, sizes)
+    for name, own in (("budgets", budgets), ("recents", recents)):
+        if own is not None:
+            fits = own.dtype == torch.int32 and own.shape == seq_lens.shape and own.device == scores.device
+            require(fits, op, f"{name} int32 {list(seq_lens.shape)} on {scores.device}", _describe(own))
+            require_rows(op, own)
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(scores)) == "reference":
         choose = reference.choose_tokens
     else:
@@ -122,9 +115,7 @@ def choose_tokens(
     return choose(
         scores,
         seq_lens,
-        budget=budget,
-        recent=recent,
-        sinks=sinks,
+        sizes,
         slots=slots,
         budgets=budgets,
         recents=recents,
@@ -143,22 +134,17 @@ def select_tokens(
 ) -> tuple[Tensor, Tensor]:
     """The set of tokens that sparse layers attend to, one set a row for all heads.
 
-    Arguments and results as in `score_tokens` and `choose_tokens`.
+    Args:
+        budget, recent, sinks: as in `SetSizes`. The other arguments and results are as in `score_tokens` and
+            `choose_tokens`.
 
     Raises:
         ValueError: wrong shape, dtype or device, an unknown aggregate or implementation, or a budget that does not
             cover sinks and window.
     """
-    scores = score_tokens(
-        logits,
-        seq_lens,
-        budget=budget,
-        recent=recent,
-        sinks=sinks,
-        aggregate=aggregate,
-        implementation=implementation,
-    )
-    return choose_tokens(scores, seq_lens, budget=budget, recent=recent, sinks=sinks, implementation=implementation)
+    sizes = SetSizes(budget, recent, sinks)
+    scores = score_tokens(logits, seq_lens, sizes, aggregate=aggregate, implementation=implementation)
+    return choose_tokens(scores, seq_lens, sizes, implementation=implementation)
 
 
 def check_scores(op: str, scores: Tensor, seq_lens: Tensor, slots: Tensor | None) -> None:
@@ -172,17 +158,7 @@ def check_scores(op: str, scores: Tensor, seq_lens: Tensor, slots: Tensor | None
         require(fits, op, f"slots int32 {list(scores.shape)}", _describe(slots))
 
 
-def check_sizes(op: str, budget: int, recent: int, sinks: int) -> None:
-    """Check that a budget covers sinks and window. Raises ValueError."""
-    require(
-        budget >= 1 and recent >= 0 and sinks >= 0 and recent + sinks <= budget,
-        op,
-        "budget >= recent + sinks, none negative",
-        f"budget={budget}, recent={recent}, sinks={sinks}",
-    )
-
-
-def _check(logits: Tensor, seq_lens: Tensor, budget: int, recent: int, sinks: int, aggregate: str) -> None:
+def _check(logits: Tensor, seq_lens: Tensor, sizes: SetSizes, aggregate: str) -> None:
     op = "select_tokens"
     require(logits.dim() == 3 and logits.dtype == torch.float32, op, "logits float32 [B, H, L]", _describe(logits))
     require(
@@ -192,7 +168,7 @@ def _check(logits: Tensor, seq_lens: Tensor, budget: int, recent: int, sinks: in
         _describe(seq_lens),
     )
     require(seq_lens.device == logits.device, op, f"seq_lens on {logits.device}", seq_lens.device)
-    check_sizes(op, budget, recent, sinks)
+    sizes.check(op)
     require_rows(op, logits, seq_lens)
     require(aggregate in AGGREGATES, op, f"aggregate in {AGGREGATES}", repr(aggregate))
 

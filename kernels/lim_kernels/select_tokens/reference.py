@@ -9,6 +9,7 @@ the lower one first, so that the set does not depend on the device or on how hea
 import torch
 from torch import Tensor
 
+from lim_kernels.operands import SetSizes
 from lim_kernels.select_tokens.places import rank_unit
 
 
@@ -28,10 +29,8 @@ def score_tokens(
     logits: Tensor,
     lse: Tensor | None,
     seq_lens: Tensor,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int,
-    sinks: int,
     aggregate: str,
     first_head: int,
     num_heads: int,
@@ -39,8 +38,8 @@ def score_tokens(
     """See `api.score_tokens`."""
     length = logits.shape[2]
     if aggregate == "union":
-        middle = min(budget - recent - sinks, length)
-        candidates = candidate_mask(seq_lens, length, recent=recent, sinks=sinks)
+        middle = min(sizes.middle, length)
+        candidates = candidate_mask(seq_lens, length, recent=sizes.recent, sinks=sizes.sinks)
         return _union_scores(logits, candidates, middle, first_head=first_head, num_heads=num_heads)
     # [B, H, L]
     logits = within_rows(logits, seq_lens)
@@ -51,17 +50,16 @@ def score_tokens(
 def choose_tokens(
     scores: Tensor,
     seq_lens: Tensor,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int,
-    sinks: int,
     slots: Tensor | None,
     budgets: Tensor | None,
     recents: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `api.choose_tokens`."""
     batch, length = scores.shape
-    candidates = candidate_mask(seq_lens, length, recent=recent if recents is None else recents, sinks=sinks)
+    budget, recent = sizes.budget, sizes.recent if recents is None else recents
+    candidates = candidate_mask(seq_lens, length, recent=recent, sinks=sizes.sinks)
     forced = ~candidates & (torch.arange(length, device=scores.device) < seq_lens.unsqueeze(1))
     # Forced tokens outrank every candidate, tokens outside the row rank last: one top-k then gives the whole set.
     keys = _ordered(scores) + torch.where(forced, 1 << 34, 0)

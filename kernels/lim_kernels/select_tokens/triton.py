@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lim_kernels.operands import SetSizes
 from lim_kernels.select_tokens.triton_union import union_scores
 from lim_kernels.triton_support import padded_empty, readable_width
 
@@ -61,10 +62,8 @@ def score_tokens(
     logits: Tensor,
     lse: Tensor | None,
     seq_lens: Tensor,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int,
-    sinks: int,
     aggregate: str,
     first_head: int,
     num_heads: int,
@@ -79,7 +78,7 @@ def score_tokens(
             lens_ptr=seq_lens,
             scores_ptr=scores,
             width=min(readable_width(logits), readable_width(scores)),
-            budget=budget,
+            budget=sizes.budget,
             stride_row=logits.stride(0),
             stride_head=logits.stride(1),
             stride_scores=scores.stride(0),
@@ -90,12 +89,4 @@ def score_tokens(
             num_warps=4,
         )
         return scores
-    return union_scores(
-        logits,
-        seq_lens,
-        budget=budget,
-        recent=recent,
-        sinks=sinks,
-        first_head=first_head,
-        num_heads=num_heads,
-    )
+    return union_scores(logits, seq_lens, sizes, first_head=first_head, num_heads=num_heads)

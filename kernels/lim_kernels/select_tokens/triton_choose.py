@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lim_kernels.operands import SetSizes
 from lim_kernels.select_tokens.triton_spans import load_span, scores_of
 from lim_kernels.select_tokens.triton_tiles import (
     count_before,
@@ -288,10 +289,8 @@ def emit_kernel(
 def choose_in_spans(
     scores: Tensor,
     seq_lens: Tensor,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int,
-    sinks: int,
     slots: Tensor | None,
     budgets: Tensor | None = None,
     recents: Tensor | None = None,
@@ -301,12 +300,12 @@ def choose_in_spans(
     """A set of each span, at its offset, and where it ends; without `spans`, `api.choose_tokens`.
 
     Args:
-        scores, seq_lens, budget, recent, sinks, slots, budgets, recents: as in `choose_tokens`.
+        scores, seq_lens, sizes, slots, budgets, recents: as in `choose_tokens`.
         combined: float32 [G, L], scores of the spans that have theirs there.
         spans: int32 [S, SPAN_FIELDS], instead of `budgets` and `recents`; those with `combined` scores write their
             share of the set alone.
     """
-    length = scores.shape[1]
+    budget, length = sizes.budget, scores.shape[1]
     rows = scores.shape[0] if spans is None else spans.shape[0]
     device = scores.device
     blocks = triton.cdiv(max(length, budget if length < budget else 1), _BLOCK)
@@ -325,8 +324,8 @@ def choose_in_spans(
         "budgets_ptr": budgets,
         "recents_ptr": recents,
         "budget": budget,
-        "recent": recent,
-        "sinks": sinks,
+        "recent": sizes.recent,
+        "sinks": sizes.sinks,
         "SPANS": spans is not None,
         "BUDGETS": budgets is not None,
         "RECENTS": recents is not None,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lim_kernels.operands import SetSizes
 from lim_kernels.select_tokens.places import rank_unit
 from lim_kernels.select_tokens.triton_tiles import number_kept, tile
 from lim_kernels.triton_support import padded_empty, readable_width
@@ -316,18 +317,16 @@ def order_kernel(
 def union_scores(
     logits: Tensor,
     seq_lens: Tensor,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int,
-    sinks: int,
     first_head: int,
     num_heads: int,
 ) -> Tensor:
     """`api.score_tokens` for "union"."""
     batch, heads, length = logits.shape
-    middle = budget - recent - sinks
+    middle = sizes.middle
     scores = padded_empty(batch, length, device=logits.device).fill_(float("-inf"))
-    if middle == 0 or length <= budget:
+    if middle == 0 or length <= sizes.budget:
         return scores
     shallow = max(1, min(middle, triton.cdiv(middle, _SHALLOW)))
     counters = torch.zeros(batch, 1 + heads, dtype=torch.int32, device=logits.device).view(-1)
@@ -335,9 +334,9 @@ def union_scores(
     shared = {
         "lens_ptr": seq_lens,
         "reached_ptr": reached,
-        "budget": budget,
-        "recent": recent,
-        "sinks": sinks,
+        "budget": sizes.budget,
+        "recent": sizes.recent,
+        "sinks": sizes.sinks,
         "HEADS": heads,
     }
     width = readable_width(logits)

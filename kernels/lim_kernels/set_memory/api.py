@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lim_kernels.dispatch import default_for, require, require_rows, resolve
+from lim_kernels.operands import SetSizes
 from lim_kernels.set_memory import reference
 from lim_kernels.set_memory.state import Decision, SetMemory
 
@@ -20,10 +21,8 @@ def decide_acts(
     tenants: Tensor,
     slots: Tensor,
     seq_lens: Tensor,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int,
-    sinks: int,
     interval: int,
     early: bool,
     implementation: str | None = None,
@@ -41,7 +40,7 @@ def decide_acts(
         tenants: int64 [R], who has each row.
         slots: int32 [B, L], KV slot of each position.
         seq_lens: int32 or int64 [B], the current token included.
-        budget, recent, sinks: as in `score_tokens`.
+        sizes: as in `score_tokens`.
         interval: 1 or more; with 1 every row chooses at every step.
         early: whether rows attend to the set that they have in the layers before the first selection layer.
 
@@ -49,7 +48,7 @@ def decide_acts(
         ValueError: wrong shape, dtype or layout, or an unknown implementation.
     """
     op = "decide_acts"
-    _check(op, memory, rows, seq_lens, slots, budget - recent - sinks)
+    _check(op, memory, rows, seq_lens, slots, sizes.middle)
     fits = tenants.shape == memory.tenants.shape and tenants.dtype == torch.int64
     require(fits, op, f"tenants int64 {list(memory.tenants.shape)}", f"{tenants.dtype} {list(tenants.shape)}")
     require(interval >= 1, op, "an interval of at least 1", interval)
@@ -58,8 +57,7 @@ def decide_acts(
         decide = reference.decide_acts
     else:
         from lim_kernels.set_memory.triton import decide_acts as decide
-    sizes = {"budget": budget, "recent": recent, "sinks": sinks}
-    return decide(memory, rows, tenants, slots, seq_lens, **sizes, interval=interval, early=early)
+    return decide(memory, rows, tenants, slots, seq_lens, sizes, interval=interval, early=early)
 
 
 def place_sets(
@@ -69,16 +67,14 @@ def place_sets(
     acts: Tensor,
     extended: Tensor,
     seq_lens: Tensor,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int,
-    sinks: int,
     implementation: str | None = None,
 ) -> None:
     """Write the sets of rows that attend to one, their window moved along, before their slots.
 
     Args:
-        memory, rows, seq_lens, budget, recent, sinks: as in `decide_acts`.
+        memory, rows, seq_lens, sizes: as in `decide_acts`.
         layer: which of the S layers' sets.
         acts: uint8 [B], as decided.
         extended: int32 [B, K + L], room for a set, then the KV slot of each position; the room of rows that attend to a
@@ -88,13 +84,13 @@ def place_sets(
         ValueError: as `decide_acts`.
     """
     op = "place_sets"
-    _check(op, memory, rows, seq_lens, extended, budget - recent - sinks)
+    _check(op, memory, rows, seq_lens, extended, sizes.middle)
     _check_layer(op, memory, layer, acts, rows)
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(extended)) == "reference":
         place = reference.place_sets
     else:
         from lim_kernels.set_memory.triton import place_sets as place
-    place(memory, layer, rows, acts, extended, seq_lens, budget=budget, recent=recent, sinks=sinks)
+    place(memory, layer, rows, acts, extended, seq_lens, sizes)
 
 
 def keep_sets(
@@ -105,10 +101,8 @@ def keep_sets(
     extended: Tensor,
     seq_lens: Tensor,
     chosen: Tensor,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int,
-    sinks: int,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """End a selection layer: remember what was chosen, and tell the sets in force.
@@ -116,7 +110,7 @@ def keep_sets(
     The sets of the next remembered layer, if there is one, are placed for rows that do not choose.
 
     Args:
-        memory, layer, rows, acts, extended, seq_lens, budget, recent, sinks: as in `place_sets`; `extended` holds this
+        memory, layer, rows, acts, extended, seq_lens, sizes: as in `place_sets`; `extended` holds this
             layer's sets.
         chosen: int32 [B, K], positions that rows with SELECT chose, as `choose_tokens`; undefined for others.
 
@@ -127,16 +121,16 @@ def keep_sets(
         ValueError: as `decide_acts`.
     """
     op = "keep_sets"
-    _check(op, memory, rows, seq_lens, extended, budget - recent - sinks)
+    _check(op, memory, rows, seq_lens, extended, sizes.middle)
     _check_layer(op, memory, layer, acts, rows)
-    fits = chosen.shape == (len(rows), budget) and chosen.dtype == torch.int32
-    require(fits, op, f"chosen int32 [{len(rows)}, {budget}]", f"{chosen.dtype} {list(chosen.shape)}")
+    fits = chosen.shape == (len(rows), sizes.budget) and chosen.dtype == torch.int32
+    require(fits, op, f"chosen int32 [{len(rows)}, {sizes.budget}]", f"{chosen.dtype} {list(chosen.shape)}")
     require_rows(op, chosen)
     if resolve(op, implementation, _IMPLEMENTATIONS, default_for(extended)) == "reference":
         keep = reference.keep_sets
     else:
         from lim_kernels.set_memory.triton import keep_sets as keep
-    return keep(memory, layer, rows, acts, extended, seq_lens, chosen, budget=budget, recent=recent, sinks=sinks)
+    return keep(memory, layer, rows, acts, extended, seq_lens, chosen, sizes)
 
 
 def _check(op: str, memory: SetMemory, rows: Tensor, seq_lens: Tensor, slots: Tensor, middle: int) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lim_kernels.acts import EARLY, RECALL, SELECT
+from lim_kernels.operands import SetSizes
 from lim_kernels.set_memory.state import Decision, SetMemory
 
 
@@ -16,16 +17,14 @@ def decide_acts(
     tenants: Tensor,
     slots: Tensor,
     seq_lens: Tensor,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int,
-    sinks: int,
     interval: int,
     early: bool,
 ) -> Decision:
     """See `api.decide_acts`."""
     rows, lens = rows.long(), seq_lens.int()
-    real, long = rows != 0, lens > budget
+    real, long = rows != 0, lens > sizes.budget
     memory.clock.add_(1)
     written = slots.gather(1, (lens - 1).long().unsqueeze(1))[real, 0]
     memory.stamps[:, written.long()] = 0
@@ -33,13 +32,13 @@ def decide_acts(
     # Mixed steps, which are dense, add tokens in between.
     grown = lens - memory.lengths[rows]
     mine = real & (memory.tenants[rows] == tenants[rows]) & (grown >= 1)
-    held = mine & long & (memory.lengths[rows] > budget)
+    held = mine & long & (memory.lengths[rows] > sizes.budget)
     ages = memory.ages[rows] + grown
     kept = held & (ages < interval)
     warm = torch.zeros_like(real)
     wanting = (real & long & ~mine).nonzero().view(-1)
     if len(wanting):
-        warm[wanting] = recall(memory, rows[wanting], slots[wanting], lens[wanting], recent=recent, sinks=sinks)
+        warm[wanting] = recall(memory, rows[wanting], slots[wanting], lens[wanting], sizes)
     apart = kept | warm if interval > 1 else torch.zeros_like(real)
     early_apart = (held | warm) & early
 
@@ -51,17 +50,17 @@ def decide_acts(
         acts=acts.to(torch.uint8),
         choose_lens=lens.where(~apart, 1),
         select_apart=apart.to(torch.uint8),
-        select_ends=budget + lens.where(~apart, 0),
+        select_ends=sizes.budget + lens.where(~apart, 0),
         early_apart=early_apart.to(torch.uint8),
-        early_ends=budget + lens.where(~early_apart, 0),
+        early_ends=sizes.budget + lens.where(~early_apart, 0),
     )
 
 
-def recall(memory: SetMemory, rows: Tensor, slots: Tensor, lens: Tensor, *, recent: int, sinks: int) -> Tensor:
+def recall(memory: SetMemory, rows: Tensor, slots: Tensor, lens: Tensor, sizes: SetSizes) -> Tensor:
     """Make what the slots of these rows know their sets; bool [b], rows for which that is enough in every layer."""
-    length, middle = slots.shape[1], memory.sets.shape[2]
+    length, middle = slots.shape[1], sizes.middle
     positions = torch.arange(length, device=slots.device)
-    candidate = (positions >= sinks) & (positions < lens.unsqueeze(1) - recent)
+    candidate = (positions >= sizes.sinks) & (positions < lens.unsqueeze(1) - sizes.recent)
     # [S, b, L]
     stamps = memory.stamps[:, slots.where(candidate, 0).long()].long().where(candidate, 0)
     enough = ((stamps > 0).sum(2) >= middle).all(0)
@@ -77,14 +76,11 @@ def place_sets(
     acts: Tensor,
     extended: Tensor,
     seq_lens: Tensor,
-    *,
-    budget: int,
-    recent: int,
-    sinks: int,
+    sizes: SetSizes,
 ) -> None:
     """See `api.place_sets`."""
     there = ((acts & SELECT) == 0) | ((acts & EARLY) != 0)
-    _place(memory, layer, rows, there, extended, seq_lens, budget=budget, recent=recent, sinks=sinks)
+    _place(memory, layer, rows, there, extended, seq_lens, sizes)
 
 
 def _place(
@@ -94,15 +90,13 @@ def _place(
     there: Tensor,
     extended: Tensor,
     seq_lens: Tensor,
-    *,
-    budget: int,
-    recent: int,
-    sinks: int,
+    sizes: SetSizes,
 ) -> None:
+    budget, ranked = sizes.budget, slice(sizes.sinks, sizes.budget - sizes.recent)
     items = there.nonzero().view(-1)
     forced = torch.arange(budget, device=extended.device).expand(len(items), budget)
-    positions = forced + (seq_lens[items].long() - budget).unsqueeze(1).where(forced >= budget - recent, 0)
-    positions[:, sinks : budget - recent] = memory.sets[layer, rows[items].long()].long()
+    positions = forced + (seq_lens[items].long() - budget).unsqueeze(1).where(forced >= ranked.stop, 0)
+    positions[:, ranked] = memory.sets[layer, rows[items].long()].long()
     extended[items, :budget] = extended[items, budget:].gather(1, positions)
 
 
@@ -114,21 +108,18 @@ def keep_sets(
     extended: Tensor,
     seq_lens: Tensor,
     chosen: Tensor,
-    *,
-    budget: int,
-    recent: int,
-    sinks: int,
+    sizes: SetSizes,
 ) -> tuple[Tensor, Tensor]:
     """See `api.keep_sets`."""
+    budget, ranked = sizes.budget, slice(sizes.sinks, sizes.budget - sizes.recent)
     selects = (acts & SELECT) != 0
     counts = seq_lens.clamp(max=budget).int()
     inside = torch.arange(budget, device=extended.device) < counts.unsqueeze(1)
     slots = extended[:, budget:].gather(1, chosen.where(inside & selects.unsqueeze(1), 0).long()).where(inside, 0)
     sets = torch.where(selects.unsqueeze(1), slots, extended[:, :budget])
     storing = (selects & (seq_lens > budget) & (rows != 0)).nonzero().view(-1)
-    ranked = slice(sinks, budget - recent)
     memory.sets[layer, rows[storing].long()] = chosen[storing, ranked]
     memory.stamps[layer, sets[storing, ranked].long()] = memory.clock
     if layer + 1 < len(memory.sets):
-        _place(memory, layer + 1, rows, ~selects, extended, seq_lens, budget=budget, recent=recent, sinks=sinks)
+        _place(memory, layer + 1, rows, ~selects, extended, seq_lens, sizes)
     return sets, counts

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lim_kernels import acts as bits
+from lim_kernels.operands import SetSizes
 from lim_kernels.set_memory.state import Decision, SetMemory
 
 _SELECT = tl.constexpr(bits.SELECT)
@@ -259,10 +260,8 @@ def decide_acts(
     tenants: Tensor,
     slots: Tensor,
     seq_lens: Tensor,
+    sizes: SetSizes,
     *,
-    budget: int,
-    recent: int,
-    sinks: int,
     interval: int,
     early: bool,
 ) -> Decision:
@@ -278,9 +277,9 @@ def decide_acts(
         lens_ptr=seq_lens,
         num_rows=memory.sets.shape[1],
         num_slots=memory.stamps.shape[1],
-        budget=budget,
-        recent=recent,
-        sinks=sinks,
+        budget=sizes.budget,
+        recent=sizes.recent,
+        sinks=sizes.sinks,
         interval=interval,
         stride_slots=slots.stride(0),
         LAYERS=len(memory.sets),
@@ -300,21 +299,18 @@ def place_sets(
     acts: Tensor,
     extended: Tensor,
     seq_lens: Tensor,
-    *,
-    budget: int,
-    recent: int,
-    sinks: int,
+    sizes: SetSizes,
 ) -> None:
     """See `api.place_sets`."""
-    place_kernel[(triton.cdiv(budget, _BLOCK_SET), len(rows))](
+    place_kernel[(triton.cdiv(sizes.budget, _BLOCK_SET), len(rows))](
         set_ptr=memory.sets[layer],
         rows_ptr=rows,
         acts_ptr=acts,
         extended_ptr=extended,
         lens_ptr=seq_lens,
-        budget=budget,
-        recent=recent,
-        sinks=sinks,
+        budget=sizes.budget,
+        recent=sizes.recent,
+        sinks=sizes.sinks,
         stride_extended=extended.stride(0),
         BLOCK=_BLOCK_SET,
         num_warps=4,
@@ -329,17 +325,14 @@ def keep_sets(
     extended: Tensor,
     seq_lens: Tensor,
     chosen: Tensor,
-    *,
-    budget: int,
-    recent: int,
-    sinks: int,
+    sizes: SetSizes,
 ) -> tuple[Tensor, Tensor]:
     """See `api.keep_sets`."""
     batch = len(rows)
-    set_slots = torch.empty(batch, budget, dtype=torch.int32, device=extended.device)
+    set_slots = torch.empty(batch, sizes.budget, dtype=torch.int32, device=extended.device)
     counts = torch.empty(batch, dtype=torch.int32, device=extended.device)
     following = layer + 1 < len(memory.sets)
-    keep_kernel[(triton.cdiv(budget, _BLOCK_SET), batch)](
+    keep_kernel[(triton.cdiv(sizes.budget, _BLOCK_SET), batch)](
         set_ptr=memory.sets[layer],
         next_set_ptr=memory.sets[layer + 1] if following else None,
         stamps_ptr=memory.stamps[layer],
@@ -351,9 +344,9 @@ def keep_sets(
         chosen_ptr=chosen,
         set_slots_ptr=set_slots,
         counts_ptr=counts,
-        budget=budget,
-        recent=recent,
-        sinks=sinks,
+        budget=sizes.budget,
+        recent=sizes.recent,
+        sinks=sizes.sinks,
         stride_extended=extended.stride(0),
         stride_chosen=chosen.stride(0),
         HAS_NEXT=following,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lim_kernels.dispatch import check_decode_operands, default_for, require, require_rows, resolve
+from lim_kernels.operands import Scaling
 from lim_kernels.sparse_decode import reference
 
 _IMPLEMENTATIONS = ("reference", "triton")
@@ -69,8 +70,5 @@ def sparse_decode(
         v_cache,
         slots,
         counts,
-        scale=scale,
-        logit_cap=logit_cap,
-        k_scale=k_scale,
-        v_scale=v_scale,
+        Scaling(scale, logit_cap, k_scale, v_scale),
     )

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from lim_kernels.attention import attend
+from lim_kernels.operands import Scaling
 
 
 def sparse_decode(
@@ -11,14 +12,8 @@ def sparse_decode(
     v_cache: Tensor,
     slots: Tensor,
     counts: Tensor,
-    *,
-    scale: float,
-    logit_cap: float,
-    k_scale: float,
-    v_scale: float,
+    scaling: Scaling,
 ) -> tuple[Tensor, Tensor]:
     """See `api.sparse_decode`."""
-    out, lse, _ = attend(
-        q, k_cache, v_cache, slots, counts, scale=scale, logit_cap=logit_cap, k_scale=k_scale, v_scale=v_scale
-    )
+    out, lse, _ = attend(q, k_cache, v_cache, slots, counts, scaling)
     return out, lse

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from lim_kernels.operands import Scaling
 from lim_kernels.split_decode import Launch, split_decode
 
 
@@ -11,23 +12,9 @@ def sparse_decode(
     v_cache: Tensor,
     slots: Tensor,
     counts: Tensor,
+    scaling: Scaling,
     *,
-    scale: float,
-    logit_cap: float,
-    k_scale: float,
-    v_scale: float,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `api.sparse_decode`; `launch` overrides the launch table."""
-    return split_decode(
-        q,
-        k_cache,
-        v_cache,
-        slots,
-        counts,
-        scale=scale,
-        logit_cap=logit_cap,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        launch=launch,
-    )
+    return split_decode(q, k_cache, v_cache, slots, counts, scaling, launch=launch)

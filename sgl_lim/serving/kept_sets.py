@@ -19,27 +19,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lim_kernels import decide_acts, find_prefix_groups, keep_sets, place_sets
+from lim_kernels import SetSizes, decide_acts, find_prefix_groups, keep_sets, place_sets
 from lim_kernels.prefix_groups import PrefixGroups
 from lim_kernels.set_memory import SetMemory
-from sgl_lim.methods.lessismore import LessIsMore
+from sgl_lim.methods import Keeping
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What rows attend to in layers that would attend to everything: that, or the set before their slots."""
+class MixedRead:
+    """What rows attend to in layers in which some read all of their context, and others the kept set before it."""
 
-    apart: Tensor
-    """uint8 [B], rows that attend to the set."""
-    ends: Tensor
-    """int32 [B], end of what a row attends to in the extended slots."""
+    slots: Tensor  # int32 [B, L], KV slot of each position
+    seq_lens: Tensor  # int32 [B]
+    on_sets: Tensor  # uint8 [B], rows that attend to the kept set
+    ends: Tensor  # int32 [B], end of what a row attends to, in the extended slots
+    room: int
+    """Places for a set before the slots."""
     groups: PrefixGroups
-    """Groups of the other rows, by position in the extended slots."""
+    """Of the rows that read their context, by place in the extended slots."""
+
+    def part(self, rows: slice) -> "MixedRead":
+        """The same of some rows, without groups, which may reach over others."""
+        return mixed_read(self.slots[rows], self.seq_lens[rows], self.on_sets[rows], self.ends[rows], None, self.room)
+
+
+def mixed_read(
+    slots: Tensor, seq_lens: Tensor, on_sets: Tensor, ends: Tensor, granule: int | None, room: int
+) -> MixedRead:
+    """A read with its groups; arguments as the fields."""
+    # No prefix is longer than the rows are wide.
+    at_least = slots.shape[1] + 1 if granule is None else granule
+    groups = find_prefix_groups(slots, seq_lens, granule=at_least, lead=room, apart=on_sets)
+    return MixedRead(slots, seq_lens, on_sets, ends, room, groups)
 
 
 @dataclass
-class Reuse:
-    """What the layers of one step do with rows that have a set."""
+class KeptStep:
+    """What the rows of one step do with the sets that they have."""
 
     rows: Tensor
     """integer [B], rows of the request pool."""
@@ -49,41 +65,40 @@ class Reuse:
     """int32 [B], lengths of rows that attend to everything at selection layers, 1 for others: nothing to choose."""
     extended: Tensor
     """int32 [B, K + L], room for a set, then the KV slot of each position (`Snapshot.extended`)."""
-    selecting: Reading | None
+    selecting: MixedRead | None
     """Of selection layers; None where all rows select."""
-    early: Reading | None
+    early: MixedRead | None
     """Of layers before the first selection layer; None where these attend to everything."""
-    done: int = 0
+    selections_done: int = 0
     """Selection layers that have run in this step."""
 
 
-class SetStore:
+class KeptSets:
     """Sets by row of the request pool, and the time of the last selection by KV slot.
 
     Args:
-        method: its budget, window and sinks.
-        interval: a row selects every so many steps.
+        keeping: how sets outlive a step.
+        sizes: budget, window and sinks of a set.
+        num_selections: selection layers of the model.
         num_rows: rows of the request pool; num_slots: slots of the KV pool, padding included.
-        early: whether the layers before the first selection layer attend to sets.
     """
 
     def __init__(
         self,
-        method: LessIsMore,
-        interval: int,
+        keeping: Keeping,
+        sizes: SetSizes,
+        num_selections: int,
+        *,
         num_rows: int,
         num_slots: int,
         device: torch.device | str,
-        *,
-        early: bool = False,
     ) -> None:
-        self.interval, self.early = interval, early
-        self._sizes = method.sizes
+        self.keeping, self._sizes = keeping, sizes
         # Where every row selects anew at every step, early layers alone attend to sets from before: the first one's.
-        layers = len(method.selection_layers) if interval > 1 else 1
+        layers = num_selections if keeping.interval > 1 else 1
         per_row = torch.zeros(2, num_rows, dtype=torch.int32, device=device)
         self.memory = SetMemory(
-            sets=torch.zeros(layers, num_rows, method.middle, dtype=torch.int32, device=device),
+            sets=torch.zeros(layers, num_rows, sizes.middle, dtype=torch.int32, device=device),
             stamps=torch.zeros(layers, num_slots, dtype=torch.int32, device=device),
             tenants=torch.full((num_rows,), -1, dtype=torch.int64, device=device),
             lengths=per_row[0],
@@ -91,14 +106,9 @@ class SetStore:
             clock=torch.zeros(1, dtype=torch.int32, device=device),
         )
 
-    @property
-    def reads_all(self) -> bool:
-        """Whether all layers that would attend to everything attend to sets from before in rows that have one."""
-        return self.early and self.interval > 1
-
-    def keeps(self, reuse: Reuse) -> bool:
+    def keeps(self, step: KeptStep) -> bool:
         """Whether the set of the selection layer that runs next outlives the step."""
-        return reuse.done < len(self.memory.sets)
+        return step.selections_done < len(self.memory.sets)
 
     def forget(self, slots: Tensor) -> None:
         """Clear the memory of KV slots that are about to be written: they have a new owner.
@@ -108,7 +118,7 @@ class SetStore:
         """
         self.memory.stamps.index_fill_(1, slots.long(), 0)
 
-    def begin(self, rows: Tensor, tenants: Tensor, extended: Tensor, seq_lens: Tensor, granule: int | None) -> Reuse:
+    def begin(self, rows: Tensor, tenants: Tensor, extended: Tensor, seq_lens: Tensor, granule: int | None) -> KeptStep:
         """Decide what each row of a decode step does, and bring the sets of those that do not select up to date.
 
         Args:
@@ -119,19 +129,18 @@ class SetStore:
             seq_lens: int32 [B].
             granule: as in `find_prefix_groups`; None: groups are not looked for.
         """
-        budget = self._sizes["budget"]
-        slots = extended[:, budget:]
-        how = {**self._sizes, "interval": self.interval, "early": self.early}
-        decided = decide_acts(self.memory, rows, tenants, slots, seq_lens, **how)
-        place_sets(self.memory, 0, rows, decided.acts, extended, seq_lens, **self._sizes)
-        reuse = Reuse(rows, decided.acts, decided.choose_lens, extended, selecting=None, early=None)
-        if self.interval > 1:
-            reuse.selecting = read(slots, seq_lens, decided.select_apart, decided.select_ends, granule, budget)
-        if self.early:
-            reuse.early = read(slots, seq_lens, decided.early_apart, decided.early_ends, granule, budget)
-        return reuse
+        interval, early, room = self.keeping.interval, self.keeping.early, self._sizes.budget
+        slots = extended[:, room:]
+        decided = decide_acts(self.memory, rows, tenants, slots, seq_lens, self._sizes, interval=interval, early=early)
+        place_sets(self.memory, 0, rows, decided.acts, extended, seq_lens, self._sizes)
+        step = KeptStep(rows, decided.acts, decided.choose_lens, extended, selecting=None, early=None)
+        if interval > 1:
+            step.selecting = mixed_read(slots, seq_lens, decided.select_apart, decided.select_ends, granule, room)
+        if early:
+            step.early = mixed_read(slots, seq_lens, decided.early_apart, decided.early_ends, granule, room)
+        return step
 
-    def keep(self, reuse: Reuse, chosen: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
+    def keep(self, step: KeptStep, chosen: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Put the sets of a selection layer in force, and remember them.
 
         Args:
@@ -141,13 +150,6 @@ class SetStore:
         Returns:
             The sets in force, int32 [B, K] in KV slots, and their counts.
         """
-        layer = reuse.done
-        reuse.done += 1
-        return keep_sets(self.memory, layer, reuse.rows, reuse.acts, reuse.extended, seq_lens, chosen, **self._sizes)
-
-
-def read(slots: Tensor, seq_lens: Tensor, apart: Tensor, ends: Tensor, granule: int | None, lead: int) -> Reading:
-    """What rows attend to, with the groups of those that are not apart; none are looked for if `granule` is None."""
-    # No prefix is longer than the rows are wide.
-    granule = slots.shape[1] + 1 if granule is None else granule
-    return Reading(apart, ends, find_prefix_groups(slots, seq_lens, granule=granule, lead=lead, apart=apart))
+        layer = step.selections_done
+        step.selections_done += 1
+        return keep_sets(self.memory, layer, step.rows, step.acts, step.extended, seq_lens, chosen, self._sizes)

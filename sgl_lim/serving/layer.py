@@ -1,0 +1,138 @@
+"""What one layer of a decode step does: it takes its read, calls one operator and, if it selects, chooses a set."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lim_kernels import Scaling, decode_with_scores, grouped_decode, sparse_decode
+from lim_kernels.page_bounds import PageBounds
+from sgl_lim.methods import HeadsOfRank, Method, Role
+from sgl_lim.serving.kept_sets import KeptSets
+from sgl_lim.serving.reads import Plan, Read, ScoredRead
+
+CombineRanks = Callable[[Tensor, str], Tensor]
+"""Combines scores float32 [B, L] over the ranks of a tensor-parallel group, by "max" or "logsumexp"."""
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """What a layer brings to attention."""
+
+    q: Tensor  # [B, H, D]
+    k_cache: Tensor  # [num_slots, H_kv, D], current token stored
+    v_cache: Tensor  # [num_slots, H_kv, D_v], current token stored
+    scaling: Scaling
+    bounds: PageBounds | None = None  # of the layer's pages, current token learnt; where the layer chooses for itself
+
+
+@dataclass(frozen=True)
+class LayerDecode:
+    """Decodes layers by a plan of reads; what stays the same over all steps.
+
+    Attributes:
+        heads: this rank's query heads; combine_ranks: None where the rank has all heads.
+        kept_sets: where sets outlive a step; needed if the plan's `kept` is there.
+    """
+
+    method: Method
+    heads: HeadsOfRank
+    combine_ranks: CombineRanks | None = None
+    kept_sets: KeptSets | None = None
+
+    def run(self, plan: Plan, role: Role, layer: LayerInput) -> Tensor:
+        """Attention of one layer, [B, H, D_v] in q's dtype; a layer that chooses a set also puts it in force.
+
+        Raises:
+            RuntimeError: a sparse layer ran before any set was in force, or a layer has no bounds to choose by.
+        """
+        if role is Role.DENSE:
+            return attend(plan.dense, layer)
+        if role is Role.SPARSE:
+            if plan.chosen is None:
+                raise RuntimeError("a sparse layer ran before a selection layer of the same step")
+            return attend(plan.chosen, layer)
+        if not plan.select:
+            # No row can exceed the budget: the set is the whole context, and nobody asks for logits.
+            plan.chosen = Read(plan.context.slots, plan.context.ends)
+            return attend(plan.context, layer)
+        if role is Role.OWN:
+            if layer.bounds is None:
+                raise RuntimeError(f"method {self.method.name} chooses by the bounds of pages, and none were given")
+            plan.chosen = Read(*self.method.choose_own(layer.q, layer.bounds, plan.context.slots, plan.context.ends))
+            return attend(plan.chosen, layer)
+        out, scores = self._attend_and_score(plan, layer)
+        plan.chosen = self._choose(plan, scores)
+        return out
+
+    def _attend_and_score(self, plan: Plan, layer: LayerInput) -> tuple[Tensor, Tensor]:
+        """Attention of a selection layer, and the scores of what it read, over all ranks.
+
+        Rows that choose together need not have been scored together, and scores are few beside logits.
+        """
+        outs, scores = [], []
+        for scored in plan.select:
+            out, lse, logits = attend_with_logits(scored, layer)
+            part = self.method.score(
+                logits, plan.choose_lens[scored.rows], lse=lse, kv_heads=layer.k_cache.shape[1], heads=self.heads
+            )
+            # The logits' memory serves the next rows.
+            del logits
+            if self.combine_ranks is not None and self.method.rank_reduction is not None:
+                part = self.combine_ranks(part, self.method.rank_reduction)
+            outs.append(out)
+            scores.append(part)
+        return (outs[0], scores[0]) if len(outs) == 1 else (torch.cat(outs), torch.cat(scores))
+
+    def _choose(self, plan: Plan, scores: Tensor) -> Read:
+        """The set that a selection layer puts in force."""
+        kept, store = plan.kept, self.kept_sets
+        if kept is not None and store is not None and store.keeps(kept):
+            # Sets that outlive the step are kept in positions.
+            positions, _ = self.method.choose(scores, plan.choose_lens, None, plan.shared)
+            return Read(*store.keep(kept, positions, plan.seq_lens))
+        slots, counts = self.method.choose(scores, plan.choose_lens, plan.context.slots, plan.shared)
+        return Read(slots, counts, plan.set_groups)
+
+
+def attend(read: Read, layer: LayerInput) -> Tensor:
+    """Attention over a read, [B, H, D_v]."""
+    if read.groups is not None:
+        return grouped_decode(layer.q, layer.k_cache, layer.v_cache, read.slots, read.ends, read.groups, layer.scaling)[
+            0
+        ]
+    scaling = layer.scaling
+    return sparse_decode(
+        layer.q,
+        layer.k_cache,
+        layer.v_cache,
+        read.slots,
+        read.ends,
+        scale=scaling.scale,
+        logit_cap=scaling.logit_cap,
+        k_scale=scaling.k_scale,
+        v_scale=scaling.v_scale,
+    )[0]
+
+
+def attend_with_logits(scored: ScoredRead, layer: LayerInput) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention over a read of some rows: out [b, H, D_v], lse float32 [b, H], logits float32 [b, H, L] by position."""
+    read, q = scored.read, layer.q[scored.rows]
+    if read.groups is None:
+        return decode_with_scores(
+            q, layer.k_cache, layer.v_cache, read.slots, read.ends, layer.scaling, score_beyond=scored.score_beyond
+        )
+    out, lse, logits = grouped_decode(
+        q,
+        layer.k_cache,
+        layer.v_cache,
+        read.slots,
+        read.ends,
+        read.groups,
+        layer.scaling,
+        scored=True,
+        score_beyond=scored.score_beyond,
+    )
+    assert logits is not None
+    return out, lse, logits[:, :, scored.set_places :]

@@ -1,0 +1,145 @@
+"""What a backend instance holds for sparse decode, and how it is built for a model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sgl_lim.methods import Full, HeadsOfRank, Method, Role
+from sgl_lim.methods.ranked import Ranked
+from sgl_lim.serving.counters import Counters
+from sgl_lim.serving.kept_sets import KeptSets
+from sgl_lim.serving.layer import CombineRanks, LayerDecode
+from sgl_lim.serving.page_store import PageStore
+from sgl_lim.serving.reads import Plan
+from sgl_lim.serving.recorder import Recorder
+from sgl_lim.serving.snapshot import Snapshot
+from sgl_lim.settings.config import LimConfig
+from sgl_lim.settings.presets import resolve_method
+
+GRANULE = 128
+"""Shared prefixes are found in multiples of so many tokens: less is not worth a program of its own."""
+
+
+@dataclass
+class LimState:
+    """Sparse decode of one model runner."""
+
+    decode: LayerDecode
+    roles: tuple[Role, ...]
+    dense_backend: str
+    dense_by_kernels: bool
+    """Whether dense layers run on our operators in every step, rather than only where these read less."""
+    layers_from: str
+    pool: Any
+    rows: Any
+    snapshot: Snapshot
+    counters: Counters
+    granule: int | None
+    """Shared prefixes are found in multiples of so many tokens; None where they are not looked for."""
+    pages: PageStore | None = None
+    """Bounds of the pages' keys, where layers choose pages for themselves."""
+    recorder: Recorder | None = None
+    """While a model is calibrated: every layer is dense and records what sets would have covered."""
+    plan: Plan | None = None
+    """Of the decode step that runs; None in all other steps."""
+
+    @property
+    def method(self) -> Method:
+        """The method served."""
+        return self.decode.method
+
+    @property
+    def kept_sets(self) -> KeptSets | None:
+        """Sets that outlive a step, with a selection interval above 1 or early sets."""
+        return self.decode.kept_sets
+
+    def learn(self, layer: Any, forward_batch: Any) -> None:
+        """Take note of the keys that a layer has just stored for the tokens of a batch."""
+        if self.pages is not None:
+            self.pages.learn(layer.layer_id, forward_batch.out_cache_loc)
+
+    def decodes(self, role: Role) -> bool:
+        """Whether layers of a role run on our operators in this step; if not, they are the dense backend's."""
+        if self.plan is None:
+            return False
+        if role is not Role.DENSE or self.dense_by_kernels or self.recorder is not None:
+            return True
+        # Dense layers read less by ours where prefixes are shared, and with early sets.
+        return self.plan.dense is not self.plan.context or self.plan.dense.groups is not None
+
+
+def build_state(
+    config: LimConfig, runner: Any, dense_backend: str, heads: HeadsOfRank, combine_ranks: CombineRanks | None
+) -> LimState:
+    """Resolve the configuration against a model runner of SGLang, whose weights and pools are ready.
+
+    Args:
+        heads, combine_ranks: as `share_of_heads` gives them.
+    """
+    num_layers, rows, pool = runner.model_config.num_hidden_layers, runner.req_to_token_pool, runner.token_to_kv_pool
+    table, recorder = rows.req_to_token, None
+    if config.record_budgets is None:
+        method, layers_from = resolve_method(config, runner.model_config)
+    else:
+        method, layers_from = Full(), "none while recording"
+        recorder = Recorder(recorded_rules(config), num_layers, heads, combine_ranks, table.device)
+    kept_sets = build_kept_sets(method, table, pool.size + pool.page_size)
+    roles = method.layer_roles(num_layers)
+    choosing = [layer for layer, role in enumerate(roles) if role is Role.OWN]
+    return LimState(
+        decode=LayerDecode(method, heads, combine_ranks, kept_sets),
+        roles=roles,
+        dense_backend=dense_backend,
+        # torch_native decodes request by request; the operator takes the batch at once.
+        dense_by_kernels=dense_backend == "torch_native",
+        layers_from=layers_from,
+        pool=pool,
+        rows=rows,
+        snapshot=Snapshot(table, room=0 if kept_sets is None else method.budget),
+        counters=Counters(method.budget, roles, table.shape[0], table.device),
+        granule=GRANULE if config.prefix_groups and recorder is None else None,
+        pages=PageStore(pool, choosing, runner.model_config.dtype) if choosing else None,
+        recorder=recorder,
+    )
+
+
+def build_kept_sets(method: Method, table: Tensor, num_slots: int) -> KeptSets | None:
+    """Room for the sets of the rows of a request pool, if they outlive a step.
+
+    Where rows are no wider than the budget, no set is ever chosen, and the room would be as large as the budget.
+    """
+    if method.keeping is None or method.budget >= table.shape[1]:
+        return None
+    assert isinstance(method, Ranked)
+    return KeptSets(
+        method.keeping,
+        method.sizes,
+        len(method.selection_layers),
+        num_rows=table.shape[0],
+        num_slots=num_slots,
+        device=table.device,
+    )
+
+
+def recorded_rules(config: LimConfig) -> list[Ranked]:
+    """The method under calibration, at each of the budgets to record."""
+    rules = [config.build(budget=budget, selection_layers=(0,)) for budget in config.record_budgets or ()]
+    # What ranks nothing was refused.
+    return [rule for rule in rules if isinstance(rule, Ranked)]
+
+
+def share_of_heads(num_heads: int) -> tuple[HeadsOfRank, CombineRanks | None]:
+    """This rank's query heads in the attention-TP group. Ranks must choose one set, so their scores are combined."""
+    from sglang.srt.distributed.parallel_state import get_attn_tp_group
+
+    group = get_attn_tp_group()
+    if group.world_size == 1:
+        return HeadsOfRank(first=0, own=num_heads, all=num_heads), None
+
+    def combine(scores: Tensor, how: str) -> Tensor:
+        gathered = group.all_gather(scores.contiguous(), dim=0).view(group.world_size, *scores.shape)
+        return gathered.logsumexp(dim=0) if how == "logsumexp" else gathered.amax(dim=0)
+
+    own = num_heads // group.world_size
+    return HeadsOfRank(first=group.rank_in_group * own, own=own, all=num_heads), combine
