@@ -1,6 +1,8 @@
 """The servers that the served tests share, and the prompts they send."""
 
+import fcntl
 import os
+import pickle
 import random
 import sys
 from dataclasses import dataclass, replace
@@ -120,8 +122,9 @@ def prompts_beyond(budget: int) -> list[list[int]]:
 class Fleet:
     """Makes the shared servers' specs and remembers what the dense ones answered."""
 
-    def __init__(self, folder: Path, pool: ServerPool) -> None:
-        self._folder, self._pool = folder, pool
+    def __init__(self, folder: Path, pool: ServerPool, *, shared: Path) -> None:
+        """`shared` is a folder of all processes of a test session, `folder` of this one alone."""
+        self._folder, self._pool, self._shared = folder, pool, shared
         self._models: dict[str, Path] = {}
         self._probe: Probe | None = None
         self._dense: dict[ServerSpec, DenseRun] = {}
@@ -154,22 +157,28 @@ class Fleet:
         args += COMMON_ARGS
         return ServerSpec(case.name, self.model(case.kind), args, env=self.probe.env, python=interpreter(case.release))
 
-    def dense_spec_to_come(self, case: LimCase) -> ServerSpec | None:
-        """The dense server whose answers the case's tests will want, if it has not run yet."""
-        spec = self.dense_spec(case)
-        return None if spec in self._dense else spec
-
     def dense_run(self, case: LimCase) -> "DenseRun":
-        """The dense backend's answers to the case's prompts; cases that differ in page size or method share them."""
+        """The dense backend's answers to the case's prompts; cases that differ in page size or method share them.
+
+        The first process that wants them asks a server, the others wait for what it finds.
+        """
         spec = self.dense_spec(case)
         if spec not in self._dense:
-            server = self._pool.get(spec, beside=self.lim_spec(case))
-            within, beyond = prompts_within(case.rule.budget), prompts_beyond(case.rule.budget)
-            model = Float64Qwen3(self.model(case.kind), getattr(torch, case.dtype))
-            answers = server.generate(within, NEW_TOKENS)
-            noise = errors(model, within, answers)
-            self._dense[spec] = DenseRun(answers, noise, errors(model, beyond, server.generate(beyond, NEW_TOKENS)))
+            path = self._shared / f"{spec.name}.pickle"
+            with path.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    path.write_bytes(pickle.dumps(self._ask_dense(case)))
+            self._dense[spec] = pickle.loads(path.read_bytes())
         return self._dense[spec]
+
+    def _ask_dense(self, case: LimCase) -> "DenseRun":
+        server = self._pool.get(self.dense_spec(case))
+        within, beyond = prompts_within(case.rule.budget), prompts_beyond(case.rule.budget)
+        model = Float64Qwen3(self.model(case.kind), getattr(torch, case.dtype))
+        answers = server.generate(within, NEW_TOKENS)
+        noise = errors(model, within, answers)
+        return DenseRun(answers, noise, errors(model, beyond, server.generate(beyond, NEW_TOKENS)))
 
 
 @dataclass(frozen=True)
