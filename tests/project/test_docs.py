@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from sgl_lim.settings.config import LimConfig
-
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     path for folder in ("", "docs", "models/*", "training/*") for path in ROOT.glob(f"{folder}/*.md".lstrip("/"))

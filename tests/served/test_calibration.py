@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sgl_lim.settings import preset_file
 from sgl_lim.calibrate.search import best_layers
+from sgl_lim.settings import preset_file
 from support.fleet import LAYERS, NEXT_PYTHON, Fleet, interpreter, random_prompt
 from support.server import ServerPool, ServerSpec, launch_env
 
