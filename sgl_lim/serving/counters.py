@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from lim_kernels.count_step import TOTALS, Ledger, count_sets, count_step
+from lim_kernels.count_decode_step import TOTALS, Ledger, count_decode_step, count_sets
 from lim_kernels.prefix_groups import PrefixGroups
 from sgl_lim.methods import Method, Role, SharedSets
 
@@ -75,10 +75,10 @@ class Counters:
             rows: int32 or int64 [B], rows of the request pool; row 0 only pads a captured graph.
             seq_lens: int32 or int64 [B].
             groups: the batch's prefix groups; grouped_roles: roles of the layers that read a group once.
-            acts: as in `count_step`.
+            acts: as in `count_decode_step`.
             shared: the sets' groups, where sparse layers read them once.
         """
-        count_step(
+        count_decode_step(
             self._ledger,
             rows,
             self._generations,
@@ -87,7 +87,7 @@ class Counters:
             num_layers=sum(self._layers.values()),
             sparse_layers=self._layers[Role.SPARSE] + self._layers[Role.OWN],
             selection_layers=self._layers[Role.SELECT] + self._layers[Role.OWN],
-            acts=acts,
+            actions=acts,
             early_layers=self._layers[Role.DENSE],
             groups=groups,
             grouped_layers=sum(self._layers[role] for role in grouped_roles),

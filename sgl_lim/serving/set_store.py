@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lim_kernels import decide_acts, find_prefix_groups, keep_sets, place_sets
+from lim_kernels import decide_actions, find_prefix_groups, keep_sets, place_sets
 from lim_kernels.prefix_groups import PrefixGroups
 from lim_kernels.set_memory import SetMemory
 from sgl_lim.methods.lessismore import LessIsMore
@@ -44,7 +44,7 @@ class Reuse:
     rows: Tensor
     """integer [B], rows of the request pool."""
     acts: Tensor
-    """uint8 [B], bits of `lim_kernels.acts`."""
+    """uint8 [B], bits of `lim_kernels.row_actions`."""
     choose_lens: Tensor
     """int32 [B], lengths of rows that attend to everything at selection layers, 1 for others: nothing to choose."""
     extended: Tensor
@@ -121,15 +121,15 @@ class SetStore:
         """
         budget = self._sizes.budget
         slots = extended[:, budget:]
-        decided = decide_acts(
+        decided = decide_actions(
             self.memory, rows, tenants, slots, seq_lens, self._sizes, interval=self.interval, early=self.early
         )
-        place_sets(self.memory, 0, rows, decided.acts, extended, seq_lens, self._sizes)
-        reuse = Reuse(rows, decided.acts, decided.choose_lens, extended, selecting=None, early=None)
+        place_sets(self.memory, 0, rows, decided.actions, extended, seq_lens, self._sizes)
+        reuse = Reuse(rows, decided.actions, decided.choose_lens, extended, selecting=None, early=None)
         if self.interval > 1:
-            reuse.selecting = read(slots, seq_lens, decided.select_apart, decided.select_ends, granule, budget)
+            reuse.selecting = read(slots, seq_lens, decided.select_uses_set, decided.select_ends, granule, budget)
         if self.early:
-            reuse.early = read(slots, seq_lens, decided.early_apart, decided.early_ends, granule, budget)
+            reuse.early = read(slots, seq_lens, decided.early_uses_set, decided.early_ends, granule, budget)
         return reuse
 
     def keep(self, reuse: Reuse, chosen: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,4 +151,4 @@ def read(slots: Tensor, seq_lens: Tensor, apart: Tensor, ends: Tensor, granule: 
     """What rows attend to, with the groups of those that are not apart; none are looked for if `granule` is None."""
     # No prefix is longer than the rows are wide.
     granule = slots.shape[1] + 1 if granule is None else granule
-    return Reading(apart, ends, find_prefix_groups(slots, seq_lens, granule=granule, lead=lead, apart=apart))
+    return Reading(apart, ends, find_prefix_groups(slots, seq_lens, granule=granule, set_columns=lead, uses_set=apart))

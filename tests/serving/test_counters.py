@@ -3,7 +3,7 @@
 import torch
 
 from lim_kernels import find_prefix_groups
-from lim_kernels.acts import EARLY, KEEP, RECALL, SELECT
+from lim_kernels.row_actions import EARLY, KEEP, RECALL, SELECT
 from sgl_lim.methods import METHODS, Role
 from sgl_lim.serving.counters import Counters
 

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("sglang.srt.mem_cache.radix_cache")
 
 from lim_kernels import sparse_decode
-from lim_kernels.acts import EARLY, KEEP, RECALL, SELECT
+from lim_kernels.row_actions import EARLY, KEEP, RECALL, SELECT
 from lim_patches.row_generations import keep_generations
 from sgl_lim.methods import Role
 from sgl_lim.serving import backend
