@@ -227,7 +227,7 @@ class Bench:
             finding, section="grouped", op="find_prefix_groups", note="once a step for all layers", **cells, **ours
         )
 
-        read = forest.batch * forest.context - int(groups.followed.sum())
+        read = forest.batch * forest.context - int(groups.already_read.sum())
         kernels = {
             "grouped_decode": (operands.calls(attend_in_groups, groups=groups, **ours), f"{note}; {read} read"),
             "sparse_decode over all slots": (operands.calls(sparse_decode, **ours), note),

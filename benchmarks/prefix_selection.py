@@ -163,7 +163,7 @@ def measure(model: ChainTracer, pool: Pool, method: Method) -> dict[str, Any]:
     found = {"whole_chains": right.all(1).float().mean(), "words": right.float().mean()}
     if isinstance(method, Compared):
         counts = torch.stack([step.set_counts for step in steps if step.set_counts is not None]).float()
-        shared = [step.shared.in_sets.followed for step in steps if step.shared is not None]
+        shared = [step.shared.in_sets.already_read for step in steps if step.shared is not None]
         found["set_tokens"] = counts.mean()
         if shared:
             overlap = torch.stack(method.overlaps).mean(dim=(0, 2))

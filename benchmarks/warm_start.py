@@ -31,8 +31,8 @@ from prefix_selection import Pool, forward, siblings
 from results_file import append_rows, require_columns
 from torch import Tensor
 
-from lim_kernels import decide_acts, keep_sets
-from lim_kernels.acts import EARLY, RECALL, SELECT
+from lim_kernels import decide_actions, keep_sets
+from lim_kernels.row_actions import EARLY, RECALL, SELECT
 from sgl_lim.methods import LessIsMore, SharedSets
 from sgl_lim.serving.counters import Counters
 from sgl_lim.serving.decode import begin_step
@@ -76,18 +76,18 @@ class Recall:
             length = pool.prompt + place + 1
             lens = torch.full((len(rows),), length, dtype=torch.int32)
             at = request_rows, tenants, slots[:, :length], lens
-            decided = decide_acts(self.memory, *at, self.method.sizes, interval=1, early=True)
+            decided = decide_actions(self.memory, *at, self.method.sizes, interval=1, early=True)
             had = self.memory.sets[:, request_rows].clone()
             self.method.chosen.clear()
             forward(
                 self.model, pool, place, self.method, begin_step(self.method, pool.slots[rows, :length], lens), rows
             )
             if place == 0:
-                self.began[begins] += ((decided.acts & RECALL) != 0).tolist()
+                self.began[begins] += ((decided.actions & RECALL) != 0).tolist()
             for layer, chosen in enumerate(self.method.chosen):
                 ranked = chosen[:, self.method.kept_sinks : self.method.budget - self.method.recent]
                 shares = (ranked.unsqueeze(2) == had[layer].unsqueeze(1)).any(2).float().mean(1)
-                there = (decided.acts & EARLY) != 0
+                there = (decided.actions & EARLY) != 0
                 self.shares[layer, begins if place == 0 else "own"] += shares[there].tolist()
                 room = torch.zeros(len(rows), self.method.budget, dtype=torch.int32)
                 extended = torch.cat([room, slots[:, :length]], dim=1)

@@ -5,7 +5,7 @@ tensors' device. A named implementation is used or refused, never replaced.
 """
 
 from lim_kernels.adaptive_budget import adapt_budgets
-from lim_kernels.count_step import count_sets, count_step
+from lim_kernels.count_decode_step import count_decode_step, count_sets
 from lim_kernels.decode_with_scores import decode_with_scores
 from lim_kernels.group_selection import choose_for_groups, groups_of_sets
 from lim_kernels.grouped_decode import grouped_decode
@@ -13,7 +13,7 @@ from lim_kernels.operands import Scaling, SetSizes
 from lim_kernels.page_bounds import bound_pages, expand_pages, score_pages
 from lim_kernels.prefix_groups import find_prefix_groups
 from lim_kernels.select_tokens import choose_tokens, score_tokens, select_tokens
-from lim_kernels.set_memory import decide_acts, keep_sets, place_sets
+from lim_kernels.set_memory import decide_actions, keep_sets, place_sets
 from lim_kernels.sparse_decode import sparse_decode
 
 __all__ = [
@@ -23,9 +23,9 @@ __all__ = [
     "bound_pages",
     "choose_for_groups",
     "choose_tokens",
+    "count_decode_step",
     "count_sets",
-    "count_step",
-    "decide_acts",
+    "decide_actions",
     "decode_with_scores",
     "expand_pages",
     "find_prefix_groups",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lim_kernels.count_step import TOTALS, Ledger, count_sets, count_step
+from lim_kernels.count_decode_step import TOTALS, Ledger, count_decode_step, count_sets
 from sgl_lim.methods import Role
 from sgl_lim.serving.reads import Plan
 
@@ -66,7 +66,7 @@ class Counters:
             rows: int32 or int64 [B], rows of the request pool; row 0 only pads a captured graph.
         """
         groups, grouped_layers = plan.counted_groups(self._layers)
-        count_step(
+        count_decode_step(
             self._ledger,
             rows,
             self._generations,
@@ -75,7 +75,7 @@ class Counters:
             num_layers=len(self._roles),
             sparse_layers=self._layers[Role.SPARSE] + self._layers[Role.OWN],
             selection_layers=self._layers[Role.SELECT] + self._layers[Role.OWN],
-            acts=None if plan.kept is None else plan.kept.acts,
+            actions=None if plan.kept is None else plan.kept.actions,
             early_layers=self._layers[Role.DENSE],
             groups=groups,
             grouped_layers=grouped_layers,

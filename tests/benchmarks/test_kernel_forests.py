@@ -49,7 +49,7 @@ def test_rows_share_the_slots_of_their_nodes_and_nothing_else() -> None:
         assert len(slots[:, 20:].unique()) == 30 and not set(slots[0, 12:20].tolist()) & set(slots[3, 12:20].tolist())
     assert len(torch.stack(operands.slots).unique()) == len(operands.slots) * stored_tokens(TREE)
     groups = find_prefix_groups(operands.slots[0], operands.lens, granule=4)
-    assert int(groups.followed.sum()) == 6 * 25 - stored_tokens(TREE)
+    assert int(groups.already_read.sum()) == 6 * 25 - stored_tokens(TREE)
 
 
 def test_the_rows_of_a_forest() -> None:

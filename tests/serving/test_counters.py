@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from lim_kernels.acts import EARLY, KEEP, RECALL, SELECT
+from lim_kernels.row_actions import EARLY, KEEP, RECALL, SELECT
 from sgl_lim.serving import reads
 from sgl_lim.serving.counters import Counters
 from sgl_lim.serving.reads import Read
@@ -34,7 +34,7 @@ def plan_for(lens, name="lessismore", slots=None, granule=None, acts=None):
     slots = torch.arange(len(lens) * 60, dtype=torch.int32).view(len(lens), 60) if slots is None else slots
     plan = plan_of(decode, slots, torch.tensor(lens), granule)
     if acts is not None:
-        plan.kept = SimpleNamespace(acts=torch.tensor(acts, dtype=torch.uint8))
+        plan.kept = SimpleNamespace(actions=torch.tensor(acts, dtype=torch.uint8))
     return plan
 
 

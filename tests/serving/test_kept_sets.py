@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("sglang.srt.mem_cache.radix_cache")
 
 from lim_kernels import sparse_decode
-from lim_kernels.acts import EARLY, KEEP, RECALL, SELECT
+from lim_kernels.row_actions import EARLY, KEEP, RECALL, SELECT
 from lim_patches.row_generations import keep_generations
 from sgl_lim.methods import Role
 from support.driven_layers import score_rows_at_once, whole_rows
@@ -100,7 +100,7 @@ class Driven:
         )
         plan = self.backend.lim.plan
         acts = [self.expected_act(request, slots) for request, slots in zip(requests, rows, strict=True)]
-        assert plan.kept.acts.tolist() == acts
+        assert plan.kept.actions.tolist() == acts
         self.check_memory()
         # Recalled before any layer runs, so nothing that this step selects is in them.
         expected = [

@@ -92,7 +92,7 @@ def test_sets_are_the_rule_s_and_attention_is_over_them(aggregate, sizes):
 def test_what_a_group_chose_is_read_once():
     done = run()
     plan = done.plan
-    followed = plan.shared.in_sets.followed.tolist()
+    followed = plan.shared.in_sets.already_read.tolist()
     # The first group's tokens and the second's; the neediest row of each is left its share.
     assert followed[0] == followed[4] == followed[5] == followed[7] == 0
     assert min(followed[1], followed[6]) > followed[2] == followed[3] > 0
@@ -147,7 +147,7 @@ def test_counters_know_what_sparse_layers_share():
         backend.init_forward_metadata(batch_of([1, 2, 3, 5], [83, 70, 60, 75]))
         totals[selection] = backend.lim.counters.read()
         shared = backend.lim.plan.shared
-    followed, counts = shared.in_sets.followed, shared.counts
+    followed, counts = shared.in_sets.already_read, shared.counts
     assert followed[0] == followed[3] == 0 and followed[1] == followed[2] > 0
     assert totals["group"]["tokens_shared"] == totals["request"]["tokens_shared"] + int(followed.sum())
     dense = 2 * (83 + 70 + 60 + 75)

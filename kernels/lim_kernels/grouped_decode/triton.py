@@ -189,7 +189,7 @@ def merge_path_kernel(
     group_ends_ptr,
     parents_ptr,
     members_ptr,
-    paths_ptr,
+    innermost_ptr,
     out_ptr,
     lse_ptr,
     batch,
@@ -222,7 +222,7 @@ def merge_path_kernel(
     acc, peak, norm = merge_row(
         partial_ptr, partial_lse_ptr, chunks, row, head, HEADS, DIM_V, BLOCK_DIM_V, BLOCK_ROWS, BLOCK_ITEMS
     )
-    group = tl.load(paths_ptr + row)
+    group = tl.load(innermost_ptr + row)
     if group >= 0:
         _, tiles, chunks = plan_groups(
             counts_ptr,
@@ -332,7 +332,7 @@ def grouped_decode(
         group_ends_ptr=groups.ends,
         parents_ptr=groups.parents,
         members_ptr=groups.members,
-        paths_ptr=groups.paths,
+        innermost_ptr=groups.innermost,
         out_ptr=out,
         lse_ptr=lse,
         fewest=wave,

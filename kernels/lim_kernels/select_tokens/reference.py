@@ -41,9 +41,9 @@ def score_tokens(
         middle = min(sizes.middle, length)
         candidates = candidate_mask(seq_lens, length, recent=sizes.recent, sinks=sizes.sinks)
         return _union_scores(logits, candidates, middle, first_head=first_head, num_heads=num_heads)
+    assert lse is not None
     # [B, H, L]
-    logits = within_rows(logits, seq_lens)
-    log_weights = logits - (logits.logsumexp(dim=2) if lse is None else lse).unsqueeze(2)
+    log_weights = within_rows(logits, seq_lens) - lse.unsqueeze(2)
     return log_weights.logsumexp(dim=1) if aggregate == "sum" else log_weights.amax(dim=1)
 
 

@@ -16,7 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lim_kernels.operands import SetSizes
-from lim_kernels.select_tokens.triton_spans import load_span, scores_of
+from lim_kernels.select_tokens.triton_spans import (
+    SPAN_COMBINED,
+    SPAN_FIELDS,
+    SPAN_OFFSET,
+    SPAN_ROW,
+    load_span,
+    scores_of,
+)
 from lim_kernels.select_tokens.triton_tiles import (
     count_before,
     deciding_bin,
@@ -223,9 +230,9 @@ def emit_kernel(
     positions = start + tile(BLOCK)
     set_row = set_ptr + row * stride_set
     if SPANS:
-        source = tl.load(spans_ptr + row * 8).to(tl.int64)
-        offset = tl.load(spans_ptr + row * 8 + 6)
-        shared = tl.load(spans_ptr + row * 8 + 7) >= 0
+        source = tl.load(spans_ptr + row * SPAN_FIELDS + SPAN_ROW).to(tl.int64)
+        offset = tl.load(spans_ptr + row * SPAN_FIELDS + SPAN_OFFSET)
+        shared = tl.load(spans_ptr + row * SPAN_FIELDS + SPAN_COMBINED) >= 0
         written = offset + count
     else:
         source = row
@@ -284,6 +291,19 @@ def emit_kernel(
         places += before
     values = tl.load(slots_ptr + source * stride_slots + positions, mask=kept, other=0) if TO_SLOTS else positions
     tl.store(set_row + places, values, mask=kept)
+
+
+def choose_tokens(
+    scores: Tensor,
+    seq_lens: Tensor,
+    sizes: SetSizes,
+    *,
+    slots: Tensor | None,
+    budgets: Tensor | None,
+    recents: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `api.choose_tokens`."""
+    return choose_in_spans(scores, seq_lens, sizes, slots=slots, budgets=budgets, recents=recents)
 
 
 def choose_in_spans(

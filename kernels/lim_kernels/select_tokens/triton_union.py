@@ -13,14 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lim_kernels.operands import SetSizes
-from lim_kernels.select_tokens.places import rank_unit
+from lim_kernels.select_tokens.places import MAX_UNION, rank_unit
 from lim_kernels.select_tokens.triton_tiles import number_kept, tile
 from lim_kernels.triton_support import padded_empty, readable_width
 
 _SHALLOW = 4  # a quarter of the middle budget is how deep lists are first
 _SAMPLES = (2048, 8192)  # for the first guess, and where it missed
 _READ = 4096
-_LONGEST = 8192  # a list that one program orders; `api.MAX_UNION` follows from it
 
 
 @triton.jit
@@ -344,7 +343,7 @@ def union_scores(
     for depth in (shallow, middle) if shallow < middle else (middle,):
         deep = depth != shallow
         # Room for more than needed, so that few guesses miss; the deep lists are too long for much of it.
-        room = min(depth + depth // 3, max(depth, _LONGEST)) if deep else 2 * depth
+        room = min(depth + depth // 3, max(depth, MAX_UNION)) if deep else 2 * depth
         top = max(16, triton.next_power_of_2(room))
         scratch = torch.empty(batch, heads, top, dtype=torch.int32, device=logits.device)
         if not deep:
