@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from closed_loop import random_prompts
-from decode_throughput import greedy, post, solve_chains
-
+from benchmarks.closed_loop import random_prompts
+from benchmarks.decode_throughput import greedy, post, solve_chains
 from sgl_lim.programs.server_stats import parse_server_info
 
 

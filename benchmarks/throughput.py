@@ -2,13 +2,13 @@
 
 Either against running endpoints, or with servers started here, one after the other:
 
-    python benchmarks/throughput.py dense=http://127.0.0.1:30000 lessismore=http://127.0.0.1:30001
-    python benchmarks/throughput.py --common='--model-path models/chain-tracer --device cpu' \\
+    python -m benchmarks.throughput dense=http://127.0.0.1:30000 lessismore=http://127.0.0.1:30001
+    python -m benchmarks.throughput --common='--model-path models/chain-tracer --device cpu' \\
         --server dense='--attention-backend torch_native' --server lessismore='--attention-backend lessismore'
 
 Starting a server takes long, so several loads can be put on each; a load's rows compare with the first server's:
 
-    python benchmarks/throughput.py dense=http://127.0.0.1:30000 lessismore=http://127.0.0.1:30001 \\
+    python -m benchmarks.throughput dense=http://127.0.0.1:30000 lessismore=http://127.0.0.1:30001 \\
         --load input=3600,output=512 --load input=512,output=2048,concurrency=8,time_limit=60,underway
 
 Before a server is timed, its greedy answers to prompts that stay inside the token budget are compared with the
@@ -27,16 +27,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from answer_check import AnswerCheck, CheckFailed
-from bench_client import run_bench_serving
-from closed_loop import LoadError, random_requests, run_load
-from figures import Figures, figures
-from load_spec import LoadSpec, add_load_flags, chosen_loads, positive
-from machine import machine_line_apart
-from own_server import ServerFailed
-from results_file import append_rows, markdown, ratio, require_columns, rounded
-from targets import add_target_flags, chosen_targets, endpoint, flush_cache, log_folder
-
+from benchmarks.answer_check import AnswerCheck, CheckFailed
+from benchmarks.bench_client import run_bench_serving
+from benchmarks.closed_loop import LoadError, random_requests, run_load
+from benchmarks.figures import Figures, figures
+from benchmarks.load_spec import LoadSpec, add_load_flags, chosen_loads, positive
+from benchmarks.machine import machine_line_apart
+from benchmarks.own_server import ServerFailed
+from benchmarks.results_file import append_rows, markdown, ratio, require_columns, rounded
+from benchmarks.targets import add_target_flags, chosen_targets, endpoint, flush_cache, log_folder
 from sgl_lim.programs.endpoint import EndpointError, server_info
 from sgl_lim.programs.server_stats import attended_fraction, parse_server_info
 

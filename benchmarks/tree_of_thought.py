@@ -1,9 +1,9 @@
 """Tree of thought end to end: how fast does each server grow trees over long contexts? The first is the baseline.
 
-    python benchmarks/random_checkpoint.py benchmarks/shapes/qwen3-8b /dev/shm/qwen3-8b
-    python benchmarks/tree_of_thought.py --common='--model-path /dev/shm/qwen3-8b' --trees 1 8 \\
+    python -m benchmarks.random_checkpoint benchmarks/shapes/qwen3-8b /dev/shm/qwen3-8b
+    python -m benchmarks.tree_of_thought --common='--model-path /dev/shm/qwen3-8b' --trees 1 8 \\
         --server fa3='--attention-backend fa3' --server lessismore='--attention-backend lessismore'
-    python benchmarks/tree_of_thought.py dense=http://127.0.0.1:30000 lessismore=http://127.0.0.1:30001 --words v0-399
+    python -m benchmarks.tree_of_thought dense=http://127.0.0.1:30000 lessismore=http://127.0.0.1:30001 --words v0-399
 
 Every tree is a run of `tree_of_thought` from sgl_lim/programs/reasoning.py over random words of its own; all trees of a
 load run at once. All lengths are fixed, ends of text are ignored, and a load that generates anything else has no row.
@@ -25,13 +25,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from answer_check import AnswerCheck, CheckFailed
-from load_spec import positive
-from machine import machine_line_apart
-from own_server import ServerFailed
-from results_file import append_rows, markdown, ratio, require_columns, rounded
-from targets import add_target_flags, chosen_targets, endpoint, flush_cache, log_folder
-
+from benchmarks.answer_check import AnswerCheck, CheckFailed
+from benchmarks.load_spec import positive
+from benchmarks.machine import machine_line_apart
+from benchmarks.own_server import ServerFailed
+from benchmarks.results_file import append_rows, markdown, ratio, require_columns, rounded
+from benchmarks.targets import add_target_flags, chosen_targets, endpoint, flush_cache, log_folder
 from sgl_lim.programs.endpoint import EndpointError, count_tokens, server_info
 from sgl_lim.programs.records import Generation
 from sgl_lim.programs.server_stats import attended_fraction, parse_server_info

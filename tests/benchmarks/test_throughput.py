@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import answer_check
-import own_server
 import pytest
-import throughput
-from answer_check import AnswerCheck, leading_agreement
-from bench_client import read_result, run_bench_serving
-from closed_loop import LoadError
 from streaming_endpoint import StreamingEndpoint
+
+from benchmarks import answer_check, own_server, throughput
+from benchmarks.answer_check import AnswerCheck, leading_agreement
+from benchmarks.bench_client import read_result, run_bench_serving
+from benchmarks.closed_loop import LoadError
 
 MACHINE_LINE_APART = throughput.machine_line_apart
 COUNTERS = ("decode_steps", "tokens_attended", "tokens_dense", "selections", "requests", "requests_dense")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tree_of_thought
-from tree_of_thought import Load, Words
 
+from benchmarks import tree_of_thought
+from benchmarks.tree_of_thought import Load, Words
 from programs.stub_endpoint import COUNTERS, StubEndpoint, _Handler
 from sgl_lim.programs.tree import TreeShape
 
@@ -172,8 +172,9 @@ def test_wrong_command_lines_are_refused(argv: list[str], said: str, capsys: pyt
 
 
 def test_the_words_of_a_random_checkpoint_are_its_tokens(tmp_path: Path) -> None:
-    from random_checkpoint import write_tokenizer
     from transformers import AutoTokenizer
+
+    from benchmarks.random_checkpoint import write_tokenizer
 
     write_tokenizer(tmp_path, 300, 1000)
     config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 300}
