@@ -24,4 +24,4 @@ serve() {
 }
 serve torch_native --attention-backend torch_native
 serve lessismore --attention-backend lessismore --lim-budget "$budget"
-"$python" benchmarks/decode_throughput.py "${names[@]}" --output "$output"
+"$python" -m benchmarks.decode_throughput "${names[@]}" --output "$output"
