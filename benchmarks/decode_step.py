@@ -30,7 +30,6 @@ One device only.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import shlex
@@ -49,7 +48,7 @@ from torch import Tensor
 from benchmarks.decode_step_worker import Outcome, work
 from benchmarks.forest import Forest
 from benchmarks.results_file import append_rows, require_columns
-from sgl_lim.settings.config import ENV, LimConfig
+from sgl_lim.settings.config import ENV, LimConfig, RefusedConfig, configure
 
 LARGEST_LOGITS_ERROR = 0.05
 CHECKED_REQUESTS = 2
@@ -77,21 +76,21 @@ class Backend:
 
 
 def parse_backend(spec: str) -> Backend:
-    """`fa3`, or `lessismore:budget=2048,selection_layers=2-12` with the keys of `LimConfig`."""
+    """`fa3`, or `lessismore:budget=2048,selection_layers=2-12` with the keys of `configure`."""
     name, _, settings = spec.partition(":")
     if name != "lessismore":
         if settings:
             raise argparse.ArgumentTypeError(f"only lessismore takes settings, got {spec!r}")
         return Backend(spec, name, None, {})
-    known = [f.name for f in dataclasses.fields(LimConfig)]
     values: dict[str, Any] = {}
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
-        if key not in known:
-            raise argparse.ArgumentTypeError(f"{spec!r}: unknown setting {key!r}; known are {', '.join(known)}")
         values[key] = [int(i) for i in value.split("-")] if key == "selection_layers" else _scalar(value)
-    layers = values.get("selection_layers")
-    lim = LimConfig(**{**values, "selection_layers": layers and tuple(layers)})
+    try:
+        # JSON has lists, and the configuration tuples.
+        lim = configure(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    except RefusedConfig as refused:
+        raise argparse.ArgumentTypeError(f"{spec!r}: {'; '.join(refused.reasons)}") from None
     if problems := lim.problems():
         raise argparse.ArgumentTypeError(f"{spec!r}: {'; '.join(problems)}")
     return Backend(spec, name, lim, {ENV: json.dumps(values)})
@@ -285,7 +284,7 @@ def main() -> None:
     args = parse(sys.argv[1:])
     if args.output:
         require_columns(args.output, COLUMNS)
-    budgets = [backend.lim.budget for backend in args.backends if backend.lim] or [LimConfig().budget]
+    budgets = [backend.lim.build().budget for backend in args.backends if backend.lim] or [configure().build().budget]
     rows: list[dict[str, Any]] = []
     first: Outcome | None = None
     for backend in args.backends:

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import kernel_forests
 from benchmarks.forest import Forest
 from benchmarks.kernel_forests import draw_forest, flashinfer_cascades, groups_deviation, level_tables, stored_tokens
-from benchmarks.kernel_operands import Operands, Pool, Shape
+from benchmarks.kernel_operands import Operands, Pool, Shape, attend_and_score
 from benchmarks.kernel_sections import Bench, Row
 from benchmarks.kernel_times import parse
 from lim_kernels import Scaling, find_prefix_groups

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import kernel_operands, kernel_sections, kernel_times
-from benchmarks.kernel_operands import COPIED_BYTES, Operands, Pool, Selection, Shape
+from benchmarks.kernel_operands import COPIED_BYTES, Operands, Pool, Selection, Shape, attend_and_score
 from benchmarks.kernel_sections import COLUMNS, DTYPES, SECTIONS, Bench, Measured, Row, make_row
 from benchmarks.kernel_times import markdown, parse, parse_case
 from lim_kernels import choose_tokens
