@@ -1,7 +1,13 @@
 """Sparse-decode operators on plain tensors, one folder an operator.
 
-Every operator takes `implementation=None`: a name from the operator's table, or None for the best one on the
-tensors' device. A named implementation is used or refused, never replaced.
+- `api.py` is the public entry: its docstring is the contract, it checks operands and picks an implementation.
+- `reference.py` is the operator's specification in plain torch, and also what a CPU server runs: it has to be right
+  first, to read as a specification second, and to be fast on a CPU third. Where torch's arithmetic hides the rule, the
+  rule is written as pseudocode at the file's head.
+- `triton.py` is what a GPU server runs. Every implementation gives the reference's results, integers exactly.
+
+Every operator takes `implementation=None`: "reference", "triton", or None for Triton on a GPU and the reference
+elsewhere. A named implementation is used or refused, never replaced. Triton is imported when it is wanted first.
 """
 
 from lim_kernels.adaptive_budget import adapt_budgets

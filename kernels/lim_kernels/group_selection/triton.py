@@ -88,16 +88,17 @@ def copy_kernel(
     BLOCK: tl.constexpr,
 ):
     """Copy what a row's groups have chosen into a block of its set."""
-    row = tl.program_id(1)
+    row = tl.program_id(1).to(tl.int64)
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     group = tl.load(innermost_ptr + row)
     while group >= 0:
-        span = batch + group
-        count = tl.load(spans_ptr + span * SPAN_FIELDS + SPAN_COUNT)
-        offset = tl.load(spans_ptr + span * SPAN_FIELDS + SPAN_OFFSET)
+        span = (batch + group).to(tl.int64)
+        fields = spans_ptr + span * SPAN_FIELDS
+        count = tl.load(fields + SPAN_COUNT)
+        offset = tl.load(fields + SPAN_OFFSET)
         here = (places >= offset) & (places < offset + count)
-        values = tl.load(set_ptr + span.to(tl.int64) * stride_set + places, mask=here, other=0)
-        tl.store(set_ptr + row.to(tl.int64) * stride_set + places, values, mask=here)
+        values = tl.load(set_ptr + span * stride_set + places, mask=here, other=0)
+        tl.store(set_ptr + row * stride_set + places, values, mask=here)
         group = tl.load(parents_ptr + group)
 
 

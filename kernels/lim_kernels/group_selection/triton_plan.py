@@ -194,7 +194,7 @@ def set_groups_kernel(
     while depth > 0:
         depth -= 1
         at = at_depth(path, depth, LEVELS)
-        fields = spans_ptr + (batch + at) * SPAN_FIELDS
+        fields = spans_ptr + (batch + at).to(tl.int64) * SPAN_FIELDS
         reached = tl.load(fields + SPAN_COUNT) + tl.load(fields + SPAN_OFFSET)
         large = reached - end >= smallest
         parent = tl.where(large, last, parent)
@@ -207,7 +207,7 @@ def set_groups_kernel(
         tl.store(own_starts_ptr + span, end)
         tl.store(set_innermost_ptr + span, last)
         tl.store(already_read_ptr + span, already_read)
-        fields = spans_ptr + span * SPAN_FIELDS
+        fields = spans_ptr + span.to(tl.int64) * SPAN_FIELDS
         tl.store(set_counts_ptr + span, tl.load(fields + SPAN_COUNT) + tl.load(fields + SPAN_OFFSET))
     else:
         exists = (count > 0) & (last == group)

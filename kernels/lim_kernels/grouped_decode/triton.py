@@ -117,7 +117,7 @@ def group_kernel(
     UPCAST: tl.constexpr,
 ):
     """Attention of one KV head's query heads of a tile of a group's rows over one chunk of the group's positions."""
-    kv_head = tl.program_id(0)
+    kv_head = tl.program_id(0).to(tl.int64)
     item = tl.program_id(1)
     lens, tiles, chunks = plan_groups(
         counts_ptr, starts_ptr, ends_ptr, batch, fewest_items, most_items, preferred, TILE_ROWS, BLOCK, BLOCK_ROWS

@@ -60,13 +60,13 @@ def shared_kernel(
             missed = tl.min(tl.where(open & (mine != theirs), points, (high + 1)[:, None]), axis=1)
             low = reached
             high = tl.maximum(missed - 1, low)
-    tl.store(shared_ptr + row * BLOCK_ROWS + others, low * granule)
+    tl.store(shared_ptr + row.to(tl.int64) * BLOCK_ROWS + others, low * granule)
 
 
 @triton.jit
 def load_shared(shared_ptr, row, cap, BLOCK_ROWS: tl.constexpr):
     """A row's shared lengths, cut to `cap`."""
-    return tl.minimum(tl.load(shared_ptr + row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)), cap)
+    return tl.minimum(tl.load(shared_ptr + row.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)), cap)
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def tree_kernel(
         end = already_read
         start = tl.max(tl.where(mine < already_read, mine, 0), axis=0)
         places = tl.cumsum(inside.to(tl.int32), axis=0) - 1
-        tl.store(members_ptr + row * batch + places, rows, mask=inside)
+        tl.store(members_ptr + row.to(tl.int64) * batch + places, rows, mask=inside)
         if start > 0:
             parent = group_at(shared_ptr, mine, row, start, cap, BLOCK_ROWS)
     tl.store(counts_ptr + row, count)

@@ -229,6 +229,7 @@ def emit_kernel(
     start = block * BLOCK
     positions = start + tile(BLOCK)
     set_row = set_ptr + row * stride_set
+    # Where the span's scores and slots are, where in the set its tokens go, and where the whole set ends.
     if SPANS:
         source = tl.load(spans_ptr + row * SPAN_FIELDS + SPAN_ROW).to(tl.int64)
         offset = tl.load(spans_ptr + row * SPAN_FIELDS + SPAN_OFFSET)
@@ -241,7 +242,8 @@ def emit_kernel(
         written = tl.minimum(end, count)
     if block == 0:
         tl.store(counts_ptr + row, written)
-    # What lies after the set, as far as this block covers the width of the set.
+    # Fill what lies after the set, as far as this block covers the width of the set. Sets of groups are copied to their
+    # rows' later, and have no end of their own.
     unused = 0 if TO_SLOTS else -1
     if not shared:
         tl.store(set_row + positions, unused, mask=(positions >= written) & (positions < set_width))
@@ -249,6 +251,7 @@ def emit_kernel(
         return
     if SPANS and start + BLOCK <= begin:
         return
+    # Which of the block's tokens are kept, and at which places of the set.
     if end - begin <= count:
         kept = positions < end
         if SPANS:
@@ -259,6 +262,8 @@ def emit_kernel(
         gathered = tl.load(num_gathered_ptr + row)
         keys = gathered_ptr + row * GATHERED
         scores_row = scores_of(scores_ptr, combined_ptr, spans_ptr, row, stride_scores, stride_combined, SPANS)
+        # Kept are forced tokens, candidates of better bins, and those of the deciding bin that reach its bound. If that
+        # bin's candidates did not fit into their list, nobody has found the bound yet, and each block searches the row.
         if gathered <= GATHERED:
             bound = tl.load(bound_ptr + row)
         else:
@@ -273,6 +278,8 @@ def emit_kernel(
         if SPANS:
             kept = kept & (positions >= begin)
 
+        # Places follow from how many tokens before this block are kept: candidates of better bins, counted block by
+        # block in `collect_kernel`, those of the deciding bin that reach the bound, and forced ones.
         blocks = tl.arange(0, BLOCK_SURE)
         earlier = blocks < block
         if SPANS:

@@ -24,7 +24,7 @@ SPAN_COMBINED = tl.constexpr(7)
 @triton.jit
 def store_span(spans_ptr, span, row, begin, end, first, last, count, offset, combined):
     """Write one of the spans that `load_span` reads."""
-    fields = spans_ptr + span * SPAN_FIELDS
+    fields = spans_ptr + span.to(tl.int64) * SPAN_FIELDS
     tl.store(fields + SPAN_ROW, row)
     tl.store(fields + SPAN_BEGIN, begin)
     tl.store(fields + SPAN_END, end)
