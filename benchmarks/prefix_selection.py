@@ -150,7 +150,7 @@ def decoder_of(model: ChainTracer, method: Method, kept_sets: KeptSets | None = 
 
 @torch.inference_mode()
 def decode(model: ChainTracer, pool: Pool, method: Method) -> tuple[Tensor, list[Plan]]:
-    """bool [B, S], which words of the solutions are right; and the plans of the steps that decoded them, a word each."""
+    """bool [B, S], which words of the solutions are right; and the plans of the steps that decoded them."""
     rows, plans, decoder = [pool.last], [], decoder_of(model, method)
     for place in range(pool.solution.shape[1] - 1):
         length = pool.prompt + place + 1

@@ -100,8 +100,6 @@ def test_rows_compare_with_the_first_server(tmp_path: Path, capsys: pytest.Captu
         assert throughput.main(arguments) == 0
         # Before each load and each way of checking; then a warm-up and a wave of 8, each time.
         assert slow.flushes == 2 * (2 + 3 + 2) and len(slow.streamed) == 4 * (1 + 8)
-            1 + 8
-        )  # a warm-up and a wave of 8, each time
     with output.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["server"] for row in rows] == ["slow", "fast", "again"] * 2

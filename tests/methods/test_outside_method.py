@@ -59,7 +59,7 @@ def test_its_layers_attend_to_its_set(outside):
     decode = decode_of(method, heads=2)
     slots = torch.arange(100, 140, dtype=torch.int32).expand(2, -1)
     plan = plan_of(decode, slots, int32([30, 5]))
-    assert [role for role in method.layer_roles(3)] == [Role.DENSE, Role.SPARSE, Role.SPARSE]
+    assert list(method.layer_roles(3)) == [Role.DENSE, Role.SPARSE, Role.SPARSE]
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(n, 2, 4, generator=generator) for n in (2, 200, 200))
     out = decode.run(plan, Role.SPARSE, layer_of(q, k, v, 0.5))
