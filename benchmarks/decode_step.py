@@ -23,14 +23,13 @@ prefix, within every budget, with the same weights, tokens, keys and values; its
 to rounding. Beyond the budget they must be finite.
 A backend that fails has no speed. Which tokens a selection picks beyond the budget is not checked here.
 
-    python benchmarks/decode_step.py --model-path M --backends fa3 lessismore:budget=2048,aggregate=max \\
+    python -m benchmarks.decode_step --model-path M --backends fa3 lessismore:budget=2048,aggregate=max \\
         --cases 1x2048 16x32768 1x32768/16x256 --output out/decode_step.csv --sglang-args='--mem-fraction-static 0.85'
 
 One device only.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import shlex
@@ -44,12 +43,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from decode_step_worker import Outcome, work
-from forest import Forest
-from results_file import append_rows, require_columns
 from torch import Tensor
 
-from sgl_lim.settings.config import ENV, LimConfig
+from benchmarks.decode_step_worker import Outcome, work
+from benchmarks.forest import Forest
+from benchmarks.results_file import append_rows, require_columns
+from sgl_lim.settings.config import ENV, LimConfig, RefusedConfig, configure
 
 LARGEST_LOGITS_ERROR = 0.05
 CHECKED_REQUESTS = 2
@@ -77,21 +76,21 @@ class Backend:
 
 
 def parse_backend(spec: str) -> Backend:
-    """`fa3`, or `lessismore:budget=2048,selection_layers=2-12` with the keys of `LimConfig`."""
+    """`fa3`, or `lessismore:budget=2048,selection_layers=2-12` with the keys of `configure`."""
     name, _, settings = spec.partition(":")
     if name != "lessismore":
         if settings:
             raise argparse.ArgumentTypeError(f"only lessismore takes settings, got {spec!r}")
         return Backend(spec, name, None, {})
-    known = [f.name for f in dataclasses.fields(LimConfig)]
     values: dict[str, Any] = {}
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
-        if key not in known:
-            raise argparse.ArgumentTypeError(f"{spec!r}: unknown setting {key!r}; known are {', '.join(known)}")
         values[key] = [int(i) for i in value.split("-")] if key == "selection_layers" else _scalar(value)
-    layers = values.get("selection_layers")
-    lim = LimConfig(**{**values, "selection_layers": layers and tuple(layers)})
+    try:
+        # JSON has lists, and the configuration tuples.
+        lim = configure(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    except RefusedConfig as refused:
+        raise argparse.ArgumentTypeError(f"{spec!r}: {'; '.join(refused.reasons)}") from None
     if problems := lim.problems():
         raise argparse.ArgumentTypeError(f"{spec!r}: {'; '.join(problems)}")
     return Backend(spec, name, lim, {ENV: json.dumps(values)})
@@ -113,7 +112,13 @@ def run_worker(backend: Backend, job: dict[str, Any], timeout: float) -> Outcome
     environment = {k: v for k, v in os.environ.items() if k != ENV} | backend.environment
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "outcome.pt")
-        command = [sys.executable, __file__, "--worker", json.dumps({**job, "outcome": str(path)})]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.decode_step",
+            "--worker",
+            json.dumps({**job, "outcome": str(path)}),
+        ]
         try:
             status = subprocess.run(command, env=environment, stdout=sys.stderr, timeout=timeout).returncode
             ending = f"the worker ended with status {status}" if status else ""
@@ -279,7 +284,7 @@ def main() -> None:
     args = parse(sys.argv[1:])
     if args.output:
         require_columns(args.output, COLUMNS)
-    budgets = [backend.lim.budget for backend in args.backends if backend.lim] or [LimConfig().budget]
+    budgets = [backend.lim.build().budget for backend in args.backends if backend.lim] or [configure().build().budget]
     rows: list[dict[str, Any]] = []
     first: Outcome | None = None
     for backend in args.backends:

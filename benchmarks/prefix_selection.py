@@ -1,10 +1,10 @@
 """What choosing the tokens of a shared prefix together costs: right chains, and overlap with each row's own sets.
 
-    PYTHONPATH=.:kernels:training python benchmarks/prefix_selection.py --output out/prefix_selection.csv
+    PYTHONPATH=training python -m benchmarks.prefix_selection --output out/prefix_selection.csv
 
 Siblings are chains of one context: the chain tracer's shuffled facts are the prefix that they share, and each asks for
 another chain through them, so each needs another fact at every step. All contexts' siblings decode together, a row
-each, by `sgl_lim.serving.decode` as in a server. They are fed the right words, so that methods are compared on the same
+each, by `sgl_lim.serving.layer` as in a server. They are fed the right words, so that methods are compared on the same
 steps;
 all words of a chain right is the same event as a greedy generation of the whole chain.
 
@@ -27,14 +27,16 @@ from typing import Any
 import torch
 from chain_tracer.decode import Prefilled, encode, prefill
 from chain_tracer.model import ChainTracer, finish, load_checkpoint, project, rope_table
-from machine import machine_line
-from results_file import append_rows, require_columns
 from torch import Tensor
 
-from sgl_lim.methods import Full, LessIsMore, Method, SharedSets
-from sgl_lim.serving.backend import GRANULE
-from sgl_lim.serving.decode import DecodeStep, HeadShare, Scales, attend, begin_step
-from sgl_lim.serving.set_store import SetStore
+from benchmarks.machine import machine_line
+from benchmarks.results_file import append_rows, require_columns
+from lim_kernels import Scaling
+from sgl_lim.methods import Full, HeadsOfRank, LessIsMore, Method, SharedSets
+from sgl_lim.serving.kept_sets import KeptSets
+from sgl_lim.serving.layer import LayerDecode, LayerInput
+from sgl_lim.serving.reads import Plan, plan_reads
+from sgl_lim.serving.state import GRANULE
 from sgl_lim.tasks.chains import MODULUS, ChainProblem, make_chain
 
 _ASKED = (
@@ -69,7 +71,7 @@ class Compared(LessIsMore):
         if shared is not None:
             own, _ = super().choose(scores, seq_lens, slots)
             found = (own.unsqueeze(2) == sets.unsqueeze(1)).any(2).float()
-            ranked = found[:, self.kept_sinks : self.budget - self.recent]
+            ranked = found[:, self.sizes.sinks : self.budget - self.sizes.recent]
             self.overlaps.append(torch.stack([found.mean(1), ranked.mean(1)]))
         return sets, counts
 
@@ -120,16 +122,13 @@ def forward(
     model: ChainTracer,
     pool: Pool,
     place: int,
-    method: Method,
-    step: DecodeStep,
+    decoder: LayerDecode,
+    plan: Plan,
     rows: Tensor | slice = slice(None),
-    *,
-    store: SetStore | None = None,
 ) -> Tensor:
-    """[B, hidden], what rows of the pool make of word `place` of their solutions; it ends the `step`'s slots."""
-    shape, length = model.shape, step.slots.shape[1]
-    roles, scales = method.layer_roles(shape.layers), Scales(shape.scale, 0.0)
-    heads = HeadShare(0, shape.heads, shape.heads, None)
+    """[B, hidden], what rows of the pool make of word `place` of their solutions; it ends the plan's slots."""
+    shape, length = model.shape, plan.context.slots.shape[1]
+    roles, scaling = decoder.method.layer_roles(shape.layers), Scaling(shape.scale)
     written = pool.slots[rows, length - 1].long()
     x = model.embed[pool.solution[rows, place : place + 1]]
     cos, sin = rope_table(torch.tensor([length - 1]), shape)
@@ -138,32 +137,37 @@ def forward(
         q, k, v = project(x, w, cos, sin, shape, model.dtype)
         keys, values = pool.keys[layer], pool.values[layer]
         keys[written], values[written] = k[:, :, 0].float(), v[:, :, 0].float()
-        operands = q[:, :, 0].float(), keys, values
-        out = attend(method, step, roles[layer], *operands, scales=scales, heads=heads, store=store)
+        out = decoder.run(plan, roles[layer], LayerInput(q[:, :, 0].float(), keys, values, scaling))
         x = finish(x, out.to(model.dtype).unsqueeze(2), w, shape, model.dtype)
     return x[:, 0]
 
 
+def decoder_of(model: ChainTracer, method: Method, kept_sets: KeptSets | None = None) -> LayerDecode:
+    """What decodes the model's layers by a method, on one rank."""
+    heads = model.shape.heads
+    return LayerDecode(method, HeadsOfRank(first=0, own=heads, all=heads), kept_sets=kept_sets)
+
+
 @torch.inference_mode()
-def decode(model: ChainTracer, pool: Pool, method: Method) -> tuple[Tensor, list[DecodeStep]]:
-    """bool [B, S], which words of the solutions are right; and the steps that decoded them, a word each."""
-    rows, steps = [pool.last], []
+def decode(model: ChainTracer, pool: Pool, method: Method) -> tuple[Tensor, list[Plan]]:
+    """bool [B, S], which words of the solutions are right; and the plans of the steps that decoded them."""
+    rows, plans, decoder = [pool.last], [], decoder_of(model, method)
     for place in range(pool.solution.shape[1] - 1):
         length = pool.prompt + place + 1
         lens = torch.full((len(pool.slots),), length, dtype=torch.int32)
-        steps.append(begin_step(method, pool.slots[:, :length], lens, GRANULE))
-        rows.append(forward(model, pool, place, method, steps[-1]))
-    return model.logits(torch.stack(rows, dim=1)).argmax(-1) == pool.solution, steps
+        plans.append(plan_reads(method, pool.slots[:, :length], lens, own_heads=decoder.heads.own, granule=GRANULE))
+        rows.append(forward(model, pool, place, decoder, plans[-1]))
+    return model.logits(torch.stack(rows, dim=1)).argmax(-1) == pool.solution, plans
 
 
 def measure(model: ChainTracer, pool: Pool, method: Method) -> dict[str, Any]:
     """The columns that are found."""
     begin = time.monotonic()
-    right, steps = decode(model, pool, method)
+    right, plans = decode(model, pool, method)
     found = {"whole_chains": right.all(1).float().mean(), "words": right.float().mean()}
     if isinstance(method, Compared):
-        counts = torch.stack([step.set_counts for step in steps if step.set_counts is not None]).float()
-        shared = [step.shared.in_sets.followed for step in steps if step.shared is not None]
+        counts = torch.stack([plan.chosen.ends for plan in plans if plan.chosen is not None]).float()
+        shared = [plan.shared.in_sets.already_read for plan in plans if plan.shared is not None]
         found["set_tokens"] = counts.mean()
         if shared:
             overlap = torch.stack(method.overlaps).mean(dim=(0, 2))
@@ -202,15 +206,23 @@ def main() -> None:
             problems.append(list(islice(siblings(context, siblings_, args.steps, draw), siblings_)))
         pool = Pool(model, problems)
         asked = {"siblings": siblings_, "contexts": contexts, "facts": args.facts, "steps": args.steps}
-        methods: list[Method] = [Full(2048, RECENCY, SINKS, args.aggregate, args.selection)]
+        methods: list[Method] = [Full()]
         for budget in args.budgets:
             for selection in ("request", "group"):
-                methods.append(Compared(budget, RECENCY, SINKS, args.aggregate, args.selection, selection))
+                methods.append(
+                    Compared(
+                        budget=budget,
+                        recency=RECENCY,
+                        sinks=SINKS,
+                        aggregate=args.aggregate,
+                        selection_layers=args.selection,
+                        prefix_selection=selection,
+                    )
+                )
         for method in methods:
-            sparse = isinstance(method, Compared)
             row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | asked | {"seed": args.seed, "machine": machine}
-            row["prefix_selection"] = method.prefix_selection if sparse else "full"
-            if sparse:
+            row["prefix_selection"] = method.prefix_selection if isinstance(method, Compared) else "full"
+            if isinstance(method, Compared):
                 layers = "-".join(map(str, args.selection))
                 row |= {"budget": method.budget, "aggregate": args.aggregate, "selection_layers": layers}
             row |= measure(model, pool, method)

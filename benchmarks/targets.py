@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from own_server import launch_command, own_server
-
+from benchmarks.own_server import launch_command, own_server
 from sgl_lim.programs.endpoint import EndpointError
 
 

@@ -1,6 +1,6 @@
 """What sets that outlive a step are worth on the small model: recall against fresh sets, right chains, tokens attended.
 
-    PYTHONPATH=.:kernels:training python benchmarks/warm_start.py --output out/warm_start.csv
+    PYTHONPATH=training python -m benchmarks.warm_start --output out/warm_start.csv
 
 `recall` rows: every row chooses afresh at every step and all of it is remembered; the set that it has before it chooses
 is compared with what it chooses. `recall` is the share of the fresh set's ranked tokens that are in the set it has,
@@ -26,17 +26,17 @@ from typing import Any
 
 import torch
 from chain_tracer.model import ChainTracer, load_checkpoint
-from machine import machine_line
-from prefix_selection import Pool, forward, siblings
-from results_file import append_rows, require_columns
 from torch import Tensor
 
-from lim_kernels import decide_acts, keep_sets
-from lim_kernels.acts import EARLY, RECALL, SELECT
-from sgl_lim.methods import LessIsMore, SharedSets
+from benchmarks.machine import machine_line
+from benchmarks.prefix_selection import Pool, decoder_of, forward, siblings
+from benchmarks.results_file import append_rows, require_columns
+from lim_kernels import decide_actions, keep_sets
+from lim_kernels.row_actions import EARLY, RECALL, SELECT
+from sgl_lim.methods import Keeping, LessIsMore, SharedSets
 from sgl_lim.serving.counters import Counters
-from sgl_lim.serving.decode import begin_step
-from sgl_lim.serving.set_store import SetStore
+from sgl_lim.serving.kept_sets import KeptSets
+from sgl_lim.serving.reads import plan_reads
 from sgl_lim.tasks.chains import ChainProblem, generate_chains, make_chain
 
 _ASKED = ("measured", "budget", "selection_layers", "interval", "early_sets", "facts", "steps", "requests", "seed")
@@ -59,12 +59,19 @@ class Watched(LessIsMore):
         return super().choose(scores, seq_lens, slots, shared)
 
 
+def kept_sets(method: LessIsMore, keeping: Keeping, num_rows: int, num_slots: int) -> KeptSets:
+    """Room for the sets of so many rows and slots."""
+    layers = len(method.selection_layers)
+    return KeptSets(keeping, method.sizes, layers, num_rows=num_rows, num_slots=num_slots, device="cpu")
+
+
 class Recall:
     """Decodes rows by fresh sets, remembers these, and compares each with the one that was there before."""
 
     def __init__(self, model: ChainTracer, method: Watched, num_rows: int, num_slots: int) -> None:
         self.model, self.method = model, method
-        self.memory = SetStore(method, 2, num_rows, num_slots, "cpu").memory
+        self.decoder = decoder_of(model, method)
+        self.memory = kept_sets(method, Keeping(interval=2, early=False), num_rows, num_slots).memory
         self.shares: dict[tuple[int, str], list[float]] = defaultdict(list)
         self.began: dict[str, list[bool]] = defaultdict(list)
 
@@ -76,18 +83,17 @@ class Recall:
             length = pool.prompt + place + 1
             lens = torch.full((len(rows),), length, dtype=torch.int32)
             at = request_rows, tenants, slots[:, :length], lens
-            decided = decide_acts(self.memory, *at, self.method.sizes, interval=1, early=True)
+            decided = decide_actions(self.memory, *at, self.method.sizes, interval=1, early=True)
             had = self.memory.sets[:, request_rows].clone()
             self.method.chosen.clear()
-            forward(
-                self.model, pool, place, self.method, begin_step(self.method, pool.slots[rows, :length], lens), rows
-            )
+            plan = plan_reads(self.method, pool.slots[rows, :length], lens, own_heads=self.decoder.heads.own)
+            forward(self.model, pool, place, self.decoder, plan, rows)
             if place == 0:
-                self.began[begins] += ((decided.acts & RECALL) != 0).tolist()
+                self.began[begins] += ((decided.actions & RECALL) != 0).tolist()
             for layer, chosen in enumerate(self.method.chosen):
-                ranked = chosen[:, self.method.kept_sinks : self.method.budget - self.method.recent]
+                ranked = chosen[:, self.method.sizes.sinks : self.method.budget - self.method.sizes.recent]
                 shares = (ranked.unsqueeze(2) == had[layer].unsqueeze(1)).any(2).float().mean(1)
-                there = (decided.acts & EARLY) != 0
+                there = (decided.actions & EARLY) != 0
                 self.shares[layer, begins if place == 0 else "own"] += shares[there].tolist()
                 room = torch.zeros(len(rows), self.method.budget, dtype=torch.int32)
                 extended = torch.cat([room, slots[:, :length]], dim=1)
@@ -96,7 +102,7 @@ class Recall:
 
 def measure_recall(model: ChainTracer, args: argparse.Namespace, budget: int) -> Iterator[dict[str, Any]]:
     """Requests over one context each, then a fork and a next turn of each."""
-    method = Watched(budget, 0.25, 4, "union", args.selection)
+    method = Watched(budget=budget, selection_layers=args.selection)
     pairs, turns = [], []
     for n in range(args.contexts):
         draw = random.Random(f"{args.seed}/{n}")
@@ -121,7 +127,8 @@ def measure_recall(model: ChainTracer, args: argparse.Namespace, budget: int) ->
         if begins in recall.began:
             found["had"] = f"{sum(recall.began[begins]) / len(recall.began[begins]):.4f}"
         if shares:
-            chance = method.middle / (pool.prompt + words / 2 - method.recent - method.kept_sinks)
+            sizes = method.sizes
+            chance = sizes.middle / (pool.prompt + words / 2 - sizes.recent - sizes.sinks)
             yield found | {"recall": f"{sum(shares) / len(shares):.4f}", "chance": f"{chance:.4f}"}
         elif begins != "first":
             yield found
@@ -132,28 +139,29 @@ def measure_chains(
     model: ChainTracer, pool: Pool, args: argparse.Namespace, interval: int, early: str
 ) -> dict[str, Any]:
     """Right chains and the attended share, by the backend's own steps."""
-    method = LessIsMore(args.chain_budget, 0.25, 4, "union", args.selection)
-    batch, budget = len(pool.slots), method.budget
+    method = LessIsMore(budget=args.chain_budget, selection_layers=args.selection)
+    batch, sizes = len(pool.slots), method.sizes
     request_rows = torch.arange(1, batch + 1)
-    counters = Counters(method, model.shape.layers, batch + 1, torch.device("cpu"))
+    counters = Counters(method.budget, method.layer_roles(model.shape.layers), batch + 1, torch.device("cpu"))
     tenants, store = torch.ones(batch + 1, dtype=torch.int64), None
     if interval > 1 or early != "off":
-        store = SetStore(method, interval, batch + 1, pool.slots.numel() + 1, "cpu", early=early != "off")
+        store = kept_sets(method, Keeping(interval, early != "off"), batch + 1, pool.slots.numel() + 1)
+    decoder = decoder_of(model, method, store)
     right = [model.logits(pool.last).argmax(-1) == pool.solution[:, 0]]
     for place in range(pool.solution.shape[1] - 1):
         length = pool.prompt + place + 1
         lens = torch.full((batch,), length, dtype=torch.int32)
-        extended = torch.cat([torch.zeros(batch, budget, dtype=torch.int32), pool.slots[:, :length]], dim=1)
-        step, acts = begin_step(method, extended[:, budget:], lens), None
+        extended = torch.cat([torch.zeros(batch, sizes.budget, dtype=torch.int32), pool.slots[:, :length]], dim=1)
+        slots, kept = extended[:, sizes.budget :], None
         if store is not None:
-            step.reuse = store.begin(request_rows, tenants, extended, lens, None)
-            acts = step.reuse.acts
+            kept = store.begin(request_rows, tenants, extended, lens, None)
             if early == "random":
-                candidates = torch.rand(batch, length - method.recent - method.kept_sinks)
-                drawn = candidates.topk(method.middle).indices.sort().values + method.kept_sinks
-                extended[:, method.kept_sinks : budget - method.recent] = step.slots.gather(1, drawn)
-        counters.record(request_rows, lens, acts=acts)
-        hidden = forward(model, pool, place, method, step, store=store)
+                candidates = torch.rand(batch, length - sizes.recent - sizes.sinks)
+                drawn = candidates.topk(sizes.middle).indices.sort().values + sizes.sinks
+                extended[:, sizes.sinks : sizes.budget - sizes.recent] = slots.gather(1, drawn)
+        plan = plan_reads(method, slots, lens, own_heads=decoder.heads.own, kept=kept)
+        counters.record(request_rows, plan)
+        hidden = forward(model, pool, place, decoder, plan)
         right.append(model.logits(hidden).argmax(-1) == pool.solution[:, place + 1])
     words, totals = torch.stack(right, dim=1), counters.read()
     return {

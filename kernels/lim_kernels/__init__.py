@@ -1,11 +1,17 @@
 """Sparse-decode operators on plain tensors, one folder an operator.
 
-Every operator takes `implementation=None`: a name from the operator's table, or None for the best one on the
-tensors' device. A named implementation is used or refused, never replaced.
+- `api.py` is the public entry: its docstring is the contract, it checks operands and picks an implementation.
+- `reference.py` is the operator's specification in plain torch, and also what a CPU server runs: it has to be right
+  first, to read as a specification second, and to be fast on a CPU third. Where torch's arithmetic hides the rule, the
+  rule is written as pseudocode at the file's head.
+- `triton.py` is what a GPU server runs. Every implementation gives the reference's results, integers exactly.
+
+Every operator takes `implementation=None`: "reference", "triton", or None for Triton on a GPU and the reference
+elsewhere. A named implementation is used or refused, never replaced. Triton is imported when it is wanted first.
 """
 
 from lim_kernels.adaptive_budget import adapt_budgets
-from lim_kernels.count_step import count_sets, count_step
+from lim_kernels.count_decode_step import count_decode_step, count_sets
 from lim_kernels.decode_with_scores import decode_with_scores
 from lim_kernels.group_selection import choose_for_groups, groups_of_sets
 from lim_kernels.grouped_decode import grouped_decode
@@ -13,7 +19,7 @@ from lim_kernels.operands import Scaling, SetSizes
 from lim_kernels.page_bounds import bound_pages, expand_pages, score_pages
 from lim_kernels.prefix_groups import find_prefix_groups
 from lim_kernels.select_tokens import choose_tokens, score_tokens, select_tokens
-from lim_kernels.set_memory import decide_acts, keep_sets, place_sets
+from lim_kernels.set_memory import decide_actions, keep_sets, place_sets
 from lim_kernels.sparse_decode import sparse_decode
 
 __all__ = [
@@ -23,9 +29,9 @@ __all__ = [
     "bound_pages",
     "choose_for_groups",
     "choose_tokens",
+    "count_decode_step",
     "count_sets",
-    "count_step",
-    "decide_acts",
+    "decide_actions",
     "decode_with_scores",
     "expand_pages",
     "find_prefix_groups",

@@ -1,29 +1,41 @@
 """What every operator's `api.py` shares: choice of an implementation by name, and checks of operands."""
 
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import TypeVar, cast
+
 from torch import Tensor
 
+IMPLEMENTATIONS = ("reference", "triton")
+Operator = TypeVar("Operator", bound=Callable[..., object])
 
-def resolve(op: str, implementation: str | None, available: tuple[str, ...], default: str) -> str:
-    """Name of the implementation to run.
+
+def implementation_of(reference: Operator, implementation: str | None, operand: Tensor) -> Operator:
+    """The function that runs an operator: its reference, or the one of the same name in `triton.py` beside it.
+
+    Triton's is imported when it is wanted first: a CPU server needs no Triton.
 
     Args:
-        op: operator name, for the message.
-        implementation: a name, or None for `default`.
-        available: the operator's implementations.
-        default: what the operands' device and shapes suggest.
+        reference: the operator's function in `reference.py`.
+        implementation: "reference" or "triton", which is used or refused; None for Triton on CUDA, the reference
+            elsewhere.
+        operand: a tensor on the operands' device.
 
     Raises:
-        ValueError: the name is unknown for this operator.
+        ValueError: an unknown name.
     """
     if implementation is None:
-        return default
-    require(implementation in available, op, f"implementation among {', '.join(available)}", repr(implementation))
-    return implementation
+        implementation = "triton" if operand.device.type == "cuda" else "reference"
+    expected = f"implementation among {', '.join(IMPLEMENTATIONS)}"
+    require(implementation in IMPLEMENTATIONS, reference.__name__, expected, repr(implementation))
+    return reference if implementation == "reference" else _in_triton(reference)
 
 
-def default_for(tensor: Tensor) -> str:
-    """The implementation that fits a tensor's device: Triton on CUDA, the reference elsewhere."""
-    return "triton" if tensor.device.type == "cuda" else "reference"
+@cache
+def _in_triton(reference: Operator) -> Operator:
+    folder = reference.__module__.rpartition(".")[0]
+    return cast(Operator, getattr(import_module(f"{folder}.triton"), reference.__name__))
 
 
 def require(condition: bool, op: str, expected: str, actual: object) -> None:

@@ -84,7 +84,7 @@ def split_kernel(
     UPCAST: tl.constexpr,
 ):
     """Attention of one KV head's query heads over one chunk of one row."""
-    kv_head = tl.program_id(0)
+    kv_head = tl.program_id(0).to(tl.int64)
     item = tl.program_id(1)
     lens, chunks = plan(
         lens_ptr + kv_head * stride_lens_head,
@@ -172,7 +172,7 @@ def merge_kernel(
     BLOCK_ITEMS: tl.constexpr,
 ):
     """One query head of one row from its chunks."""
-    head = tl.program_id(0)
+    head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
     _, chunks = plan(
         lens_ptr + (head // GROUP) * stride_lens_head,

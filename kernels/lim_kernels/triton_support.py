@@ -1,4 +1,8 @@
-"""What the Triton launchers share."""
+"""What the Triton launchers share.
+
+Addresses are int64: a kernel widens the number of a row or a head before it multiplies it by a stride. Positions within
+a row, and blocks of them, stay int32: no row has 2**31.
+"""
 
 from functools import cache
 

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from sgl_lim.calibrate import report
-from sgl_lim.settings import preset_file
 from sgl_lim.calibrate.options import Options, parse
 from sgl_lim.calibrate.prompts import PromptError, chain_prompts, encode, file_prompts
 from sgl_lim.calibrate.recording import Recording, RecordingError, ask_to_record, record
 from sgl_lim.calibrate.search import best_layers, measure
+from sgl_lim.settings import preset_file
 from sgl_lim.settings.config import LimConfig, RefusedConfig
 
 

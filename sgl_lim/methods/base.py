@@ -189,7 +189,7 @@ class Method(ABC):
 class Budgeted(Method):
     """A method whose sparse layers attend to so many tokens."""
 
-    budget: int = parameter(  # type: ignore[assignment]
+    budget: int = parameter(
         2048,
         Whole(metavar="K", hint="; the paper uses 1024 to 6144", beyond=f"no context has more than {MOST} tokens"),
         "Tokens a sparse layer attends to, per request",

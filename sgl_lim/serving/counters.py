@@ -6,19 +6,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lim_kernels.count_step import TOTALS, Ledger, count_sets, count_step
+from lim_kernels.count_decode_step import TOTALS, Ledger, count_decode_step, count_sets
 from sgl_lim.methods import Role
 from sgl_lim.serving.reads import Plan
 
+COUNTERS = {
+    "decode_steps": "Decode steps run by the lessismore backend",
+    "tokens_attended": "KV tokens read in decode, over all layers",
+    "tokens_dense": "KV tokens a dense decode would have read, over all layers",
+    "selections": "Token sets chosen, over rows and the layers that choose",
+    "tokens_shared": "KV tokens not read again, because they were read for another row of a prefix group",
+    "rows_grouped": "Rows that were in a prefix group, summed over decode steps",
+    "warm_starts": "Requests that began with a set that earlier selections had left on their KV slots",
+    "requests": "Requests that decoded",
+    "requests_dense": "Requests that never exceeded the token budget",
+}
+"""What is counted since the server started, by the name under which `/server_info` and `/metrics` show it."""
+NOT_MONOTONE = "requests_dense"
+"""A request leaves this count when it outgrows the budget, so it is no counter of Prometheus."""
+
 
 class Counters:
-    """Totals since the server started.
+    """Totals since the server started, `COUNTERS`.
 
-    `tokens_attended` and `tokens_dense` count KV tokens read by all layers of all rows, ours and a dense decode's.
-    `tokens_shared` counts those of them that a layer found read already, for another row of the prefix group, and
-    `rows_grouped` the rows in prefix groups, step by step. `warm_starts` counts requests that began with a set that
-    earlier selections had left on their slots.
-    `requests` counts requests that decoded (one that was retracted and resumed counts again).
+    Tokens are counted over all layers of all rows. A request that was retracted and resumed counts again.
     """
 
     def __init__(self, budget: int, roles: Sequence[Role], num_rows: int, device: torch.device) -> None:
@@ -66,7 +77,7 @@ class Counters:
             rows: int32 or int64 [B], rows of the request pool; row 0 only pads a captured graph.
         """
         groups, grouped_layers = plan.counted_groups(self._layers)
-        count_step(
+        count_decode_step(
             self._ledger,
             rows,
             self._generations,
@@ -75,7 +86,7 @@ class Counters:
             num_layers=len(self._roles),
             sparse_layers=self._layers[Role.SPARSE] + self._layers[Role.OWN],
             selection_layers=self._layers[Role.SELECT] + self._layers[Role.OWN],
-            acts=None if plan.kept is None else plan.kept.acts,
+            actions=None if plan.kept is None else plan.kept.actions,
             early_layers=self._layers[Role.DENSE],
             groups=groups,
             grouped_layers=grouped_layers,
@@ -107,7 +118,7 @@ class Counters:
 
     @property
     def totals(self) -> Tensor:
-        """int64 [9] on the device, as `named` takes them."""
+        """int64 [len(TOTALS)] on the device, as `named` takes them."""
         return self._ledger.totals
 
     def read(self) -> dict[str, int]:
@@ -116,7 +127,7 @@ class Counters:
 
 
 def named(totals: Tensor) -> dict[str, int]:
-    """Totals by name, with `requests_dense` for requests that never exceeded the budget."""
+    """Totals by name, as `COUNTERS` has them: the device counts requests that exceeded the budget, not the others."""
     values = dict(zip(TOTALS, totals.tolist(), strict=True))
-    values["requests_dense"] = values["requests"] - values.pop("requests_sparse")
-    return values
+    values[NOT_MONOTONE] = values["requests"] - values.pop("requests_sparse")
+    return {name: values[name] for name in COUNTERS}

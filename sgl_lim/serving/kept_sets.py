@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lim_kernels import SetSizes, decide_acts, find_prefix_groups, keep_sets, place_sets
+from lim_kernels import SetSizes, decide_actions, find_prefix_groups, keep_sets, place_sets
 from lim_kernels.prefix_groups import PrefixGroups
 from lim_kernels.set_memory import SetMemory
 from sgl_lim.methods import Keeping
@@ -49,7 +49,7 @@ def mixed_read(
     """A read with its groups; arguments as the fields."""
     # No prefix is longer than the rows are wide.
     at_least = slots.shape[1] + 1 if granule is None else granule
-    groups = find_prefix_groups(slots, seq_lens, granule=at_least, lead=room, apart=on_sets)
+    groups = find_prefix_groups(slots, seq_lens, granule=at_least, set_columns=room, uses_set=on_sets)
     return MixedRead(slots, seq_lens, on_sets, ends, room, groups)
 
 
@@ -59,8 +59,8 @@ class KeptStep:
 
     rows: Tensor
     """integer [B], rows of the request pool."""
-    acts: Tensor
-    """uint8 [B], bits of `lim_kernels.acts`."""
+    actions: Tensor
+    """uint8 [B], bits of `lim_kernels.row_actions`."""
     choose_lens: Tensor
     """int32 [B], lengths of rows that attend to everything at selection layers, 1 for others: nothing to choose."""
     extended: Tensor
@@ -131,13 +131,15 @@ class KeptSets:
         """
         interval, early, room = self.keeping.interval, self.keeping.early, self._sizes.budget
         slots = extended[:, room:]
-        decided = decide_acts(self.memory, rows, tenants, slots, seq_lens, self._sizes, interval=interval, early=early)
-        place_sets(self.memory, 0, rows, decided.acts, extended, seq_lens, self._sizes)
-        step = KeptStep(rows, decided.acts, decided.choose_lens, extended, selecting=None, early=None)
+        decided = decide_actions(
+            self.memory, rows, tenants, slots, seq_lens, self._sizes, interval=interval, early=early
+        )
+        place_sets(self.memory, 0, rows, decided.actions, extended, seq_lens, self._sizes)
+        step = KeptStep(rows, decided.actions, decided.choose_lens, extended, selecting=None, early=None)
         if interval > 1:
-            step.selecting = mixed_read(slots, seq_lens, decided.select_apart, decided.select_ends, granule, room)
+            step.selecting = mixed_read(slots, seq_lens, decided.select_uses_set, decided.select_ends, granule, room)
         if early:
-            step.early = mixed_read(slots, seq_lens, decided.early_apart, decided.early_ends, granule, room)
+            step.early = mixed_read(slots, seq_lens, decided.early_uses_set, decided.early_ends, granule, room)
         return step
 
     def keep(self, step: KeptStep, chosen: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,4 +154,4 @@ class KeptSets:
         """
         layer = step.selections_done
         step.selections_done += 1
-        return keep_sets(self.memory, layer, step.rows, step.acts, step.extended, seq_lens, chosen, self._sizes)
+        return keep_sets(self.memory, layer, step.rows, step.actions, step.extended, seq_lens, chosen, self._sizes)

@@ -9,25 +9,13 @@ from torch import Tensor
 
 from sgl_lim.methods import Role
 from sgl_lim.methods.parameters import parameters_of
-from sgl_lim.serving.counters import named
+from sgl_lim.serving.counters import COUNTERS, NOT_MONOTONE, named
 from sgl_lim.serving.state import LimState
 
 logger = logging.getLogger(__name__)
 
 INFO_KEY = "lessismore"
 PUBLISH_EVERY_S = 5.0
-
-HELP = {
-    "decode_steps": "Decode steps run by the lessismore backend",
-    "tokens_attended": "KV tokens read in decode, over all layers",
-    "tokens_dense": "KV tokens a dense decode would have read, over all layers",
-    "selections": "Token sets chosen, over rows and the layers that choose",
-    "tokens_shared": "KV tokens not read again, because they were read for another row of a prefix group",
-    "rows_grouped": "Rows that were in a prefix group, summed over decode steps",
-    "warm_starts": "Requests that began with a set that earlier selections had left on their KV slots",
-    "requests": "Requests that decoded",
-    "requests_dense": "Requests that never exceeded the token budget",
-}
 
 
 class _Published:
@@ -39,12 +27,11 @@ class _Published:
         self._label = model_name
         self._counters = {
             name: Counter(f"sgl_lim_{name}", text, ["model_name"])
-            for name, text in HELP.items()
-            if name != "requests_dense"
+            for name, text in COUNTERS.items()
+            if name != NOT_MONOTONE
         }
-        # A request leaves this count when it outgrows the budget, so it is no Prometheus counter.
         self._dense = Gauge(
-            "sgl_lim_requests_dense", HELP["requests_dense"], ["model_name"], multiprocess_mode="livesum"
+            f"sgl_lim_{NOT_MONOTONE}", COUNTERS[NOT_MONOTONE], ["model_name"], multiprocess_mode="livesum"
         )
         self._last = dict.fromkeys(self._counters, 0)
 
@@ -53,7 +40,7 @@ class _Published:
         for name, counter in self._counters.items():
             counter.labels(self._label).inc(totals[name] - self._last[name])
             self._last[name] = totals[name]
-        self._dense.labels(self._label).set(totals["requests_dense"])
+        self._dense.labels(self._label).set(totals[NOT_MONOTONE])
 
 
 class _Reading:

@@ -98,10 +98,12 @@ def plan_reads(
         granule: shared prefixes are found in multiples of so many tokens; None: they are not looked for.
         kept: of the same rows, where sets outlive a step.
     """
-    finds_groups = granule is not None and len(seq_lens) > 1
-    # Where all layers read kept sets, nobody reads by the groups of whole contexts.
-    reads_context = kept is None or kept.selecting is None or kept.early is None
-    groups = find_prefix_groups(slots, seq_lens, granule=granule) if finds_groups and reads_context else None
+    groups, shared = None, None
+    if granule is not None and len(seq_lens) > 1:
+        # Where all layers read kept sets, nobody reads by the groups of whole contexts.
+        if kept is None or kept.selecting is None or kept.early is None:
+            groups = find_prefix_groups(slots, seq_lens, granule=granule)
+        shared = method.share_sets(slots, seq_lens, granule)
     context = Read(slots, seq_lens, groups)
     early = None if kept is None else kept.early
     plan = Plan(
@@ -110,7 +112,7 @@ def plan_reads(
         dense=context if kept is None or early is None else Read(kept.extended, early.ends, early.groups),
         select=_scored_reads(method, context, own_heads, kept),
         choose_lens=seq_lens if kept is None else kept.choose_lens,
-        shared=method.share_sets(slots, seq_lens, granule) if finds_groups and granule is not None else None,
+        shared=shared,
         kept=kept,
     )
     initial = method.initial_set(seq_lens, slots.shape[1])

@@ -4,9 +4,9 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from sgl_lim.settings import preset_file
 from sgl_lim.methods import Method
 from sgl_lim.methods.parameters import flag, parameters_of
+from sgl_lim.settings import preset_file
 from sgl_lim.settings.config import LimConfig
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from sgl_lim.settings import preset_file
 from sgl_lim.methods import Method
 from sgl_lim.methods.parameters import Increasing, flag, parameters_of
+from sgl_lim.settings import preset_file
 from sgl_lim.settings.config import LimConfig, RefusedConfig
 
 logger = logging.getLogger(__name__)

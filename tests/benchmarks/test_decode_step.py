@@ -5,12 +5,13 @@ import csv
 import json
 from pathlib import Path
 
-import decode_step
 import pytest
 import torch
-from decode_step import make_rows, markdown, parse_backend
-from decode_step_worker import Outcome
-from forest import Forest
+
+from benchmarks import decode_step
+from benchmarks.decode_step import make_rows, markdown, parse_backend
+from benchmarks.decode_step_worker import Outcome
+from benchmarks.forest import Forest
 
 CASES = [Forest.parse("1x32512/16x256"), Forest.parse("1x2048")]
 NAMES = list(map(str, CASES))

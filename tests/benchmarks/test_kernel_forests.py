@@ -6,17 +6,17 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import kernel_forests
 import pytest
 import torch
-from forest import Forest
-from kernel_forests import draw_forest, flashinfer_cascades, groups_deviation, level_tables, stored_tokens
-from kernel_operands import Operands, Pool, Shape, attend_and_score
-from kernel_sections import Bench, Row
-from test_kernels import CPU, TINY, CountingTimer, dense, of
+from test_kernel_times import CPU, TINY, CountingTimer, dense, of
 from torch import Tensor
 
-from kernels import parse
+from benchmarks import kernel_forests
+from benchmarks.forest import Forest
+from benchmarks.kernel_forests import draw_forest, flashinfer_cascades, groups_deviation, level_tables, stored_tokens
+from benchmarks.kernel_operands import Operands, Pool, Shape, attend_and_score
+from benchmarks.kernel_sections import Bench, Row
+from benchmarks.kernel_times import parse
 from lim_kernels import Scaling, find_prefix_groups
 from lim_kernels.attention import attend
 
@@ -49,7 +49,7 @@ def test_rows_share_the_slots_of_their_nodes_and_nothing_else() -> None:
         assert len(slots[:, 20:].unique()) == 30 and not set(slots[0, 12:20].tolist()) & set(slots[3, 12:20].tolist())
     assert len(torch.stack(operands.slots).unique()) == len(operands.slots) * stored_tokens(TREE)
     groups = find_prefix_groups(operands.slots[0], operands.lens, granule=4)
-    assert int(groups.followed.sum()) == 6 * 25 - stored_tokens(TREE)
+    assert int(groups.already_read.sum()) == 6 * 25 - stored_tokens(TREE)
 
 
 def test_the_rows_of_a_forest() -> None:
@@ -95,7 +95,7 @@ def test_a_forest_that_cannot_be_set_up_leaves_the_others(monkeypatch: pytest.Mo
             raise torch.OutOfMemoryError("large")
         return draw_forest(pool, forest)
 
-    monkeypatch.setattr("kernel_sections.draw_forest", draw)
+    monkeypatch.setattr("benchmarks.kernel_sections.draw_forest", draw)
     found = rows()
     assert [(row["op"], row["prefixes"]) for row in of(found, error="out of memory")] == [("grouped", "1x40")]
     assert len(of(found, section="grouped", error="")) == 4

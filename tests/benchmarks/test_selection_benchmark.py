@@ -7,8 +7,8 @@ import pytest
 import torch
 from chain_tracer.decode import Policy, prefill, score
 from chain_tracer.model import ChainTracer, load_checkpoint
-from prefix_selection import Compared, Pool, decode, measure, siblings
 
+from benchmarks.prefix_selection import Compared, Pool, decode, measure, siblings
 from sgl_lim.methods import Full, LessIsMore
 from sgl_lim.tasks.chains import make_chain
 
@@ -30,6 +30,10 @@ def problems():
     return [list(siblings(context, 3, STEPS, draw)) for context in contexts]
 
 
+def compared(budget, selection):
+    return Compared(budget=budget, selection_layers=SELECTION, prefix_selection=selection)
+
+
 def test_siblings_are_problems_of_the_same_facts():
     draw = random.Random(1)
     context = make_chain(draw, num_facts=FACTS, num_steps=STEPS)
@@ -44,20 +48,18 @@ def test_siblings_are_problems_of_the_same_facts():
 def test_rows_decode_as_in_the_model_s_evaluation(model, problems, budget):
     """At small budgets some words are wrong, and it has to be the same ones."""
     pool = Pool(model, problems)
-    method, policy = Full(2048, 0.25, 4, "union", SELECTION), Policy("full")
+    method, policy = Full(), Policy("full")
     if budget is not None:
-        method, policy = LessIsMore(budget, 0.25, 4, "union", SELECTION), Policy("lessismore", budget, SELECTION)
-    right, steps = decode(model, pool, method)
+        method, policy = LessIsMore(budget=budget, selection_layers=SELECTION), Policy("lessismore", budget, SELECTION)
+    right, plans = decode(model, pool, method)
     flat = [problem for group in problems for problem in group]
     assert torch.equal(right, score(model, prefill(model, flat), policy))
-    assert len(steps) == right.shape[1] - 1 and steps[0].groups.counts.max() == 3
+    assert len(plans) == right.shape[1] - 1 and plans[0].context.groups.counts.max() == 3
 
 
 def test_overlap_is_with_the_sets_of_rows_that_choose_alone(model, problems):
-    row = measure(model, Pool(model, problems), Compared(96, 0.25, 4, "union", SELECTION, "group"))
+    row = measure(model, Pool(model, problems), compared(96, "group"))
     assert 0 < float(row["overlap_ranked"]) < float(row["overlap"]) < 1
     assert 0 < float(row["read_once"]) < 2 / 3 and float(row["set_tokens"]) <= 96
-    alone = measure(
-        model, Pool(model, [group[:1] for group in problems]), Compared(96, 0.25, 4, "union", SELECTION, "group")
-    )
+    alone = measure(model, Pool(model, [group[:1] for group in problems]), compared(96, "group"))
     assert float(alone["overlap"]) == 1 and float(alone["read_once"]) == 0

@@ -25,9 +25,9 @@ from lim_kernels import (
     bound_pages,
     choose_for_groups,
     choose_tokens,
+    count_decode_step,
     count_sets,
-    count_step,
-    decide_acts,
+    decide_actions,
     decode_with_scores,
     expand_pages,
     find_prefix_groups,
@@ -40,7 +40,7 @@ from lim_kernels import (
     select_tokens,
     sparse_decode,
 )
-from lim_kernels.count_step import Ledger
+from lim_kernels.count_decode_step import Ledger
 from lim_kernels.page_bounds import PageBounds
 from lim_kernels.set_memory import SetMemory
 
@@ -110,11 +110,13 @@ def launch_set_memory(layers: int, *, interval: int, early: bool) -> None:
     memory = SetMemory(empty(layers, 9, 1536), empty(layers, 1 << 16), *per_row, empty(1))
     rows, lens, extended = empty(4, dtype=torch.int64), empty(4), empty(4, 2048 + 4096)
     slots = extended[:, 2048:]
-    decided = decide_acts(memory, rows, per_row[0], slots, lens, sizes, interval=interval, early=early, **triton)
-    place_sets(memory, 0, rows, decided.acts, extended, lens, sizes, **triton)
+    decided = decide_actions(memory, rows, per_row[0], slots, lens, sizes, interval=interval, early=early, **triton)
+    place_sets(memory, 0, rows, decided.actions, extended, lens, sizes, **triton)
     for layer in range(layers):
-        keep_sets(memory, layer, rows, decided.acts, extended, lens, empty(4, 2048), sizes, **triton)
-    find_prefix_groups(slots, lens, granule=128, lead=2048, apart=decided.select_apart, implementation="triton")
+        keep_sets(memory, layer, rows, decided.actions, extended, lens, empty(4, 2048), sizes, **triton)
+    find_prefix_groups(
+        slots, lens, granule=128, set_columns=2048, uses_set=decided.select_uses_set, implementation="triton"
+    )
 
 
 def launch_page_bounds(batch, heads, kv_heads, dim, dtype, cache_dtype=None) -> None:
@@ -182,15 +184,15 @@ def launch_all(*, fp8: bool) -> None:
     launch_set_memory(2, interval=4, early=False)
     launch_set_memory(1, interval=1, early=True)
 
-    rows = empty(4, dtype=torch.int64)
+    rows, tenants = empty(4, dtype=torch.int64), empty(9, dtype=torch.int64)
     ledger = Ledger(empty(6, dtype=torch.int64), empty(9, dtype=torch.int64), empty(9, dtype=torch.uint8))
     layers = {"num_layers": 32, "sparse_layers": 28, "selection_layers": 2}
     groups = find_prefix_groups(empty(4, 4096), seq_lens, granule=128, **triton)
     in_sets, set_counts = groups_of_sets(seq_lens, groups, sizes, smallest=32, **triton)
     grouped = {"groups": groups, "grouped_layers": 4}
     in_parts = {**grouped, "set_groups": in_sets, "set_counts": set_counts}
-    for shared in ({}, grouped, in_parts, {**grouped, "acts": empty(4, dtype=torch.uint8)}):
-        count_step(ledger, rows, empty(9, dtype=torch.int64), seq_lens, budget=2048, **layers, **shared, **triton)
+    for shared in ({}, grouped, in_parts, {**grouped, "actions": empty(4, dtype=torch.uint8)}):
+        count_decode_step(ledger, rows, tenants, seq_lens, budget=2048, **layers, **shared, **triton)
     for counts in (empty(4), empty(4, 8)):
         count_sets(ledger, rows, seq_lens, counts, budget=2048, layers=9, **triton)
 

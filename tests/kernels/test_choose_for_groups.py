@@ -127,19 +127,19 @@ def check_set_groups(found, counts, sets, set_counts, groups, smallest):
     found, whole = ({name: field.cpu() for name, field in vars(tree).items()} for tree in (found, groups))
     used = set()
     for row, kept in enumerate(sets.tolist()):
-        parts, begin, followed = [], 0, 0
+        parts, begin, already_read = [], 0, 0
         for group in reversed(groups_of(whole, row)):
             end = sum(0 <= position < int(whole["ends"][group]) for position in kept)
             if end - begin >= smallest:
                 members = members_of(whole, group)
                 assert members_of(found, group) == members
                 assert all(sets[other, begin:end].tolist() == kept[begin:end] for other in members)
-                followed = end if members[0] < row else followed
+                already_read = end if members[0] < row else already_read
                 parts.append((group, begin, end))
                 begin = end
         ours = [(g, int(found["starts"][g]), int(found["ends"][g])) for g in reversed(groups_of(found, row))]
         assert ours == parts
-        assert (int(found["own_starts"][row]), int(found["followed"][row])) == (begin, followed)
+        assert (int(found["own_starts"][row]), int(found["already_read"][row])) == (begin, already_read)
         used |= {group for group, _, _ in parts}
     assert {group for group, count in enumerate(found["counts"].tolist()) if count} == used
 

@@ -71,9 +71,9 @@ def test_a_group_s_slots_are_read_from_one_row(implementation, device):
     poisoned = slots.clone()
     for row in range(1, len(slots)):
         # Slot 0 holds NaN: a row that reads for itself what it follows others in gives NaN.
-        poisoned[row, : groups.followed[row]] = 0
+        poisoned[row, : groups.already_read[row]] = 0
     results = grouped_decode(q, k, v, poisoned, seq_lens, groups, Scaling(0.3), implementation=implementation)
-    assert int(groups.followed.sum()) > 100
+    assert int(groups.already_read.sum()) > 100
     for ours, theirs in zip(results[:2], expected[:2], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 

@@ -42,7 +42,7 @@ def test_two_levels_by_hand(implementation, device):
     seq_lens = torch.tensor([70, 66, 100, 80, 90, 65, 70, 71, 100])
     found = find(slots, seq_lens, 8, implementation, device)
     assert found["own_starts"].tolist() == [64] * 8 + [0]
-    assert found["followed"].tolist() == [0, 64, 64, 64, 40, 64, 64, 64, 0]
+    assert found["already_read"].tolist() == [0, 64, 64, 64, 40, 64, 64, 64, 0]
     assert [groups_of(found, row) for row in (0, 3, 4, 7, 8)] == [[1, 4], [1, 4], [5, 4], [5, 4], []]
     assert members_of(found, 4) == list(range(8)) and members_of(found, 5) == [4, 5, 6, 7]
     assert (found["starts"][[4, 1, 5]].tolist(), found["ends"][[4, 1, 5]].tolist()) == ([0, 40, 40], [40, 64, 64])
@@ -80,15 +80,15 @@ def test_groups_leave_rows_apart_out_and_count_from_behind_the_room(implementati
     slots = torch.arange(1, 65, dtype=torch.int32, device=device).repeat(5, 1)
     slots[:, 40:] += 100 * torch.arange(5, device=device).unsqueeze(1).int()
     lens = torch.tensor([60, 58, 50, 64, 1], device=device)
-    apart = torch.tensor([0, 1, 0, 0, 0], dtype=torch.uint8, device=device)
+    uses_set = torch.tensor([0, 1, 0, 0, 0], dtype=torch.uint8, device=device)
     how = {"granule": 8, "implementation": implementation}
-    found = find_prefix_groups(slots, lens, lead=16, apart=apart, **how)
-    alone = find_prefix_groups(slots, lens.where(apart == 0, 1), **how)
+    found = find_prefix_groups(slots, lens, set_columns=16, uses_set=uses_set, **how)
+    alone = find_prefix_groups(slots, lens.where(uses_set == 0, 1), **how)
     assert found.own_starts.tolist() == [56, 0, 56, 56, 16]
     assert torch.equal(found.starts, alone.starts + 16) and torch.equal(found.ends, alone.ends + 16)
-    for name in ("counts", "parents", "paths", "followed"):
+    for name in ("counts", "parents", "innermost", "already_read"):
         assert torch.equal(getattr(found, name), getattr(alone, name)), name
-    none = find_prefix_groups(slots, lens, granule=65, lead=16, apart=apart, implementation=implementation)
+    none = find_prefix_groups(slots, lens, granule=65, set_columns=16, uses_set=uses_set, implementation=implementation)
     assert none.own_starts.tolist() == [16, 0, 16, 16, 16] and not none.counts.any()
 
 
@@ -107,7 +107,7 @@ def test_many_long_rows(implementation, device, native):
         ({"slots": torch.zeros(2, 9, dtype=torch.int64)}, "slots int32"),
         ({"seq_lens": torch.ones(3, dtype=torch.int32)}, r"seq_lens \[2\]"),
         ({"granule": 0}, "granule of at least 1"),
-        ({"apart": torch.zeros(2, dtype=torch.bool)}, r"apart uint8 \[2\]"),
+        ({"uses_set": torch.zeros(2, dtype=torch.bool)}, r"uses_set uint8 \[2\]"),
         ({"implementation": "cuda"}, "implementation among"),
     ],
 )

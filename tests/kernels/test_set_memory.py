@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lim_kernels import SetSizes, decide_acts, keep_sets, place_sets
-from lim_kernels.acts import EARLY, KEEP, RECALL, SELECT
+from lim_kernels import SetSizes, decide_actions, keep_sets, place_sets
+from lim_kernels.row_actions import EARLY, KEEP, RECALL, SELECT
 from lim_kernels.set_memory import SetMemory
 
 EXAMPLES = {"reference": 120, "triton": 30}
@@ -49,11 +49,11 @@ class Account:
         for row, _, slots in batch:
             for stamps in self.stamps if row else ():
                 stamps.pop(slots[-1], None)
-        acts, had = [], []
+        actions, had = [], []
         for row, tenant, slots in batch:
             length = len(slots)
             if row == 0 or length <= self.budget:
-                acts.append(SELECT)
+                actions.append(SELECT)
                 had.append(None)
                 if row:
                     self.rows[row] = (tenant, length, 0, None)
@@ -71,11 +71,11 @@ class Account:
             else:
                 age += length - before
             keeps = sets is not None and self.interval > 1 and (recalled or age < self.interval)
-            act = (KEEP if keeps else SELECT) | (RECALL if recalled else 0)
-            acts.append(act | (EARLY if self.early and sets is not None else 0))
+            action = (KEEP if keeps else SELECT) | (RECALL if recalled else 0)
+            actions.append(action | (EARLY if self.early and sets is not None else 0))
             had.append(sets)
             self.rows[row] = (tenant, length, age if keeps and not recalled else 0, sets)
-        return acts, had
+        return actions, had
 
     def chose(self, row, layer, slots, ranked):
         tenant, length, age, sets = self.rows[row]
@@ -159,31 +159,31 @@ def one_step(account, memory, batch, tenancy, sizes, interval, early, draw, impl
     owners = torch.tensor(tenancy, device=device)
     slots_view, room = extended[:, budget:], extended[:, :budget].clone()
 
-    decided = decide_acts(memory, rows, owners, slots_view, seq_lens, sizes, **how, interval=interval, early=early)
-    acts, had = account.begin(batch)
-    assert decided.acts.tolist() == acts
-    apart = [(act & SELECT) == 0 for act in acts]
-    early_apart = [(act & EARLY) != 0 for act in acts]
-    assert decided.choose_lens.tolist() == [1 if alone else n for alone, n in zip(apart, lens, strict=True)]
+    decided = decide_actions(memory, rows, owners, slots_view, seq_lens, sizes, **how, interval=interval, early=early)
+    actions, had = account.begin(batch)
+    assert decided.actions.tolist() == actions
+    uses_set = [(action & SELECT) == 0 for action in actions]
+    early_uses_set = [(action & EARLY) != 0 for action in actions]
+    assert decided.choose_lens.tolist() == [1 if alone else n for alone, n in zip(uses_set, lens, strict=True)]
     for flags, ends, expected in (
-        (decided.select_apart, decided.select_ends, apart),
-        (decided.early_apart, decided.early_ends, early_apart),
+        (decided.select_uses_set, decided.select_ends, uses_set),
+        (decided.early_uses_set, decided.early_ends, early_uses_set),
     ):
         assert flags.tolist() == expected
         assert ends.tolist() == [budget + (0 if alone else n) for alone, n in zip(expected, lens, strict=True)]
 
-    place_sets(memory, 0, rows, decided.acts, extended, seq_lens, sizes, **how)
+    place_sets(memory, 0, rows, decided.actions, extended, seq_lens, sizes, **how)
     assert torch.equal(extended[:, budget:], slots_view)
     for layer in range(account.layers):
         for n, (_, _, slots) in enumerate(batch):
-            if apart[n] or (early_apart[n] and layer == 0):
+            if uses_set[n] or (early_uses_set[n] and layer == 0):
                 assert extended[n, :budget].tolist() == in_slots(account, slots, had[n][layer])
             elif layer == 0:
                 assert torch.equal(extended[n, :budget], room[n])
         chosen = torch.full((count, budget), 1 << 30, dtype=torch.int32)
         expected = []
         for n, (row, _, slots) in enumerate(batch):
-            if apart[n]:
+            if uses_set[n]:
                 expected.append(in_slots(account, slots, had[n][layer]))
                 continue
             kept = list(range(len(slots)))
@@ -196,7 +196,9 @@ def one_step(account, memory, batch, tenancy, sizes, interval, early, draw, impl
             chosen[n, : len(kept)] = torch.tensor(kept)
             chosen[n, len(kept) :] = -1
             expected.append([slots[t] for t in kept])
-        sets, counts = keep_sets(memory, layer, rows, decided.acts, extended, seq_lens, chosen.to(device), sizes, **how)
+        sets, counts = keep_sets(
+            memory, layer, rows, decided.actions, extended, seq_lens, chosen.to(device), sizes, **how
+        )
         assert counts.tolist() == [min(n, budget) for n in lens]
         for n, kept in enumerate(expected):
             assert sets[n].tolist() == kept + [0] * (budget - len(kept))
@@ -227,7 +229,7 @@ def check_memory(account, memory):
         ([*range(40, 0, -1)], 1),
         ([*range(1, 41), *range(1, 41)], 31),
     ],
-    ids=["all-tied", "far-apart", "all", "latest", "one", "twice"],
+    ids=["all-tied", "far-uses_set", "all", "latest", "one", "twice"],
 )
 def test_the_latest_are_recalled_however_times_lie(implementation, device, times, middle):
     memory = memory_of(1, 2, 2100, middle, device)
@@ -236,7 +238,7 @@ def test_the_latest_are_recalled_however_times_lie(implementation, device, times
     slots = torch.randperm(2099, device=device)[:1503].int().unsqueeze(0) + 1
     memory.stamps[0, slots[0, places].long()] = torch.tensor(times, dtype=torch.int32, device=device)
     tenants = torch.ones(2, dtype=torch.int64, device=device)
-    decided = decide_acts(
+    decided = decide_actions(
         memory,
         torch.tensor([1], device=device),
         tenants,
@@ -247,7 +249,7 @@ def test_the_latest_are_recalled_however_times_lie(implementation, device, times
         early=False,
         implementation=implementation,
     )
-    assert decided.acts.tolist() == [RECALL]
+    assert decided.actions.tolist() == [RECALL]
     ranked = sorted(range(len(times)), key=lambda n: (-times[n], n))[:middle]
     assert memory.sets[0, 1].tolist() == sorted(places[n] for n in ranked)
 
@@ -260,8 +262,8 @@ def test_a_step_s_own_slots_know_nothing_of_their_last_owner(implementation, dev
     how = {"interval": 2, "early": True, "implementation": implementation}
     tenants, lens = torch.zeros(3, dtype=torch.int64, device=device), torch.tensor([10, 10], device=device)
     sizes = SetSizes(4, recent=0, sinks=0)
-    decided = decide_acts(memory, torch.tensor([1, 2], device=device), tenants, slots, lens, sizes, **how)
-    assert decided.acts.tolist() == [RECALL | EARLY] * 2
+    decided = decide_actions(memory, torch.tensor([1, 2], device=device), tenants, slots, lens, sizes, **how)
+    assert decided.actions.tolist() == [RECALL | EARLY] * 2
     assert memory.sets[:, 1:].tolist() == [[[1, 3, 5, 7]] * 2] * 2
     assert not memory.stamps[:, slots[:, 9].long()].any()
 
@@ -290,16 +292,16 @@ def test_bad_operands_are_named(change, message):
         "early": False,
     }
     with pytest.raises(ValueError, match=message):
-        decide_acts(**{**call, **change})
+        decide_actions(**{**call, **change})
 
 
 def test_bad_layers_and_sets_are_named():
     memory, rows = memory_of(1, 4, 9, 3, "cpu"), torch.ones(2, dtype=torch.int64)
-    acts, lens = torch.ones(2, dtype=torch.uint8), torch.ones(2, dtype=torch.int32)
+    actions, lens = torch.ones(2, dtype=torch.uint8), torch.ones(2, dtype=torch.int32)
     extended, sizes = torch.ones(2, 15, dtype=torch.int32), SetSizes(6, recent=2, sinks=1)
     with pytest.raises(ValueError, match="a layer below 1, got 1"):
-        place_sets(memory, 1, rows, acts, extended, lens, sizes)
-    with pytest.raises(ValueError, match="contiguous acts uint8"):
-        place_sets(memory, 0, rows, acts.long(), extended, lens, sizes)
+        place_sets(memory, 1, rows, actions, extended, lens, sizes)
+    with pytest.raises(ValueError, match="contiguous actions uint8"):
+        place_sets(memory, 0, rows, actions.long(), extended, lens, sizes)
     with pytest.raises(ValueError, match=r"chosen int32 \[2, 6\]"):
-        keep_sets(memory, 0, rows, acts, extended, lens, torch.ones(2, 5, dtype=torch.int32), sizes)
+        keep_sets(memory, 0, rows, actions, extended, lens, torch.ones(2, 5, dtype=torch.int32), sizes)

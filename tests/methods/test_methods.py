@@ -8,15 +8,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgl_lim.methods import METHODS, Role
-from sgl_lim.settings.config import LimConfig
-from sgl_lim.settings.presets import PRESETS, default_layers, find_preset, resolve_layers, selection_layers_for
+from sgl_lim.methods import Role
+from sgl_lim.settings.config import configure
+from sgl_lim.settings.presets import (
+    PRESETS,
+    default_layers,
+    find_preset,
+    resolve_layers,
+    resolve_method,
+    selection_layers_for,
+)
+from support.driven_layers import build_method
 
 D, S, P, Q = Role.DENSE, Role.SELECT, Role.SPARSE, Role.OWN
 
 
 def build(name="lessismore", budget=64, recency=0.25, sinks=4, layers=(2, 4), aggregate="union"):
-    return METHODS[name](budget, recency, sinks, aggregate, layers)
+    values = {"budget": budget, "recency": recency, "sinks": sinks, "aggregate": aggregate}
+    return build_method(name, **values, selection_layers=layers)
 
 
 @pytest.mark.parametrize(
@@ -48,15 +57,15 @@ def test_selection_may_begin_at_layer_zero():
     ],
 )
 def test_budget_split(budget, recency, sinks, middle, recent, kept_sinks):
-    method = build(budget=budget, recency=recency, sinks=sinks)
-    assert (method.middle, method.recent, method.kept_sinks) == (middle, recent, kept_sinks)
+    sizes = build(budget=budget, recency=recency, sinks=sinks).sizes
+    assert (sizes.middle, sizes.recent, sizes.sinks) == (middle, recent, kept_sinks)
 
 
 @given(st.integers(1, 300), st.floats(0, 1), st.integers(0, 20))
 def test_budget_split_always_adds_up(budget, recency, sinks):
-    method = build(budget=budget, recency=recency, sinks=sinks)
-    assert method.middle + method.recent + method.kept_sinks == budget
-    assert min(method.middle, method.recent, method.kept_sinks) >= 0
+    sizes = build(budget=budget, recency=recency, sinks=sinks).sizes
+    assert sizes.middle + sizes.recent + sizes.sinks == budget
+    assert min(sizes.middle, sizes.recent, sizes.sinks) >= 0
 
 
 def test_window_set_is_sinks_and_recent_tokens():
@@ -101,13 +110,13 @@ def test_a_preset_needs_the_model_s_depth(caplog):
 def test_a_method_without_selection_layers_says_that_it_ignores_them(caplog, name):
     model = SimpleNamespace(model_path="my-model", num_hidden_layers=30)
     with caplog.at_level(logging.WARNING):
-        assert resolve_layers(LimConfig(method=name), model) == ((), f"method {name} has none")
+        assert resolve_layers(configure(method=name), model) == ((), f"method {name} has none")
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        assert resolve_layers(LimConfig(method=name, selection_layers=(2, 9), preset="x.json"), model)[0] == ()
-    said = [record.getMessage() for record in caplog.records]
-    assert "--lim-selection-layers does nothing" in said[0] and "--lim-preset does nothing" in said[1]
-    assert all(f"--lim-method {name}" in line for line in said)
+        config = configure(method=name, selection_layers=(2, 9), preset="x.json", aggregate="max")
+        assert "selection_layers" not in resolve_method(config, model)[0].settings()
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert f"--lim-selection-layers, --lim-aggregate, --lim-preset: nothing that --lim-method {name} uses" in said
 
 
 @pytest.mark.parametrize("depth", range(1, 100))

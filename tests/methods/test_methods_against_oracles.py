@@ -9,15 +9,15 @@ from torch import Tensor
 
 from lim_kernels import bound_pages
 from lim_kernels.page_bounds import PAGE, PageBounds
-from sgl_lim.methods import METHODS, Role
-from sgl_lim.serving.decode import HeadShare, Scales, attend, begin_step
+from sgl_lim.methods import METHODS, Method, Role
+from support.driven_layers import build_method, decode_of, layer_of, plan_of, scopes_of
 from support.fleet import SELECTION_LAYERS
 from support.set_oracle import SetRule
 from support.step_checks import check_row, expected_roles
 
 BUDGET, WIDTH, LENS, SCALE = 48, 301, [301, 48, 100, 7, 49, 176], 0.3
 HEADS, KV_HEADS, DIM, SLOTS = 6, 3, 8, 2048
-CASES = [(name, scope) for name, kind in METHODS.items() for scope in kind.scopes]
+CASES = [(name, scope) for name, kind in METHODS.items() for scope in scopes_of(kind)]
 
 
 def rule_of(name: str, scope: str) -> SetRule:
@@ -43,18 +43,24 @@ def learnt(keys: Tensor, slots: Tensor, lens: Tensor) -> PageBounds:
     return bounds
 
 
+def build(name: str, scope: str) -> Method:
+    """A method with this scope, if it has a choice."""
+    values = {"budget": BUDGET, "recency": 0.25, "sinks": 4, "aggregate": "max", "selection_layers": SELECTION_LAYERS}
+    return build_method(name, **values, scope=scope)
+
+
 def run(name: str, scope: str, width: int = WIDTH, granule: int | None = None) -> list[dict]:
     """One step of a small model's layers, recorded as the servers' probe does."""
     generator = torch.Generator().manual_seed(8)
     slots, lens = drawn_rows(generator, width)
-    method = METHODS[name](BUDGET, 0.25, 4, "max", SELECTION_LAYERS, scope=scope)
-    step, records = begin_step(method, slots, lens, granule), []
-    for layer, role in enumerate(method.layer_roles(6)):
+    decode = decode_of(build(name, scope), HEADS)
+    plan, records = plan_of(decode, slots, lens, granule), []
+    for layer, role in enumerate(decode.method.layer_roles(6)):
         q = torch.randn(len(LENS), HEADS, DIM, generator=generator)
         k, v = (torch.randn(SLOTS, KV_HEADS, DIM, generator=generator) for _ in range(2))
         bounds = learnt(k, slots, lens) if role is Role.OWN else None
-        heads, scales = HeadShare(0, HEADS, HEADS, None), Scales(SCALE, 0.0)
-        out = attend(method, step, role, q, k, v, scales=scales, heads=heads, bounds=bounds)
+        out = decode.run(plan, role, layer_of(q, k, v, SCALE, bounds))
+        chosen = plan.chosen
         records.append(
             {
                 "layer": layer,
@@ -64,8 +70,8 @@ def run(name: str, scope: str, width: int = WIDTH, granule: int | None = None) -
                 "values": v[slots.long()],
                 "slots": slots,
                 "seq_lens": lens,
-                "set_slots": step.set_slots,
-                "set_counts": step.set_counts,
+                "set_slots": None if chosen is None else chosen.slots,
+                "set_counts": None if chosen is None else chosen.ends,
                 "out": out,
                 "scale": SCALE,
             }
@@ -95,8 +101,8 @@ def test_a_row_within_the_budget_attends_to_all_it_has_beside_rows_beyond(name, 
 
 
 def test_quest_keeps_to_its_own_rule():
-    method = METHODS["quest"](BUDGET, 0.25, 4, "union", (1, 3), scope="kv_head")
-    assert (method.recency, method.sinks, method.aggregate, method.per_kv_head) == (0, 0, "max", True)
+    method = build("quest", "kv_head")
+    assert method.settings() == {"budget": BUDGET, "scope": "kv_head"} and method.per_kv_head
     assert [role.value for role in method.layer_roles(4)] == ["dense", "dense", "own", "own"]
-    with pytest.raises(ValueError, match="a multiple of 16, got 40"):
-        METHODS["quest"](40, 0.25, 4, "max", ())
+    (problem,) = build_method("quest", budget=40).conflicts()
+    assert "take a multiple of 16, such as 48" in problem

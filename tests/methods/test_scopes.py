@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sgl_lim.methods import METHODS, Role
-from sgl_lim.serving.decode import HeadShare, Scales, attend, begin_step
-from sgl_lim.settings.config import LimConfig
+from sgl_lim.methods import Role
+from sgl_lim.settings.config import configure
+from support.driven_layers import build_method, decode_of, int32, layer_of, plan_of, score_rows_at_once
 from support.set_oracle import SetRule
 from support.step_checks import check_attention, exact_logits
 
@@ -18,42 +18,43 @@ def rule_of(name, aggregate):
     return SetRule(name, 24, *((0.25, 2) if name == "lessismore" else (0.0, 0)), aggregate, "kv_head")
 
 
-def run(name, aggregate, rows_at_once=None, reduce=None, width=WIDTH):
-    """A selection layer and a sparse layer; q, k, v, outputs and the step."""
+def run(name, aggregate, combine_ranks=None, width=WIDTH):
+    """A selection layer and a sparse layer; q, k, v, outputs and the step's plan."""
     generator = torch.Generator().manual_seed(5)
     slots = (torch.randperm(SLOTS - 1, generator=generator) + 1)[: len(LENS) * 64].view(len(LENS), 64)
     slots = torch.cat([slots, slots], dim=1)[:, :width].int()
     slots[0] = (torch.randperm(SLOTS - 1, generator=generator) + 1)[:width]
-    lens = torch.tensor(LENS, dtype=torch.int32).clamp(max=width)
-    method = METHODS[name](24, 0.25, 2, aggregate, (1,), scope="kv_head")
-    step = begin_step(method, slots, lens, None)
+    lens = int32(LENS).clamp(max=width)
+    decode = decode_of(build(name, aggregate), HEADS, combine_ranks)
+    plan = plan_of(decode, slots, lens)
     k, v = (torch.randn(SLOTS, KV_HEADS, 8, generator=generator) for _ in range(2))
-    options = {
-        "scales": Scales(SCALE, 0.0),
-        "heads": HeadShare(0, HEADS, HEADS, reduce),
-        "rows_at_once": rows_at_once,
-    }
     qs = [torch.randn(len(LENS), HEADS, 8, generator=generator) for _ in range(2)]
     outs = [
-        attend(method, step, role, q, k, v, **options) for role, q in zip((Role.SELECT, Role.SPARSE), qs, strict=True)
+        decode.run(plan, role, layer_of(q, k, v, SCALE)) for role, q in zip((Role.SELECT, Role.SPARSE), qs, strict=True)
     ]
-    return qs, k, v, outs, step
+    return qs, k, v, outs, plan
+
+
+def build(name, aggregate):
+    """A method with a set for each KV head, whatever its name."""
+    values = {"budget": 24, "recency": 0.25, "sinks": 2, "aggregate": aggregate, "selection_layers": (1,)}
+    return build_method(name, **values, scope="kv_head")
 
 
 @pytest.mark.parametrize("aggregate", ["union", "max", "sum"])
 @pytest.mark.parametrize("name", ["lessismore", "tidaldecode"])
 def test_each_kv_head_has_the_rule_s_set_and_its_query_heads_attend_to_it(name, aggregate):
     rule = rule_of(name, aggregate)
-    qs, k, v, outs, step = run(name, aggregate)
-    assert step.set_slots.shape == (len(LENS), KV_HEADS, 24)
+    qs, k, v, outs, plan = run(name, aggregate)
+    assert plan.chosen.slots.shape == (len(LENS), KV_HEADS, 24)
     different = 0
     for row, length in enumerate(LENS):
-        slots = step.slots[row, :length].long()
+        slots = plan.context.slots[row, :length].long()
         position = {slot: t for t, slot in enumerate(slots.tolist())}
         exact, slack = exact_logits(qs[0][row], k[slots], SCALE)
         sets = []
         for head in range(KV_HEADS):
-            held = step.set_slots[row, head, : int(step.set_counts[row, head])].tolist()
+            held = plan.chosen.slots[row, head, : int(plan.chosen.ends[row, head])].tolist()
             sets.append([position[slot] for slot in held])
             queries = slice(2 * head, 2 * head + 2)
             assert rule.explains(sets[-1], exact[queries], length, slack[queries])
@@ -71,30 +72,34 @@ def test_each_kv_head_has_the_rule_s_set_and_its_query_heads_attend_to_it(name, 
 
 
 def test_tidaldecode_keeps_neither_sinks_nor_window():
-    method = METHODS["tidaldecode"](24, 0.25, 2, "max", (1,), scope="kv_head")
-    assert (method.middle, method.kept_sinks, method.recent) == (24, 0, 0)
-    _, _, _, _, step = run("tidaldecode", "max")
-    last = step.slots[0, LENS[0] - 1]
-    assert not bool((step.set_slots[0] == last).any(dim=1).all()), "the current token is no token of its own rule"
+    sizes = build("tidaldecode", "max").sizes
+    assert (sizes.middle, sizes.sinks, sizes.recent) == (24, 0, 0)
+    *_, plan = run("tidaldecode", "max")
+    last = plan.context.slots[0, LENS[0] - 1]
+    assert not bool((plan.chosen.slots[0] == last).any(dim=1).all()), "the current token is no token of its own rule"
 
 
-def test_rows_scored_in_parts_choose_the_same():
-    whole, parts = run("lessismore", "union"), run("lessismore", "union", rows_at_once=2)
-    assert torch.equal(whole[4].set_slots, parts[4].set_slots) and torch.equal(whole[4].set_counts, parts[4].set_counts)
+def test_rows_scored_in_parts_choose_the_same(monkeypatch):
+    whole = run("lessismore", "union")
+    score_rows_at_once(monkeypatch, 2, heads=HEADS, width=WIDTH)
+    parts = run("lessismore", "union")
+    assert (len(whole[4].select), len(parts[4].select)) == (1, 3)
+    assert torch.equal(whole[4].chosen.slots, parts[4].chosen.slots)
+    assert torch.equal(whole[4].chosen.ends, parts[4].chosen.ends)
     for ours, theirs in zip(whole[3], parts[3], strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 def test_ranks_do_not_combine_what_each_head_chooses_for_itself():
-    def reduce(scores, how):
+    def combine(scores, how):
         raise AssertionError("a KV head's scores are whole on its rank")
 
-    run("lessismore", "max", reduce=reduce)
+    run("lessismore", "max", combine_ranks=combine)
 
 
 def test_a_step_within_the_budget_has_one_set():
-    *_, step = run("lessismore", "union", width=24)
-    assert step.set_slots is step.slots and step.set_counts is step.seq_lens
+    *_, plan = run("lessismore", "union", width=24)
+    assert plan.chosen.slots is plan.context.slots and plan.chosen.ends is plan.seq_lens
 
 
 @pytest.mark.parametrize(
@@ -103,9 +108,9 @@ def test_a_step_within_the_budget_has_one_set():
         ({"scope": "head"}, "--lim-scope must be one of global, kv_head"),
         (
             {"method": "tidaldecode", "scope": "global"},
-            "--lim-scope global: --lim-method tidaldecode has kv_head alone",
+            "--lim-scope must be kv_head, got 'global' (--lim-method tidaldecode)",
         ),
-        ({"method": "window", "scope": "kv_head"}, "--lim-method window has global alone"),
+        ({"method": "window", "scope": "kv_head"}, "--lim-method window has one set for all heads"),
         ({"scope": "kv_head", "prefix_selection": "group"}, "--lim-prefix-selection group takes one set a request"),
         ({"scope": "kv_head", "selection_interval": 4}, "--lim-selection-interval 4 takes one set a request"),
         ({"scope": "kv_head", "early_sets": True}, "--lim-early-sets on takes one set a request"),
@@ -113,10 +118,10 @@ def test_a_step_within_the_budget_has_one_set():
     ],
 )
 def test_what_cannot_work_is_refused(values, said):
-    (problem,) = LimConfig(**values).problems()
+    (problem,) = configure(**values).problems()
     assert said in problem and ("leave" in problem or "must be" in problem)
 
 
 def test_scopes_that_work():
     for values in ({"scope": "kv_head"}, {"method": "tidaldecode"}, {"method": "tidaldecode", "scope": "kv_head"}):
-        assert LimConfig(**values).problems() == []
+        assert configure(**values).problems() == []

@@ -1,23 +1,41 @@
 """Counters against a hand count, over tenants of the same row and padded rows."""
 
+from types import SimpleNamespace
+
 import torch
 
-from lim_kernels import find_prefix_groups
-from lim_kernels.acts import EARLY, KEEP, RECALL, SELECT
-from sgl_lim.methods import METHODS, Role
+from lim_kernels.row_actions import EARLY, KEEP, RECALL, SELECT
+from sgl_lim.serving import reads
 from sgl_lim.serving.counters import Counters
+from sgl_lim.serving.reads import Read
+from support.driven_layers import build_method, decode_of, plan_of
 
 
 def record(counters, rows, generations, lens):
     tenants = torch.zeros(8, dtype=torch.int64)
     tenants[rows] = torch.tensor(generations)
     counters.learn_generations(tenants)
-    counters.record(torch.tensor(rows), torch.tensor(lens))
+    counters.record(torch.tensor(rows), plan_for(lens))
+
+
+def method_of(name):
+    """Of five layers, `lessismore` has 0 dense, 1 and 3 select, 2 and 4 sparse."""
+    return build_method(name, budget=10, sinks=2, selection_layers=(1, 3))
 
 
 def build(name="lessismore"):
-    method = METHODS[name](10, 0.25, 2, "union", (1, 3))
-    return Counters(method, num_layers=5, num_rows=8, device=torch.device("cpu"))
+    method = method_of(name)
+    return Counters(method.budget, method.layer_roles(5), num_rows=8, device=torch.device("cpu"))
+
+
+def plan_for(lens, name="lessismore", slots=None, granule=None, acts=None):
+    """The plan of a step of rows of these lengths; `acts` as sets that outlive a step make rows do."""
+    decode = decode_of(method_of(name), heads=4)
+    slots = torch.arange(len(lens) * 60, dtype=torch.int32).view(len(lens), 60) if slots is None else slots
+    plan = plan_of(decode, slots, torch.tensor(lens), granule)
+    if acts is not None:
+        plan.kept = SimpleNamespace(actions=torch.tensor(acts, dtype=torch.uint8))
+    return plan
 
 
 def test_hand_count():
@@ -41,8 +59,8 @@ def test_hand_count():
 def test_rows_that_keep_their_set_attend_to_it_in_selection_layers_too():
     counters = build()
     counters.learn_generations(torch.ones(8, dtype=torch.int64))
-    acts = torch.tensor([KEEP, SELECT, RECALL, SELECT], dtype=torch.uint8)
-    counters.record(torch.tensor([1, 2, 3, 4]), torch.tensor([30, 40, 50, 6]), acts=acts)
+    acts = [KEEP, SELECT, RECALL, SELECT]
+    counters.record(torch.tensor([1, 2, 3, 4]), plan_for([30, 40, 50, 6], acts=acts))
     totals = counters.read()
     assert totals["tokens_attended"] == (30 + 4 * 10) + (3 * 40 + 2 * 10) + (50 + 4 * 10) + 5 * 6
     assert (totals["selections"], totals["warm_starts"]) == (2, 1)
@@ -51,25 +69,27 @@ def test_rows_that_keep_their_set_attend_to_it_in_selection_layers_too():
 def test_rows_with_early_sets_attend_to_them_in_dense_layers_too():
     counters = build()
     counters.learn_generations(torch.ones(8, dtype=torch.int64))
-    acts = torch.tensor([EARLY | KEEP, EARLY | SELECT, EARLY | SELECT | RECALL, SELECT], dtype=torch.uint8)
-    counters.record(torch.tensor([1, 2, 3, 4]), torch.tensor([30, 40, 50, 6]), acts=acts)
+    acts = [EARLY | KEEP, EARLY | SELECT, EARLY | SELECT | RECALL, SELECT]
+    counters.record(torch.tensor([1, 2, 3, 4]), plan_for([30, 40, 50, 6], acts=acts))
     totals = counters.read()
     assert totals["tokens_attended"] == 5 * 10 + (2 * 40 + 3 * 10) + (2 * 50 + 3 * 10) + 5 * 6
     assert (totals["selections"], totals["warm_starts"]) == (4, 1)
 
 
-def test_tokens_that_a_group_reads_once_are_counted_for_the_layers_that_do():
+def test_tokens_that_a_group_reads_once_are_counted_for_the_layers_that_do(monkeypatch):
     counters = build()
     slots = torch.arange(1, 33, dtype=torch.int32).repeat(3, 1)
     slots[2] += 100
     slots[1, 24:] += 200
-    lens = torch.tensor([30, 28, 30])
-    groups = find_prefix_groups(slots, lens, granule=8)
+    rows, lens = torch.tensor([1, 2, 3]), [30, 28, 30]
     counters.learn_generations(torch.ones(8, dtype=torch.int64))
-    counters.record(torch.tensor([1, 2, 3]), lens, groups, (Role.DENSE, Role.SELECT))
+    # One dense layer and two that select.
+    counters.record(rows, plan_for(lens, slots=slots, granule=8))
     totals = counters.read()
     assert (totals["tokens_shared"], totals["rows_grouped"]) == (3 * 24, 2)
-    counters.record(torch.tensor([1, 2, 3]), lens, groups, (Role.DENSE,))
+    # Rows that are scored one by one read nothing together.
+    monkeypatch.setattr(reads, "SCORE_BYTES", 1)
+    counters.record(rows, plan_for(lens, slots=slots, granule=8))
     assert counters.read()["tokens_shared"] == 3 * 24 + 1 * 24
 
 
@@ -107,15 +127,18 @@ def test_padded_rows_count_for_nothing():
 
 def test_sets_of_pages_are_counted_as_full_as_they_are():
     # Layers 0 and 1 dense, 2 to 4 choose for themselves.
-    method = METHODS["quest"](32, 0, 0, "max", ())
-    counters = Counters(method, num_layers=5, num_rows=8, device=torch.device("cpu"))
+    method = build_method("quest", budget=32)
+    counters = Counters(method.budget, method.layer_roles(5), num_rows=8, device=torch.device("cpu"))
     rows, lens = torch.tensor([1, 2, 0, 3]), torch.tensor([50, 20, 1, 48])
     counters.learn_generations(torch.ones(8, dtype=torch.int64))
-    counters.record(rows, lens)
+    slots = torch.arange(4 * 64, dtype=torch.int32).view(4, 64)
+    plan = plan_of(decode_of(method, heads=4), slots, lens)
+    counters.record(rows, plan)
     # The last page of the first row has 2 tokens.
     held = torch.tensor([18, 20, 1, 32], dtype=torch.int32).unsqueeze(1).expand(-1, 2).contiguous()
+    plan.chosen = Read(slots.unsqueeze(1).expand(-1, 2, -1), held)
     for layer in (2, 3, 4):
-        counters.record_sets(layer, rows, lens, held)
+        counters.record_sets(layer, rows, plan)
     totals = counters.read()
     assert totals["tokens_attended"] == 2 * (50 + 20 + 48) + 3 * (18 + 20 + 32)
     assert (totals["tokens_dense"], totals["selections"]) == (5 * (50 + 20 + 48), 2 * 3)

@@ -19,29 +19,29 @@ def table():
 
 
 def eagerly(table, rows, lens, name="lessismore"):
-    backend = build(table.clone(), name=name)
+    backend = build(table.clone(), method=name)
     backend.init_forward_metadata(batch_of(rows, lens))
-    return attention(backend, backend.lim.step, len(rows))
+    return attention(backend, backend.lim.plan, len(rows))
 
 
 @pytest.mark.parametrize("name", ["lessismore", "window"])
 def test_a_replay_equals_an_eager_step_whatever_the_scheduler_does_meanwhile(table, name):
-    backend = build(table, name=name)
+    backend = build(table, method=name)
     backend.init_cuda_graph_state(4, 4)
     capture = batch_of([0, 0, 0], [1, 1, 1])
     backend.init_forward_metadata_out_graph(capture, in_capture=True)
     backend.init_forward_metadata_in_graph(capture)
-    captured = backend.lim.step
+    captured = backend.lim.plan
     for rows, lens in (([3, 1, 0], [80, 9, 1]), ([2, 3, 5], [17, 81, 90]), ([4, 0, 0], [30, 1, 1])):
         before = table.clone()
         backend.init_forward_metadata_out_graph(batch_of(rows, lens))
         table.fill_(-1)  # rows are handed on and rewritten once the metadata is prepared
         # Replaying runs what was recorded after the copy: the step begins anew on the same buffers.
         backend.init_forward_metadata_in_graph(batch_of(rows, lens))
-        assert backend.lim.step.slots.data_ptr() == captured.slots.data_ptr()
-        assert backend.lim.step.seq_lens.tolist() == lens
+        assert backend.lim.plan.context.slots.data_ptr() == captured.context.slots.data_ptr()
+        assert backend.lim.plan.seq_lens.tolist() == lens
         for ours, theirs in zip(
-            attention(backend, backend.lim.step, len(rows)), eagerly(before, rows, lens, name), strict=True
+            attention(backend, backend.lim.plan, len(rows)), eagerly(before, rows, lens, name), strict=True
         ):
             torch.testing.assert_close(ours, theirs)
         table.copy_(before)
@@ -55,9 +55,9 @@ def test_smaller_graphs_share_the_largest_one_s_buffers(table):
         batch = batch_of([0] * size, [1] * size)
         backend.init_forward_metadata_out_graph(batch, in_capture=True)
         backend.init_forward_metadata_in_graph(batch)
-        steps.append(backend.lim.step)
-    assert len({step.slots.data_ptr() for step in steps}) == 1
-    assert {step.slots.shape[1] for step in steps} == {-(-WIDTH // 16) * 16}
+        steps.append(backend.lim.plan)
+    assert len({step.context.slots.data_ptr() for step in steps}) == 1
+    assert {step.context.slots.shape[1] for step in steps} == {-(-WIDTH // 16) * 16}
 
 
 def test_an_eager_step_leaves_captured_buffers_alone(table):
@@ -66,11 +66,11 @@ def test_an_eager_step_leaves_captured_buffers_alone(table):
     batch = batch_of([1, 2], [40, 50])
     backend.init_forward_metadata_out_graph(batch)
     backend.init_forward_metadata_in_graph(batch)
-    captured = backend.lim.step
-    slots = captured.slots.clone()
+    captured = backend.lim.plan
+    slots = captured.context.slots.clone()
     backend.init_forward_metadata(batch_of([3, 4, 5], [20, 30, 90]))
-    assert backend.lim.step.slots.shape == (3, 90)
-    assert torch.equal(captured.slots, slots) and captured.seq_lens.tolist() == [40, 50]
+    assert backend.lim.plan.context.slots.shape == (3, 90)
+    assert torch.equal(captured.context.slots, slots) and captured.seq_lens.tolist() == [40, 50]
 
 
 @pytest.mark.parametrize("dense", [Dense, Composed])
@@ -81,7 +81,7 @@ def test_a_step_is_counted_once_and_the_dense_backend_prepares_its_own(table, de
     backend.init_forward_metadata(batch_of([1, 2], [40, 50]))
     assert backend.lim.counters.read()["decode_steps"] == 1
     assert backend.calls == (["eager"] if dense is Dense else ["out", "in"])
-    assert backend.lim.step is not None
+    assert backend.lim.plan is not None
 
 
 def test_padded_rows_of_a_replay_are_not_counted(table):
@@ -103,7 +103,7 @@ def test_other_steps_have_no_sparse_metadata(table, mode):
     backend = build(table)
     backend.init_forward_metadata(batch_of([1], [40]))
     backend.init_forward_metadata(batch_of([1], [40], mode=mode))
-    assert backend.lim.step is None
+    assert backend.lim.plan is None
 
 
 def test_a_prefill_makes_its_row_a_new_request(table):

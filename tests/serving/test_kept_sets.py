@@ -5,7 +5,6 @@
 
 import os
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +12,11 @@ import torch
 pytest.importorskip("sglang.srt.mem_cache.radix_cache")
 
 from lim_kernels import sparse_decode
-from lim_kernels.acts import EARLY, KEEP, RECALL, SELECT
+from lim_kernels.row_actions import EARLY, KEEP, RECALL, SELECT
 from lim_patches.row_generations import keep_generations
 from sgl_lim.methods import Role
-from sgl_lim.serving import backend
-from sgl_lim.serving.decode import HeadShare, Scales, attend
-from sgl_lim.settings.config import LimConfig
-from support.fake_backend import BUDGET, EXTEND, attention, batch_of, build, operands
+from support.driven_layers import score_rows_at_once, whole_rows
+from support.fake_backend import BUDGET, EXTEND, HEADS, attention, batch_of, build, queries, run_role
 from support.radix_world import RadixWorld, random_schedule, sglang_config
 
 SCHEDULES = int(os.environ.get("RADIX_SCHEDULES", "200"))
@@ -45,7 +42,8 @@ class Driven:
     def __init__(self, world, interval, granule=4, early=False):
         self.world, self.interval, self.early = world, interval, early
         num_slots = len(world.filled)
-        self.backend = build(world.table, granule=granule, interval=interval, num_slots=num_slots, early=early)
+        how = {"selection_interval": interval, "early_sets": early}
+        self.backend = build(world.table, granule=granule, num_slots=num_slots, **how)
         self.backend.lim.rows.req_generation = world.generations
         self.filled = world.filled.clone()
         self.sets = {}  # tenancy of a row: [positions of the middle, steps since it selected, length]
@@ -100,9 +98,9 @@ class Driven:
         self.backend.init_forward_metadata(
             batch_of([request.row for request in requests], lens, written=[slots[-1] for slots in rows])
         )
-        step = self.backend.lim.step
+        plan = self.backend.lim.plan
         acts = [self.expected_act(request, slots) for request, slots in zip(requests, rows, strict=True)]
-        assert step.reuse.acts.tolist() == acts
+        assert plan.kept.actions.tolist() == acts
         self.check_memory()
         # Recalled before any layer runs, so nothing that this step selects is in them.
         expected = [
@@ -110,11 +108,11 @@ class Driven:
             for act, request, slots in zip(acts, requests, rows, strict=True)
         ]
         if self.early:
-            self.check_early_layer(step, rows, acts, expected)
-        outputs = attention(self.backend, step, len(requests), len(self.world.filled))
-        self.check_attention(step, rows, acts, outputs[0])
+            self.check_early_layer(plan, rows, acts, expected)
+        outputs = attention(self.backend, plan, len(requests))
+        self.check_attention(plan, rows, acts, outputs[0])
         for n, (request, slots, act) in enumerate(zip(requests, rows, acts, strict=True)):
-            chosen = step.set_slots[n, : step.set_counts[n]].tolist()
+            chosen = whole_rows(plan)[n]
             self.decoding.add(self.tenancy(request))
             if len(slots) <= BUDGET:
                 assert chosen == slots
@@ -134,31 +132,29 @@ class Driven:
 
     def check_memory(self):
         """Each slot of a live request remembers its own selections and nobody else's."""
-        stamps = self.backend.lim.store.memory.stamps[0]
+        stamps = self.backend.lim.kept_sets.memory.stamps[0]
         for request in self.world.live:
             slots = self.world.table[request.row, : request.length].tolist()
             assert [int(stamps[slot]) for slot in slots] == [self.when(slot) or 0 for slot in slots]
 
-    def check_attention(self, step, rows, acts, out):
+    def check_attention(self, plan, rows, acts, out):
         """Rows that do not select attend to their sets, in the selection layer as well."""
         attended = [
-            slots if act & SELECT else step.set_slots[n].tolist()
+            slots if act & SELECT else plan.chosen.slots[n].tolist()
             for n, (slots, act) in enumerate(zip(rows, acts, strict=True))
         ]
         self.check_output(attended, out)
 
-    def check_early_layer(self, step, rows, acts, expected):
+    def check_early_layer(self, plan, rows, acts, expected):
         """A layer before the first selection layer attends to the set of the step before, or to what slots remember."""
-        q, k, v = operands(len(rows), len(self.world.filled))
-        lim = self.backend.lim
-        out = attend(lim.method, step, Role.DENSE, q, k, v, scales=Scales(0.3, 0.0), heads=lim.heads, store=lim.store)
+        out = run_role(self.backend, plan, Role.DENSE, len(rows))
         self.check_output(
             [kept if act & EARLY else slots for kept, slots, act in zip(expected, rows, acts, strict=True)], out
         )
 
     def check_output(self, attended, out):
         """Each row's output is attention over these slots."""
-        q, k, v = operands(len(attended), len(self.world.filled))
+        q, k, v = queries(len(attended)), self.backend.lim.pool.k, self.backend.lim.pool.v
         for n, slots in enumerate(attended):
             exact, _ = sparse_decode(
                 q[n : n + 1].double(),
@@ -239,20 +235,22 @@ def test_tokens_of_mixed_steps_count_towards_the_next_selection():
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 4])
-def test_rows_that_are_scored_some_at_a_time_attend_to_their_whole_prefix(at_once):
+def test_rows_that_are_scored_some_at_a_time_attend_to_their_whole_prefix(at_once, monkeypatch):
     world, driven, requests = begin(2, [[*PROMPT, last] for last in (0, 1, 2)])
     world.decode(requests)
     rows, lens = [request.row for request in requests], [request.length for request in requests]
     written = [int(world.table[row, length - 1]) for row, length in zip(rows, lens, strict=True)]
+    score_rows_at_once(monkeypatch, at_once, heads=HEADS, width=max(lens))
     driven.backend.init_forward_metadata(batch_of(rows, lens, written=written))
-    assert driven.backend.lim.step.groups.own_starts.tolist() == [32, 32, 32]
-    outputs = attention(driven.backend, driven.backend.lim.step, 3, len(world.filled), rows_at_once=at_once)
-    alone = build(world.table, granule=None)
+    plan = driven.backend.lim.plan
+    assert plan.context.groups.own_starts.tolist() == [32, 32, 32] and len(plan.select) == -(-3 // at_once)
+    outputs = attention(driven.backend, plan, 3)
+    alone = build(world.table, granule=None, num_slots=len(world.filled))
     alone.init_forward_metadata(batch_of(rows, lens))
-    expected = attention(alone, alone.lim.step, 3, len(world.filled))
+    expected = attention(alone, alone.lim.plan, 3)
     for ours, theirs in zip(outputs, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert torch.equal(driven.backend.lim.step.set_slots, alone.lim.step.set_slots)
+    assert torch.equal(plan.chosen.slots, alone.lim.plan.chosen.slots)
 
 
 @pytest.mark.parametrize("interval", [1, 3])
@@ -319,15 +317,8 @@ def test_any_schedule(page, early):
     assert min(seen.values()) > SCHEDULES / 4, f"schedules hardly do anything: {seen}"
 
 
-def test_no_store_is_made_where_no_row_outgrows_the_budget(monkeypatch):
-    monkeypatch.setattr(backend, "head_share", lambda heads: HeadShare(0, heads, heads, None))
-    model = SimpleNamespace(num_attention_heads=4, num_hidden_layers=4, model_path="m", dtype=torch.float32)
-    runner = SimpleNamespace(
-        model_config=model,
-        req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(3, 100, dtype=torch.int32)),
-        token_to_kv_pool=SimpleNamespace(size=64, page_size=1),
-    )
-    for budget, there in ((99, True), (100, False), (1 << 50, False)):
-        config = LimConfig(budget=budget, selection_interval=2, early_sets=True, selection_layers=(1,))
-        lim = backend.build_sparse_decode(config, runner, "torch_native")
-        assert (lim.store is not None) == there and lim.method.budget == budget
+@pytest.mark.parametrize(("budget", "kept"), [(99, True), (100, False), (1 << 30, False)])
+def test_sets_are_not_kept_where_no_row_outgrows_the_budget(budget, kept):
+    table = torch.zeros(3, 100, dtype=torch.int32)
+    lim = build(table, budget=budget, selection_interval=2, early_sets=True).lim
+    assert (lim.kept_sets is not None) == kept and lim.method.budget == budget

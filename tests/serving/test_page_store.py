@@ -9,7 +9,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from lim_kernels.page_bounds import PAGE
 from sgl_lim.serving.backend import store_kv
 from sgl_lim.serving.page_store import PageStore
-from support.fake_backend import BUDGET, DECODE, EXTEND, IDLE, MIXED, Dense, batch_of, build
+from support.fake_backend import BUDGET, DECODE, EXTEND, MIXED, Dense, batch_of, build
 
 HEADS, KV_HEADS, DIM, SIZE = 4, 2, 8, 20 * PAGE
 
@@ -36,7 +36,7 @@ class World:
         # Row 0 of the request pool is padding.
         self.table = torch.cat([torch.zeros(1, 128, dtype=torch.long), rows]).int()
         self.pool = MHATokenToKVPool(SIZE, page_size, torch.float32, KV_HEADS, DIM, 3, "cpu", False)
-        self.backend = build(self.table, Storing, name="quest", granule=None)
+        self.backend = build(self.table, Storing, granule=None, method="quest")
         self.backend.lim.pool = self.pool
         self.backend.lim.pages = PageStore(self.pool, [2], torch.float32)
         self.generator, self.lens = generator, [0, 0, 0]
@@ -59,7 +59,7 @@ class World:
         batch = batch_of(rows, lens, mode, written=written, **more)
         self.backend.init_forward_metadata(batch)
         if not prepared:
-            self.backend.lim.step = None
+            self.backend.lim.plan = None
         forward = self.backend.forward_decode if mode == DECODE else self.backend.forward_extend
         for index in range(3):
             q, k, v = (
@@ -108,14 +108,18 @@ def test_a_page_s_next_owner_bounds_it_anew():
     world.check()
 
 
-def test_dense_layers_have_no_bounds_and_idle_steps_learn_nothing():
+def test_dense_layers_have_no_bounds():
+    pages = World(16).backend.lim.pages
+    assert [pages.bounds(layer) is None for layer in range(3)] == [True, True, False]
+
+
+def test_padding_alone_bounds_the_page_of_padding_and_no_other():
     world = World(16)
-    assert [world.backend.lim.pages.bounds(layer) is None for layer in range(3)] == [True, True, False]
     world.step({1: 20}, EXTEND)
     before = world.backend.lim.pages.bounds(2).highs.clone()
-    world.backend.init_forward_metadata(batch_of([], [], mode=IDLE))
-    world.backend.lim.pages.learn(1, torch.tensor([1]))
-    assert torch.equal(before, world.backend.lim.pages.bounds(2).highs)
+    world.step({0: 1}, DECODE)
+    changed = (world.backend.lim.pages.bounds(2).highs != before).flatten(1).any(1)
+    assert changed.nonzero().flatten().tolist() == [0]
 
 
 def test_a_step_s_counters_are_what_its_layers_read():

@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("sglang.srt.mem_cache.radix_cache")
 
 from lim_kernels import find_prefix_groups, sparse_decode
-from support.fake_backend import BUDGET, attention, batch_of, build, operands
+from support.driven_layers import whole_rows
+from support.fake_backend import BUDGET, attention, batch_of, build, queries
 from support.group_oracle import check_group_sets, shared_of_long
 from support.prefix_tree import check_tree
 from support.radix_world import RadixWorld, random_schedule, sglang_config, shared_lengths
@@ -47,17 +48,15 @@ def check_decode(world, granule):
     rows, lens = batch.req_pool_indices.tolist(), batch.seq_lens.tolist()
     if len(rows) < 2:
         return 0
-    together = build(world.table, granule=granule)
+    together = build(world.table, granule=granule, num_slots=len(world.filled))
     together.init_forward_metadata(batch_of(rows, lens))
-    outputs = attention(together, together.lim.step, len(rows), len(world.filled))
-    ungrouped = build(world.table, granule=None)
+    outputs = attention(together, together.lim.plan, len(rows))
+    ungrouped = build(world.table, granule=None, num_slots=len(world.filled))
     ungrouped.init_forward_metadata(batch_of(rows, lens))
-    expected = attention(ungrouped, ungrouped.lim.step, len(rows), len(world.filled))
+    expected = attention(ungrouped, ungrouped.lim.plan, len(rows))
     for ours, theirs in zip(outputs, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    ours, theirs = together.lim.step, ungrouped.lim.step
-    for row, count in enumerate(theirs.set_counts.tolist()):
-        assert ours.set_slots[row, :count].tolist() == theirs.set_slots[row, :count].tolist()
+    assert whole_rows(together.lim.plan) == whole_rows(ungrouped.lim.plan)
     return together.lim.counters.read()["tokens_shared"]
 
 
@@ -67,21 +66,22 @@ def check_selection(world, granule):
     rows, lens = batch.req_pool_indices.tolist(), batch.seq_lens.tolist()
     if len(rows) < 2 or max(lens) <= BUDGET:
         return 0
-    backend = build(world.table, granule=granule, selection="group")
+    backend = build(world.table, granule=granule, num_slots=len(world.filled), prefix_selection="group")
     backend.init_forward_metadata(batch_of(rows, lens))
-    step = backend.lim.step
-    _, sparse = attention(backend, step, len(rows), len(world.filled))
-    q, k, v = operands(len(rows), len(world.filled))
-    ungrouped, _ = sparse_decode(q, k, v, step.set_slots, step.set_counts, scale=0.3)
+    plan = backend.lim.plan
+    _, sparse = attention(backend, plan, len(rows))
+    q, k, v = queries(len(rows)), backend.lim.pool.k, backend.lim.pool.v
+    ungrouped, _ = sparse_decode(q, k, v, plan.chosen.slots, plan.chosen.ends, scale=0.3)
     torch.testing.assert_close(sparse, ungrouped, rtol=1e-5, atol=1e-6)
     sets = []
-    for row, length in enumerate(lens):
-        position = {slot: place for place, slot in enumerate(step.slots[row, :length].tolist())}
-        sets.append([position[slot] for slot in step.set_slots[row, : step.set_counts[row]].tolist()])
-    exact = [exact_logits(q[row], k[step.slots[row, :length].long()], 0.3) for row, length in enumerate(lens)]
-    shared = shared_of_long(step.slots, lens, budget=BUDGET, granule=granule)
+    slots = plan.context.slots
+    for row, (length, chosen) in enumerate(zip(lens, whole_rows(plan), strict=True)):
+        position = {slot: place for place, slot in enumerate(slots[row, :length].tolist())}
+        sets.append([position[slot] for slot in chosen])
+    exact = [exact_logits(q[row], k[slots[row, :length].long()], 0.3) for row, length in enumerate(lens)]
+    shared = shared_of_long(slots, lens, budget=BUDGET, granule=granule)
     check_group_sets(RULE, sets, *(list(part) for part in zip(*exact, strict=True)), shared)
-    return int(step.shared.in_sets.followed.sum())
+    return int(plan.shared.in_sets.already_read.sum())
 
 
 @pytest.mark.parametrize("page", [1, 16], ids=["page1", "page16"])
@@ -118,7 +118,7 @@ def test_a_group_dissolves_and_forms_between_two_replays():
         view = batch_of(batch.req_pool_indices.tolist(), batch.seq_lens.tolist())
         backend.init_forward_metadata_out_graph(view)
         backend.init_forward_metadata_in_graph(view)
-        return backend.lim.step.groups.own_starts.tolist()
+        return backend.lim.plan.context.groups.own_starts.tolist()
 
     assert grouped() == [0, 0, 0]
     world.commit(*requests)

@@ -5,17 +5,19 @@ import threading
 import pytest
 import torch
 
-from lim_kernels import decode_with_scores
+from lim_kernels import Scaling, decode_with_scores
+from sgl_lim.methods import Full, HeadsOfRank
 from sgl_lim.serving import recorder as under_test
-from sgl_lim.methods import METHODS
-from sgl_lim.serving.decode import DecodeStep, HeadShare, Scales
+from sgl_lim.serving.layer import LayerInput
+from sgl_lim.serving.reads import plan_reads
 from sgl_lim.serving.recorder import Recorder
+from support.driven_layers import build_method, score_rows_at_once
 from support.set_oracle import SetRule
 
 BUDGETS, LAYERS, HEADS, KV_HEADS, DIM, SLOTS = (12, 20, 64), 4, 4, 2, 8, 300
 STEPS = ((9, 31, 20, 21, 12), (40, 13), (64, 5), (7, 12))
-SCALES = Scales(scale=0.9, logit_cap=0.0)
-ALL_HEADS = HeadShare(first_head=0, own_heads=HEADS, num_heads=HEADS, reduce=None)
+SCALING = Scaling(scale=0.9)
+ALL_HEADS = HeadsOfRank(first=0, own=HEADS, all=HEADS)
 RULES = [
     ("lessismore", "union", "global"),
     ("lessismore", "max", "global"),
@@ -39,7 +41,8 @@ def poisoned(monkeypatch):
 
 
 def rules(name, aggregate, scope):
-    return [METHODS[name](budget, 0.25, 2, aggregate, (0,), scope=scope) for budget in BUDGETS]
+    values = {"recency": 0.25, "sinks": 2, "aggregate": aggregate, "selection_layers": (0,), "scope": scope}
+    return [build_method(name, budget=budget, **values) for budget in BUDGETS]
 
 
 def steps():
@@ -51,16 +54,16 @@ def steps():
         for _ in range(LAYERS):
             k, v = (torch.randn(SLOTS, KV_HEADS, DIM, generator=generator) for _ in range(2))
             layers.append((torch.randn(len(lens), HEADS, DIM, generator=generator), k, v))
-        yield DecodeStep(slots=slots, seq_lens=torch.tensor(lens, dtype=torch.int32)), layers
+        yield plan_reads(Full(), slots, torch.tensor(lens, dtype=torch.int32), own_heads=HEADS), layers
 
 
-def run(recorder, heads=slice(None), kv_heads=slice(None), rows_at_once=None):
+def run(recorder, heads=slice(None), kv_heads=slice(None)):
     """Drive the recorder with some of the heads; returns its outputs."""
     outs = []
-    for step, layers in steps():
+    for plan, layers in steps():
         for layer, (q, k, v) in enumerate(layers):
             operands = q[:, heads].contiguous(), k[:, kv_heads].contiguous(), v[:, kv_heads].contiguous()
-            outs.append(recorder.attend(layer, step, *operands, scales=SCALES, rows_at_once=rows_at_once))
+            outs.append(recorder.attend(layer, plan, LayerInput(*operands, SCALING)))
     return outs
 
 
@@ -68,15 +71,15 @@ def expected(aggregate, scope, method):
     """Sums by the definition: [budgets, layers, layers] float64, and outputs."""
     sums, outs = torch.zeros(len(BUDGETS), LAYERS, LAYERS, dtype=torch.float64), []
     recency, sinks = (0, 0) if method == "tidaldecode" else (0.25, 2)
-    for step, layers in steps():
-        outs += [torch.empty(len(step.seq_lens), HEADS, DIM, dtype=torch.float64) for _ in layers]
-        for row, length in enumerate(step.seq_lens.tolist()):
-            where = step.slots[row, :length].long()
+    for plan, layers in steps():
+        outs += [torch.empty(len(plan.seq_lens), HEADS, DIM, dtype=torch.float64) for _ in layers]
+        for row, length in enumerate(plan.seq_lens.tolist()):
+            where = plan.context.slots[row, :length].long()
             weights, logits = [], []
             for layer, (q, k, v) in enumerate(layers):
                 keys = k[where].double().repeat_interleave(HEADS // KV_HEADS, dim=1)
                 values = v[where].double().repeat_interleave(HEADS // KV_HEADS, dim=1)
-                logits.append(torch.einsum("hd,thd->ht", q[row].double(), keys) * SCALES.scale)
+                logits.append(torch.einsum("hd,thd->ht", q[row].double(), keys) * SCALING.scale)
                 weights.append(logits[-1].softmax(dim=1))
                 outs[layer - LAYERS][row] = torch.einsum("ht,thd->hd", weights[-1], values)
             for b, budget in enumerate(BUDGETS):
@@ -92,11 +95,13 @@ def expected(aggregate, scope, method):
     return sums, outs
 
 
-@pytest.mark.parametrize("rows_at_once", [None, 2])
+@pytest.mark.parametrize("in_parts", [False, True])
 @pytest.mark.parametrize(("method", "aggregate", "scope"), RULES)
-def test_sums_are_the_definition_s(method, aggregate, scope, rows_at_once):
-    recorder = Recorder(rules(method, aggregate, scope), LAYERS, ALL_HEADS, "cpu")
-    outs = run(recorder, rows_at_once=rows_at_once)
+def test_sums_are_the_definition_s(method, aggregate, scope, in_parts, monkeypatch):
+    if in_parts:
+        score_rows_at_once(monkeypatch, 2, heads=HEADS, width=max(max(lens) for lens in STEPS))
+    recorder = Recorder(rules(method, aggregate, scope), LAYERS, ALL_HEADS, None, "cpu")
+    outs = run(recorder)
     sums, wanted = expected(aggregate, scope, method)
     got = recorder.read()
     assert got["budgets"] == list(BUDGETS)
@@ -113,7 +118,7 @@ class Ranks:
         self._barrier, self._given = threading.Barrier(2, timeout=60), [None, None]
 
     def share(self, rank):
-        def reduce(scores, how):
+        def combine(scores, how):
             self._given[rank] = scores
             self._barrier.wait()
             both = torch.stack(self._given)
@@ -121,13 +126,13 @@ class Ranks:
             return both.logsumexp(dim=0) if how == "logsumexp" else both.amax(dim=0)
 
         own = HEADS // 2
-        return HeadShare(first_head=rank * own, own_heads=own, num_heads=HEADS, reduce=reduce)
+        return HeadsOfRank(first=rank * own, own=own, all=HEADS), combine
 
 
 @pytest.mark.parametrize(("method", "aggregate", "scope"), RULES[:4])
 def test_every_rank_comes_to_the_sums_over_all_heads(method, aggregate, scope):
     ranks = Ranks()
-    recorders = [Recorder(rules(method, aggregate, scope), LAYERS, ranks.share(rank), "cpu") for rank in range(2)]
+    recorders = [Recorder(rules(method, aggregate, scope), LAYERS, *ranks.share(rank), "cpu") for rank in range(2)]
     halves = [(slice(0, 2), slice(0, 1)), (slice(2, 4), slice(1, 2))]
     threads = [
         threading.Thread(target=run, args=(recorder, *half)) for recorder, half in zip(recorders, halves, strict=True)
@@ -144,10 +149,10 @@ def test_every_rank_comes_to_the_sums_over_all_heads(method, aggregate, scope):
 
 
 def test_layers_out_of_order_are_an_error():
-    recorder = Recorder(rules("lessismore", "union", "global"), LAYERS, ALL_HEADS, "cpu")
+    recorder = Recorder(rules("lessismore", "union", "global"), LAYERS, ALL_HEADS, None, "cpu")
     first, second = list(steps())[:2]
-    recorder.attend(0, first[0], *first[1][0], scales=SCALES)
+    recorder.attend(0, first[0], LayerInput(*first[1][0], SCALING))
     with pytest.raises(RuntimeError, match="layer 2 ran where layer 1"):
-        recorder.attend(2, first[0], *first[1][2], scales=SCALES)
+        recorder.attend(2, first[0], LayerInput(*first[1][2], SCALING))
     with pytest.raises(RuntimeError, match="layer 1 ran where layer 1 of the same step"):
-        recorder.attend(1, second[0], *second[1][1], scales=SCALES)
+        recorder.attend(1, second[0], LayerInput(*second[1][1], SCALING))

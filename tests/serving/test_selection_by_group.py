@@ -6,8 +6,17 @@ import pytest
 import torch
 
 from lim_kernels import sparse_decode
-from sgl_lim.methods import LessIsMore, Role
-from sgl_lim.serving.decode import HeadShare, Scales, attend, begin_step
+from sgl_lim.methods import Role
+from sgl_lim.serving.reads import Read
+from support.driven_layers import (
+    build_method,
+    decode_of,
+    int32,
+    layer_of,
+    plan_of,
+    score_rows_at_once,
+    whole_rows,
+)
 from support.fake_backend import batch_of, build
 from support.group_oracle import check_group_sets, shared_of_long
 from support.set_oracle import SetRule
@@ -33,26 +42,31 @@ def tree() -> torch.Tensor:
     return slots
 
 
-def run(aggregate="union", selection="group", rows_at_once=None, rule=RULE):
+def build_rule(rule, aggregate="union", selection="group"):
+    """The method that follows a rule."""
+    values = {"budget": rule.budget, "recency": rule.recency, "sinks": rule.sinks, "aggregate": aggregate}
+    return build_method("lessismore", **values, selection_layers=(1,), prefix_selection=selection)
+
+
+def run(aggregate="union", selection="group", rule=RULE):
     """A selection layer and a sparse layer over the tree."""
-    method = LessIsMore(rule.budget, rule.recency, rule.sinks, aggregate, (1,), selection)
-    step = begin_step(method, tree(), torch.tensor(LENS, dtype=torch.int32), GRANULE)
+    decode = decode_of(build_rule(rule, aggregate, selection), HEADS)
+    plan = plan_of(decode, tree(), int32(LENS), GRANULE)
     generator = torch.Generator().manual_seed(4)
     k, v = (torch.randn(SLOTS, 2, 8, generator=generator) for _ in range(2))
-    options = {"scales": Scales(SCALE, 0.0), "heads": HeadShare(0, HEADS, HEADS, None), "rows_at_once": rows_at_once}
-    done = SimpleNamespace(step=step, method=method, k=k, v=v, options=options, q={}, out={})
+    done = SimpleNamespace(plan=plan, decode=decode, k=k, v=v, q={}, out={})
     for role in (Role.SELECT, Role.SPARSE):
         done.q[role] = torch.randn(len(LENS), HEADS, 8, generator=generator)
-        done.out[role] = attend(method, step, role, done.q[role], k, v, **options)
+        done.out[role] = decode.run(plan, role, layer_of(done.q[role], k, v, SCALE))
     return done
 
 
 def sets_of(done):
     """Positions of each row's set."""
     sets = []
-    for row, length in enumerate(LENS):
-        position = {slot: t for t, slot in enumerate(done.step.slots[row, :length].tolist())}
-        sets.append([position[slot] for slot in done.step.set_slots[row, : done.step.set_counts[row]].tolist()])
+    for row, (length, chosen) in enumerate(zip(LENS, whole_rows(done.plan), strict=True)):
+        position = {slot: t for t, slot in enumerate(done.plan.context.slots[row, :length].tolist())}
+        sets.append([position[slot] for slot in chosen])
     return sets
 
 
@@ -61,11 +75,11 @@ def sets_of(done):
 def test_sets_are_the_rule_s_and_attention_is_over_them(aggregate, sizes):
     rule = SetRule("lessismore", *sizes, aggregate)
     done = run(aggregate, rule=rule)
-    sets, slots = sets_of(done), done.step.slots.long()
+    sets, slots = sets_of(done), done.plan.context.slots.long()
     exact = [
         exact_logits(done.q[Role.SELECT][row], done.k[slots[row, :length]], SCALE) for row, length in enumerate(LENS)
     ]
-    shared = shared_of_long(done.step.slots, LENS, budget=rule.budget, granule=GRANULE)
+    shared = shared_of_long(done.plan.context.slots, LENS, budget=rule.budget, granule=GRANULE)
     assert (shared[0][1], shared[0][2], shared[0][4], shared[0][5]) == (60, 40, 0, 0)
     check_group_sets(rule, sets, *(list(part) for part in zip(*exact, strict=True)), shared)
     for row, length in enumerate(LENS):
@@ -77,39 +91,42 @@ def test_sets_are_the_rule_s_and_attention_is_over_them(aggregate, sizes):
 
 def test_what_a_group_chose_is_read_once():
     done = run()
-    step = done.step
-    followed = step.shared.in_sets.followed.tolist()
+    plan = done.plan
+    followed = plan.shared.in_sets.already_read.tolist()
     # The first group's tokens and the second's; the neediest row of each is left its share.
     assert followed[0] == followed[4] == followed[5] == followed[7] == 0
     assert min(followed[1], followed[6]) > followed[2] == followed[3] > 0
     done.k[0], done.v[0] = float("nan"), float("nan")
-    poisoned = step.set_slots.clone()
+    poisoned = plan.chosen.slots.clone()
     for row, n in enumerate(followed):
         poisoned[row, :n] = 0
     poisoned[7] = 1
-    step.set_slots = poisoned
-    out = attend(done.method, step, Role.SPARSE, done.q[Role.SPARSE], done.k, done.v, **done.options)
+    plan.chosen = Read(poisoned, plan.chosen.ends, plan.chosen.groups)
+    out = done.decode.run(plan, Role.SPARSE, layer_of(done.q[Role.SPARSE], done.k, done.v, SCALE))
     assert torch.equal(out[:7], done.out[Role.SPARSE][:7])
 
 
 @pytest.mark.parametrize("selection", ["group", "request"])
 @pytest.mark.parametrize("rows_at_once", [1, 3])
-def test_rows_scored_in_parts_choose_the_same(selection, rows_at_once):
-    whole, parts = run(selection=selection), run(selection=selection, rows_at_once=rows_at_once)
+def test_rows_scored_in_parts_choose_the_same(selection, rows_at_once, monkeypatch):
+    whole = run(selection=selection)
+    score_rows_at_once(monkeypatch, rows_at_once, heads=HEADS, width=WIDTH)
+    parts = run(selection=selection)
+    assert len(parts.plan.select) == -(-len(LENS) // rows_at_once)
     assert sets_of(whole) == sets_of(parts)
     for role in whole.out:
         torch.testing.assert_close(whole.out[role], parts.out[role])
 
 
 def test_a_step_within_the_budget_is_dense():
-    method = LessIsMore(128, 0.25, 2, "union", (1,), "group")
-    step = begin_step(method, tree(), torch.tensor(LENS, dtype=torch.int32), GRANULE)
-    assert step.shared is None and step.groups is not None
+    decode = decode_of(build_rule(SetRule("lessismore", 128, 0.25, 2, "union")), HEADS)
+    plan = plan_of(decode, tree(), int32(LENS), GRANULE)
+    assert plan.shared is None and plan.context.groups is not None
 
 
 def test_a_replay_finds_the_groups_of_its_own_rows():
     table = tree()
-    backend = build(table, selection="group")
+    backend = build(table, prefix_selection="group")
     backend.init_cuda_graph_state(4, 4)
     found = []
     for rows in ([0, 0, 0, 0], [0, 1, 2, 0], [5, 4, 6, 1], [5, 4, 2, 0]):
@@ -117,7 +134,7 @@ def test_a_replay_finds_the_groups_of_its_own_rows():
         view = batch_of([7 if n and not row else row for n, row in enumerate(rows)], [LENS[r] for r in rows])
         backend.init_forward_metadata_out_graph(view)
         backend.init_forward_metadata_in_graph(view)
-        found.append([n > 0 for n in backend.lim.step.shared.in_sets.own_starts.tolist()])
+        found.append([n > 0 for n in backend.lim.plan.shared.in_sets.own_starts.tolist()])
     assert found[1:] == [[True, True, True, False], [False, False, True, True], [False, False, False, False]]
 
 
@@ -126,11 +143,11 @@ def test_counters_know_what_sparse_layers_share():
     table = tree()
     totals = {}
     for selection in ("request", "group"):
-        backend = build(table, selection=selection)
+        backend = build(table, prefix_selection=selection)
         backend.init_forward_metadata(batch_of([1, 2, 3, 5], [83, 70, 60, 75]))
         totals[selection] = backend.lim.counters.read()
-        step = backend.lim.step
-    followed, counts = step.shared.in_sets.followed, step.shared.counts
+        shared = backend.lim.plan.shared
+    followed, counts = shared.in_sets.already_read, shared.counts
     assert followed[0] == followed[3] == 0 and followed[1] == followed[2] > 0
     assert totals["group"]["tokens_shared"] == totals["request"]["tokens_shared"] + int(followed.sum())
     dense = 2 * (83 + 70 + 60 + 75)
@@ -142,14 +159,14 @@ def test_sparse_layers_of_rows_that_share_nothing_are_as_before():
     alone = [row for row in range(len(LENS)) if row in (0, 5)]
     outs = []
     for selection in ("request", "group"):
-        method = LessIsMore(24, 0.25, 2, "union", (1,), selection)
-        step = begin_step(method, tree()[alone], torch.tensor([90, 75], dtype=torch.int32), GRANULE)
+        decode = decode_of(build_rule(RULE, selection=selection), HEADS)
+        plan = plan_of(decode, tree()[alone], int32([90, 75]), GRANULE)
         generator = torch.Generator().manual_seed(5)
         q, k, v = (torch.randn(n, h, 8, generator=generator) for n, h in ((2, HEADS), (SLOTS, 2), (SLOTS, 2)))
-        options = {"scales": Scales(SCALE, 0.0), "heads": HeadShare(0, HEADS, HEADS, None)}
-        attend(method, step, Role.SELECT, q, k, v, **options)
-        outs.append((step.set_slots, step.set_counts, attend(method, step, Role.SPARSE, q, k, v, **options)))
+        layer = layer_of(q, k, v, SCALE)
+        decode.run(plan, Role.SELECT, layer)
+        outs.append((plan.chosen.slots, plan.chosen.ends, decode.run(plan, Role.SPARSE, layer)))
     for ours, theirs in zip(*outs, strict=True):
         assert torch.equal(ours, theirs)
-    exact = sparse_decode(q.double(), k.double(), v.double(), step.set_slots, step.set_counts, scale=SCALE)[0]
+    exact = sparse_decode(q.double(), k.double(), v.double(), plan.chosen.slots, plan.chosen.ends, scale=SCALE)[0]
     torch.testing.assert_close(outs[1][2].double(), exact, rtol=1e-5, atol=1e-6)

@@ -5,24 +5,27 @@ import json
 
 import pytest
 
-from sgl_lim.settings import config
-from sgl_lim.settings.config import LimConfig, RefusedConfig
+from sgl_lim.methods import Keeping, LessIsMore
+from sgl_lim.settings import flags as under_test
+from sgl_lim.settings.config import ENV, LimConfig, RefusedConfig, configure
 
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch):
-    monkeypatch.setenv(config.ENV, "")
+    monkeypatch.setenv(ENV, "")
 
 
 def parse(*flags: str) -> LimConfig:
     parser = argparse.ArgumentParser()
-    config.add_flags(parser)
-    config.take_flags(parser.parse_args(flags))
-    return config.load()
+    under_test.add_flags(parser)
+    under_test.take_flags(parser.parse_args(flags))
+    return under_test.load()
 
 
 def test_defaults_are_the_paper_s():
-    assert parse() == LimConfig("lessismore", 2048, 0.25, 4, None, "union", None)
+    assert parse() == configure()
+    method = configure().build()
+    assert method == LessIsMore(budget=2048, recency=0.25, sinks=4, aggregate="union")
 
 
 def test_every_flag_arrives():
@@ -30,37 +33,45 @@ def test_every_flag_arrives():
         *("--lim-method", "window", "--lim-budget", "512", "--lim-recency", "0.5", "--lim-sinks", "8"),
         *("--lim-selection-layers", "3,9", "--lim-aggregate", "max", "--lim-dense-backend", "triton"),
     )
-    assert got == LimConfig("window", 512, 0.5, 8, (3, 9), "max", "triton")
+    assert got == configure(
+        method="window",
+        budget=512,
+        recency=0.5,
+        sinks=8,
+        selection_layers=(3, 9),
+        aggregate="max",
+        dense_backend="triton",
+    )
     assert got.problems() == []
 
 
 def test_flags_win_over_the_environment_and_the_rest_of_it_stays(monkeypatch):
-    monkeypatch.setenv(config.ENV, json.dumps({"budget": 128, "sinks": 2, "selection_layers": [1, 5]}))
-    assert parse("--lim-budget", "256") == LimConfig(budget=256, sinks=2, selection_layers=(1, 5))
+    monkeypatch.setenv(ENV, json.dumps({"budget": 128, "sinks": 2, "selection_layers": [1, 5]}))
+    assert parse("--lim-budget", "256") == configure(budget=256, sinks=2, selection_layers=(1, 5))
 
 
 def test_environment_may_name_a_file(monkeypatch, tmp_path):
     path = tmp_path / "lim.json"
     path.write_text('{"budget": 96, "selection_layers": "2,4"}')
-    monkeypatch.setenv(config.ENV, str(path))
-    assert config.load() == LimConfig(budget=96, selection_layers=(2, 4))
+    monkeypatch.setenv(ENV, str(path))
+    assert under_test.load() == configure(budget=96, selection_layers=(2, 4))
 
 
 def test_environment_takes_switches_as_the_flags_do(monkeypatch):
-    monkeypatch.setenv(config.ENV, '{"prefix_groups": "off", "early_sets": "on"}')
-    assert config.load() == LimConfig(prefix_groups=False, early_sets=True)
-    monkeypatch.setenv(config.ENV, '{"prefix_groups": "maybe"}')
-    assert config.load().problems() == ["--lim-prefix-groups must be on or off, got 'maybe'"]
+    monkeypatch.setenv(ENV, '{"prefix_groups": "off", "early_sets": "on"}')
+    assert under_test.load() == configure(prefix_groups=False, early_sets=True)
+    monkeypatch.setenv(ENV, '{"prefix_groups": "maybe"}')
+    assert under_test.load().problems() == ["--lim-prefix-groups must be on or off, got 'maybe'"]
 
 
 def test_what_was_given_is_told_as_typed():
     parser = argparse.ArgumentParser()
-    config.add_flags(parser)
-    assert config.take_flags(parser.parse_args(["--lim-top-p", "0.5", "--lim-sinks", "2"])) == [
-        "--lim-sinks",
+    under_test.add_flags(parser)
+    assert under_test.take_flags(parser.parse_args(["--lim-sinks", "2", "--lim-top-p", "0.5"])) == [
         "--lim-top-p",
+        "--lim-sinks",
     ]
-    assert config.take_flags(parser.parse_args([])) == []
+    assert under_test.take_flags(parser.parse_args([])) == []
 
 
 @pytest.mark.parametrize(
@@ -74,9 +85,9 @@ def test_what_was_given_is_told_as_typed():
     ids=["json", "file", "key", "layers"],
 )
 def test_unreadable_environment_is_refused(monkeypatch, text, message):
-    monkeypatch.setenv(config.ENV, text)
+    monkeypatch.setenv(ENV, text)
     with pytest.raises(RefusedConfig, match=message):
-        config.load()
+        under_test.load()
 
 
 @pytest.mark.parametrize(
@@ -120,7 +131,7 @@ def test_parser_names_the_flag(flag, capsys):
     ids=str,
 )
 def test_impossible_values_are_named(values, flag):
-    problems = LimConfig(**values).problems()
+    problems = configure(**values).problems()
     assert len(problems) == 1 and problems[0].startswith(flag)
 
 
@@ -137,7 +148,7 @@ def test_impossible_values_are_named(values, flag):
     ids=str,
 )
 def test_selection_by_group_is_refused_where_it_cannot_work(values, reason):
-    problems = LimConfig(**values).problems()
+    problems = configure(**values).problems()
     assert len(problems) == 1 and problems[0].startswith("--lim-prefix-selection") and reason in problems[0]
 
 
@@ -153,22 +164,22 @@ def test_selection_by_group_is_refused_where_it_cannot_work(values, reason):
     ids=str,
 )
 def test_early_sets_are_refused_where_there_are_none(values, reason):
-    problems = LimConfig(**{"early_sets": True, **values}).problems()
+    problems = configure(**{"early_sets": True, **values}).problems()
     assert len(problems) == 1 and problems[0].startswith("--lim-early-sets") and reason in problems[0]
 
 
 def test_early_sets_arrive_and_make_sets_outlive_a_step():
-    assert not parse().remembers
-    assert parse("--lim-early-sets", "on") == LimConfig(early_sets=True)
-    assert config.load().remembers and config.load().problems() == []
-    assert parse("--lim-early-sets", "off", "--lim-selection-interval", "2").remembers
+    assert parse().build().keeping is None
+    assert parse("--lim-early-sets", "on") == configure(early_sets=True)
+    assert under_test.load().build().keeping == Keeping(1, True) and under_test.load().problems() == []
+    assert parse("--lim-early-sets", "off", "--lim-selection-interval", "2").build().keeping == Keeping(2, False)
 
 
 def test_selection_by_group_arrives_from_flag_and_environment(monkeypatch):
-    assert parse("--lim-prefix-selection", "group") == LimConfig(prefix_selection="group")
-    assert config.load().problems() == []
-    monkeypatch.setenv(config.ENV, json.dumps({"prefix_selection": "group", "budget": 128}))
-    assert parse("--lim-prefix-selection", "request") == LimConfig(budget=128)
+    assert parse("--lim-prefix-selection", "group") == configure(prefix_selection="group")
+    assert under_test.load().problems() == []
+    monkeypatch.setenv(ENV, json.dumps({"prefix_selection": "group", "budget": 128}))
+    assert parse("--lim-prefix-selection", "request") == configure(budget=128, prefix_selection="request")
 
 
 @pytest.mark.parametrize(
@@ -178,23 +189,26 @@ def test_selection_by_group_arrives_from_flag_and_environment(monkeypatch):
             {"budget": 40},
             "--lim-budget 40: --lim-method quest chooses pages of 16 tokens; take a multiple of 16, such as 48",
         ),
-        ({"scope": "global"}, "--lim-scope global: --lim-method quest has kv_head alone; leave the flag out"),
+        ({"scope": "global"}, "--lim-scope must be kv_head, got 'global' (--lim-method quest)"),
         ({"prefix_selection": "group"}, "--lim-prefix-selection group: --lim-method quest"),
         ({"selection_interval": 2}, "--lim-selection-interval 2: --lim-method quest"),
         ({"early_sets": True}, "--lim-early-sets on: --lim-method quest"),
         ({"top_p": 0.9, "aggregate": "max"}, "--lim-top-p 0.9: --lim-method quest weighs no tokens"),
-        ({"recency": "auto", "aggregate": "max"}, "--lim-recency auto: --lim-method quest weighs no tokens"),
+        (
+            {"recency": "auto", "aggregate": "max"},
+            "--lim-recency auto: --lim-method quest weighs no tokens for a window",
+        ),
         ({"record_budgets": (64,)}, "--lim-method quest ranks nothing"),
     ],
     ids=str,
 )
 def test_what_quest_cannot_do_is_refused(values, reason):
-    assert LimConfig(method="quest").problems() == [] == LimConfig(method="quest", scope="kv_head").problems()
-    (problem,) = LimConfig(method="quest", **values).problems()
-    assert reason in problem and ("leave the" in problem or "take a multiple" in problem)
+    assert configure(method="quest").problems() == [] == configure(method="quest", scope="kv_head").problems()
+    (problem,) = configure(method="quest", **values).problems()
+    assert reason in problem and any(way in problem for way in ("leave the", "take a multiple", "must be"))
 
 
 def test_all_reasons_are_told_at_once():
-    config_ = LimConfig(budget=-1, recency=2, selection_layers=(3, 1))
+    config_ = configure(budget=-1, recency=2, selection_layers=(3, 1))
     message = str(RefusedConfig(config_.problems()))
     assert all(flag in message for flag in ("--lim-budget", "--lim-recency", "--lim-selection-layers"))

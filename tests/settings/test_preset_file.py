@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from sgl_lim.settings import flags as under_test
 from sgl_lim.settings import preset_file
-from sgl_lim.settings import config
-from sgl_lim.settings.config import LimConfig
+from sgl_lim.settings.config import ENV, configure
 from sgl_lim.settings.preset_file import PresetError
 from sgl_lim.settings.presets import resolve_layers
 from sgl_lim.settings.refusals import model_problems
@@ -51,7 +51,7 @@ def write(path, preset_path, change):
         (lambda c: c.update(layers=[1]), r"unknown layers; known keys are architecture, calibration, entries"),
         (lambda c: c.pop("rule"), "missing rule"),
         (lambda c: c.pop("calibration"), "missing calibration"),
-        (lambda c: c["rule"].update(mean=1), "rule must have method, aggregate, recency, sinks, scope"),
+        (lambda c: c["rule"].update(mean=1), "rule must have method and may have aggregate, recency, sinks, scope"),
         (lambda c: c.update(rule=None), "rule and calibration must be objects"),
         (lambda c: c.update(num_layers="12"), "num_layers must be a positive integer"),
         (lambda c: c.update(architecture=None), "architecture a text"),
@@ -105,60 +105,60 @@ def test_what_cannot_be_read_is_refused(tmp_path, content, message):
     ids=str,
 )
 def test_another_model_is_refused_with_the_flag(preset_path, model_of, other, message):
-    (reason,) = model_problems(LimConfig(preset=preset_path), model_of(**other))
+    (reason,) = model_problems(configure(preset=preset_path), model_of(**other))
     assert reason.startswith(f"--lim-preset {preset_path}: ") and message in reason
 
 
 def test_early_sets_need_a_layer_before_the_preset_s_first(preset_path, model):
-    assert model_problems(LimConfig(preset=preset_path, budget=64, early_sets=True), model) == []
-    (reason,) = model_problems(LimConfig(preset=preset_path, budget=1024, early_sets=True), model)
-    assert reason.startswith("--lim-early-sets on: no layer comes before the first of --lim-preset")
-    layers = LimConfig(preset=preset_path, budget=1024, early_sets=True, selection_layers=(2, 8))
+    assert model_problems(configure(preset=preset_path, budget=64, early_sets=True), model) == []
+    (reason,) = model_problems(configure(preset=preset_path, budget=1024, early_sets=True), model)
+    assert reason.startswith("--lim-early-sets on: no layer comes before") and "those of --lim-preset" in reason
+    layers = configure(preset=preset_path, budget=1024, early_sets=True, selection_layers=(2, 8))
     assert model_problems(layers, model) == []
 
 
 def test_flag_then_file_then_built_in_preset(preset_path, model_of):
     model = model_of(path="models/chain-tracer")
-    both = LimConfig(budget=256, preset=preset_path, selection_layers=(3, 9))
+    both = configure(budget=256, preset=preset_path, selection_layers=(3, 9))
     assert resolve_layers(both, model) == ((3, 9), "--lim-selection-layers")
-    layers, source = resolve_layers(LimConfig(budget=200, preset=preset_path), model)
+    layers, source = resolve_layers(configure(budget=200, preset=preset_path), model)
     assert layers == (1, 7) and source == f"--lim-preset {preset_path}, calibrated at budget 256"
-    assert resolve_layers(LimConfig(budget=200), model) == ((2, 8), "preset chain-tracer")
+    assert resolve_layers(configure(budget=200), model) == ((2, 8), "preset chain-tracer")
 
 
 def test_a_server_that_differs_from_the_calibration_is_told(preset_path, model, caplog):
     with caplog.at_level(logging.WARNING):
-        resolve_layers(LimConfig(budget=64, preset=preset_path), model)
+        resolve_layers(configure(budget=64, preset=preset_path), model)
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        resolve_layers(LimConfig(budget=64, preset=preset_path, aggregate="max", scope="kv_head"), model)
+        resolve_layers(configure(budget=64, preset=preset_path, aggregate="max", scope="kv_head"), model)
     told = [record.getMessage() for record in caplog.records]
     assert [text.split("with ")[1] for text in told] == ["aggregate union, not max", "scope global, not kv_head"]
 
 
 def test_a_control_is_told_its_method_alone(preset):
-    assert preset.differences(LimConfig(method="window", sinks=0)) == ["method lessismore, not window"]
+    assert preset.differences(configure(method="window", sinks=0).build()) == ["method lessismore, not window"]
 
 
 def parse(*flags):
     parser = argparse.ArgumentParser()
-    config.add_flags(parser)
-    config.take_flags(parser.parse_args(flags))
-    return config.load()
+    under_test.add_flags(parser)
+    under_test.take_flags(parser.parse_args(flags))
+    return under_test.load()
 
 
 def test_the_flag_wins_over_layers_of_the_variable(monkeypatch):
-    monkeypatch.setenv(config.ENV, json.dumps({"budget": 128, "selection_layers": [3, 9]}))
-    assert parse("--lim-preset", "a.json") == LimConfig(budget=128, preset="a.json")
-    monkeypatch.setenv(config.ENV, json.dumps({"selection_layers": [3, 9]}))
+    monkeypatch.setenv(ENV, json.dumps({"budget": 128, "selection_layers": [3, 9]}))
+    assert parse("--lim-preset", "a.json") == configure(budget=128, preset="a.json")
+    monkeypatch.setenv(ENV, json.dumps({"selection_layers": [3, 9]}))
     both = parse("--lim-preset", "a.json", "--lim-selection-layers", "2,8")
-    assert both == LimConfig(preset="a.json", selection_layers=(2, 8))
+    assert both == configure(preset="a.json", selection_layers=(2, 8))
 
 
 def test_the_variable_may_name_a_preset(monkeypatch):
-    monkeypatch.setenv(config.ENV, json.dumps({"preset": "a.json"}))
-    assert config.load() == LimConfig(preset="a.json") and config.load().problems() == []
-    (reason,) = LimConfig(preset=3).problems()
+    monkeypatch.setenv(ENV, json.dumps({"preset": "a.json"}))
+    assert under_test.load() == configure(preset="a.json") and under_test.load().problems() == []
+    (reason,) = configure(preset=3).problems()
     assert reason.startswith("--lim-preset must be the path of a file")
 
 
@@ -179,13 +179,13 @@ def test_the_variable_may_name_a_preset(monkeypatch):
     ids=str,
 )
 def test_what_cannot_be_recorded_is_refused(values, reason):
-    problems = LimConfig(**{"record_budgets": (64, 128), **values}).problems()
+    problems = configure(**{"record_budgets": (64, 128), **values}).problems()
     assert len(problems) == 1 and problems[0].startswith(reason)
 
 
 def test_budgets_to_record_come_by_the_variable_alone(monkeypatch, capsys):
-    monkeypatch.setenv(config.ENV, json.dumps({"record_budgets": [64, 128]}))
-    assert config.load() == LimConfig(record_budgets=(64, 128)) and config.load().problems() == []
+    monkeypatch.setenv(ENV, json.dumps({"record_budgets": [64, 128]}))
+    assert under_test.load() == configure(record_budgets=(64, 128)) and under_test.load().problems() == []
     with pytest.raises(SystemExit):
         parse("--lim-record-budgets", "64")
     assert "--lim-record-budgets" in capsys.readouterr().err

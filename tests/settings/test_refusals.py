@@ -6,7 +6,7 @@ import pytest
 from sglang.srt.configs.model_config import AttentionArch
 
 from sgl_lim.settings import refusals
-from sgl_lim.settings.config import LimConfig, RefusedConfig
+from sgl_lim.settings.config import RefusedConfig, configure
 from sgl_lim.settings.refusals import (
     check_before_weights,
     check_pool,
@@ -46,7 +46,7 @@ def reasons(config=None, device="cpu", **changes) -> list[str]:
         device=device,
     )
     try:
-        check_before_weights(config or LimConfig(), runner)
+        check_before_weights(config or configure(), runner)
     except RefusedConfig as refused:
         return refused.reasons
     return []
@@ -81,15 +81,15 @@ def test_plain_configuration_is_served():
             ("EAGLE", "--speculative-draft-attention-backend"),
         ),
         ({"device": "npu"}, ("--device npu", "cuda or cpu")),
-        ({"config": LimConfig(selection_layers=(2, 12))}, ("--lim-selection-layers 2,12", "0 to 11")),
-        ({"config": LimConfig(dense_backend="fa9")}, ("--lim-dense-backend", "flashinfer")),
-        ({"config": LimConfig(dense_backend="fa3")}, ("--lim-dense-backend fa3", "leave it out")),
+        ({"config": configure(selection_layers=(2, 12))}, ("--lim-selection-layers 2,12", "0 to 11")),
+        ({"config": configure(dense_backend="fa9")}, ("--lim-dense-backend", "flashinfer")),
+        ({"config": configure(dense_backend="fa3")}, ("--lim-dense-backend fa3", "leave it out")),
         (
-            {"device": "cuda", "kv_cache_dtype": "fp8_e5m2", "config": LimConfig(dense_backend="fa3")},
+            {"device": "cuda", "kv_cache_dtype": "fp8_e5m2", "config": configure(dense_backend="fa3")},
             ("--kv-cache-dtype fp8_e5m2", "fp8_e4m3"),
         ),
-        ({"device": "cuda", "config": LimConfig(budget=9000)}, ("--lim-budget 9000", "--lim-aggregate max")),
-        ({"device": "cuda", "config": LimConfig(dense_backend="torch_native")}, ("torch_native", "leave it out")),
+        ({"device": "cuda", "config": configure(budget=9000)}, ("--lim-budget 9000", "--lim-aggregate max")),
+        ({"device": "cuda", "config": configure(dense_backend="torch_native")}, ("torch_native", "leave it out")),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -101,9 +101,9 @@ def test_each_reason_names_flag_and_way_out(changes, named):
 @pytest.mark.parametrize(
     ("config", "flag"),
     [
-        (LimConfig(selection_interval=4), "--lim-selection-interval 4"),
-        (LimConfig(early_sets=True), "--lim-early-sets on"),
-        (LimConfig(method="quest"), "--lim-method quest"),
+        (configure(selection_interval=4), "--lim-selection-interval 4"),
+        (configure(early_sets=True), "--lim-early-sets on"),
+        (configure(method="quest"), "--lim-method quest"),
     ],
     ids=["interval", "early", "quest"],
 )
@@ -127,21 +127,21 @@ def test_sets_that_outlive_a_step_and_bounds_need_to_see_what_is_written(config,
 
 @pytest.mark.parametrize("page_size", [None, 1, 8, 24])
 def test_quest_needs_pages_of_16(page_size):
-    (reason,) = reasons(LimConfig(method="quest"), page_size=page_size)
+    (reason,) = reasons(configure(method="quest"), page_size=page_size)
     assert f"--page-size {page_size or 1}:" in reason and "use --page-size 16" in reason
-    assert reasons(LimConfig(method="quest"), page_size=64) == reasons(page_size=page_size) == []
+    assert reasons(configure(method="quest"), page_size=64) == reasons(page_size=page_size) == []
 
 
 def test_the_page_size_that_counts_is_the_runner_s():
     runner = SimpleNamespace(
         model_config=SimpleNamespace(**MODEL), server_args=SimpleNamespace(**SERVER), device="cpu", page_size=16
     )
-    check_before_weights(LimConfig(method="quest"), runner)
+    check_before_weights(configure(method="quest"), runner)
 
 
 def test_quest_is_not_served_with_speculation():
     how = {"speculative_algorithm": "EAGLE", "speculative_draft_attention_backend": "triton", "page_size": 16}
-    (reason,) = reasons(LimConfig(method="quest"), **how)
+    (reason,) = reasons(configure(method="quest"), **how)
     assert "--speculative-algorithm EAGLE" in reason and "leave one of them out" in reason
 
 
@@ -150,11 +150,11 @@ def test_a_speculative_draft_backend_of_its_own_is_served():
 
 
 def test_budgets_and_caches_that_the_kernels_take_are_served_on_a_gpu():
-    assert reasons(LimConfig(budget=8192), device="cuda", kv_cache_dtype="fp8_e4m3") == []
-    assert reasons(LimConfig(budget=9000, aggregate="max"), device="cuda") == []
-    assert reasons(LimConfig(dense_backend="triton"), device="cuda", kv_cache_dtype="fp8_e5m2") == []
-    assert reasons(LimConfig(budget=9000)) == []
-    assert reasons(LimConfig(method="quest", budget=16384), device="cuda", page_size=64) == []
+    assert reasons(configure(budget=8192), device="cuda", kv_cache_dtype="fp8_e4m3") == []
+    assert reasons(configure(budget=9000, aggregate="max"), device="cuda") == []
+    assert reasons(configure(dense_backend="triton"), device="cuda", kv_cache_dtype="fp8_e5m2") == []
+    assert reasons(configure(budget=9000)) == []
+    assert reasons(configure(method="quest", budget=16384), device="cuda", page_size=64) == []
 
 
 @pytest.mark.parametrize(("dense", "refused"), [("fa3", True), ("flashinfer", False)])
@@ -170,7 +170,7 @@ def test_recorded_metadata_is_refused(monkeypatch):
 
 
 def test_all_reasons_are_told_at_once():
-    found = reasons(LimConfig(budget=-1, selection_layers=(5, 3)), pp_size=2, enable_dp_attention=True)
+    found = reasons(configure(budget=-1, selection_layers=(5, 3)), pp_size=2, enable_dp_attention=True)
     assert len(found) == 4
 
 
@@ -202,7 +202,7 @@ def test_flags_without_the_backend_are_said_to_do_nothing(caplog, backend, flags
     [({"budget": 512}, True), ({"budget": 511}, False), ({"budget": 512, "method": "full"}, False)],
 )
 def test_a_budget_that_no_request_outgrows_is_said_to_be_one(caplog, values, warned):
-    warn_if_always_dense(LimConfig(**values), SimpleNamespace(context_len=512))
+    warn_if_always_dense(configure(**values), SimpleNamespace(context_len=512))
     assert ("--lim-budget 512 is no less than the context of 512" in caplog.text) == warned
 
 

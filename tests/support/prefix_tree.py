@@ -5,7 +5,7 @@ from lim_kernels.prefix_groups import MAX_LEVELS
 
 def groups_of(found, row):
     """The groups of one row, innermost first, and the positions that they leave to it."""
-    path, group = [], int(found["paths"][row])
+    path, group = [], int(found["innermost"][row])
     while group >= 0:
         path.append(group)
         group = int(found["parents"][group])
@@ -35,6 +35,6 @@ def check_tree(found, shared):
             position = int(found["starts"][group])
         assert position == 0
         earlier = [min(int(n), max(lengths, default=0)) for n in shared[row, :row].tolist()]
-        assert int(found["followed"][row]) == max(earlier, default=0)
+        assert int(found["already_read"][row]) == max(earlier, default=0)
     on_paths = {group for row in range(len(shared)) for group in groups_of(found, row)}
     assert {group for group, count in enumerate(found["counts"].tolist()) if count} == on_paths

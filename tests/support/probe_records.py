@@ -1,8 +1,6 @@
 """Installs the probe plugin for a server and reads what it recorded."""
 
 import itertools
-import os
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,6 +10,8 @@ from typing import Any
 
 import torch
 
+from support.outside_package import install
+
 PLUGIN = Path(__file__).parent / "probe" / "lim_probe.py"
 
 
@@ -19,19 +19,14 @@ class Probe:
     """A folder that holds the plugin as an installed distribution, and the folder it records to."""
 
     def __init__(self, folder: Path) -> None:
-        self._site, self._records = folder / "site", folder / "records"
-        info = self._site / "lim_probe-0.dist-info"
-        info.mkdir(parents=True)
-        self._records.mkdir()
-        shutil.copy(PLUGIN, self._site)
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lim-probe\nVersion: 0\n")
-        (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nlim_probe = lim_probe:plug\n")
+        self._records = folder / "records"
+        self._records.mkdir(parents=True)
+        self._path = install(folder / "site", PLUGIN, "sglang.srt.plugins", "lim_probe:plug")
 
     @property
     def env(self) -> tuple[tuple[str, str], ...]:
         """Environment of a server that loads the plugin."""
-        path = os.pathsep.join([str(self._site), *filter(None, [os.environ.get("PYTHONPATH")])])
-        return (("PYTHONPATH", path), ("LIM_PROBE_DIR", str(self._records)))
+        return (*self._path, ("LIM_PROBE_DIR", str(self._records)))
 
     @contextmanager
     def recording(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgl_lim.serving.backend import GRANULE
+from sgl_lim.serving.state import GRANULE
 from support.agreement import errors
 from support.fleet import HEADS, LAYERS, ROLES, Fleet, LimCase
 from support.float64_qwen3 import Float64Qwen3, Sets

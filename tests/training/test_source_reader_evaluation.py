@@ -18,7 +18,6 @@ from source_reader.model import TINY
 from source_reader.tokenizer import load_tokenizer
 
 from sgl_lim.methods import METHODS, Role
-from sgl_lim.settings.adaptive import WIDEST_WINDOW
 from support.package_tree import source_text
 
 SELECTION = (1,)
@@ -85,7 +84,7 @@ def test_methods_take_their_parameters_from_a_spec() -> None:
     method = method_of("lessismore:aggregate=sum:recency=0.5", 64, (2, 6), 0.25)
     assert (method.aggregate, method.recency, method.budget, method.selection_layers) == ("sum", 0.5, 64, (2, 6))
     auto = method_of("lessismore:aggregate=max:recency=auto", 64, (2, 6), 0.25)
-    assert auto.auto_recency and auto.recency == WIDEST_WINDOW
+    assert auto.window_varies and auto.sizes.recent + auto.sizes.sinks == 32
     for spec, reason in {
         "dense": "--lim-method must be one of",
         "lessismore:top_p=0.9": "--lim-aggregate union ranks by place",

@@ -15,10 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sgl_lim.methods import METHODS, LessIsMore, Method
+from sgl_lim.methods import METHODS, Full, Method
+from sgl_lim.methods.parameters import parameters_of
 from sgl_lim.programs.intervals import wilson_interval
-from sgl_lim.settings.config import LimConfig, RefusedConfig
-from sgl_lim.settings.parameters import build_method
+from sgl_lim.settings.config import RefusedConfig, configure
 
 from .decode import Context, Decoded, decode, prefill
 from .model import SmallQwen3
@@ -27,7 +27,6 @@ ASKED = ("what", "method", "budget", "selection_layers", "recency", "aggregate",
 CHAINS = ("whole", "whole_low", "whole_high", "tokens")
 COMMON = ("attended", "attended_fraction", "attended_tokens", "recall", "seconds")
 PARAMETERS = ("aggregate", "recency", "scope", "sinks", "top_p", "top_p_floor")
-FULL_BUDGET = LimConfig.budget  # of a method that reads everything
 WHERE = ("weights_sha256", "device", "torch", "commit")
 
 Scores = Mapping[str, Sequence[float]]
@@ -98,16 +97,16 @@ def method_of(spec: str, budget: int, selection: tuple[int, ...], recency: float
         ValueError: a server would refuse this, or has no such parameter.
     """
     name, *settings = spec.split(":")
-    given: dict[str, object] = {"method": name, "budget": budget, "recency": recency, "selection_layers": selection}
+    given: dict[str, object] = {"budget": budget, "recency": recency, "selection_layers": selection}
     for setting in settings:
         parameter, _, value = setting.partition("=")
         if parameter not in PARAMETERS:
             raise ValueError(f"{spec}: no parameter {parameter!r}; there are {', '.join(PARAMETERS)}")
         given[parameter] = _value(value)
-    config = LimConfig(**given)  # type: ignore[arg-type]
+    config = configure(method=name, **given)
     if problems := config.problems():
         raise RefusedConfig(problems)
-    return build_method(config, selection)
+    return config.build()
 
 
 def _value(text: str) -> object:
@@ -123,12 +122,12 @@ def methods_of(
     args: argparse.Namespace, selections: Sequence[tuple[int, ...]] | None = None
 ) -> Iterator[tuple[str, Method]]:
     """Every method with every budget and choice of selection layers; full attention first."""
-    yield "full", method_of("full", FULL_BUDGET, args.selection, args.recency)
+    yield "full", Full()
     for spec in args.methods.split(","):
         if spec != "full":
             choices = [args.selection] if selections is None else selections
             kind = METHODS.get(spec.partition(":")[0])
-            if kind is not None and not kind.has_selection_layers:
+            if kind is not None and "selection_layers" not in parameters_of(kind):
                 choices = choices[:1]
             for layers in choices:
                 yield from ((spec, method_of(spec, b, layers, args.recency)) for b in args.budgets)
@@ -163,11 +162,10 @@ def measure(bench: Bench, methods: Sequence[tuple[str, Method]], args: argparse.
 def _asked(spec: str, method: Method, args: argparse.Namespace) -> dict[str, object]:
     row = {"what": args.what, "method": spec, "items": args.items, "size": args.size, "seed": args.seed}
     if spec != "full":
-        layers = "-".join(map(str, method.selection_layers))
+        settings = method.settings()
+        layers = "-".join(map(str, settings.get("selection_layers", ())))
         row |= {"budget": method.budget, "selection_layers": layers}
-        row["recency"] = "auto" if method.auto_recency else method.recency
-        if isinstance(method, LessIsMore):
-            row["aggregate"] = method.aggregate
+        row |= {name: settings[name] for name in ("recency", "aggregate") if name in settings}
     return row
 
 
@@ -216,8 +214,9 @@ def write(bench: Bench, methods: Sequence[tuple[str, Method]], args: argparse.Na
     """
     depth = bench.model.shape.layers
     for spec, method in methods:
-        if max(method.selection_layers, default=0) >= depth:
-            raise SystemExit(f"--selection: {spec} would select at {method.selection_layers} of {depth} layers")
+        layers = method.settings().get("selection_layers", ())
+        if max(layers, default=0) >= depth:
+            raise SystemExit(f"--selection: {spec} would select at {layers} of {depth} layers")
     machine = where(args)
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     with args.csv.open("w", newline="") as file:

@@ -1,4 +1,4 @@
-"""Teacher-forced decode over a served step's operators: `sgl_lim.serving.decode` with any method of `sgl_lim.methods`.
+"""Teacher-forced decode over a served step's operators: `sgl_lim.serving.layer` with any method of `sgl_lim.methods`.
 
 The prompt is dense, as a server's prefill. Every later token is its own decode step: it sees the keys and values that
 the steps before it left, which sparse layers have shaped. As the tokens are given, many steps run as rows of one.
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lim_kernels import Scaling, bound_pages, decode_with_scores
 from lim_kernels.page_bounds import PAGE, PageBounds
-from sgl_lim.methods import Method, Role
-from sgl_lim.serving.decode import DecodeStep, HeadShare, Scales, attend, begin_step
+from sgl_lim.methods import HeadsOfRank, Method, Role
+from sgl_lim.serving.layer import LayerDecode, LayerInput
+from sgl_lim.serving.reads import Plan, plan_reads
 
 from .model import SmallQwen3, finish, project, rope_table
 
@@ -91,8 +92,8 @@ def _decode_rows(
     positions = torch.arange(before, before + len(fed), device=fed.device)
     cos, sin = rope_table(positions, shape)
     slots = torch.arange(before + len(fed), device=fed.device, dtype=torch.int32).repeat(len(fed), 1)
-    step = begin_step(method, slots, (positions + 1).to(torch.int32))
-    heads, scales = HeadShare(0, shape.heads, shape.heads, None), Scales(shape.scale, 0.0)
+    plan = plan_reads(method, slots, (positions + 1).to(torch.int32), own_heads=shape.heads)
+    layers, scaling = LayerDecode(method, HeadsOfRank(0, shape.heads, shape.heads)), Scaling(shape.scale)
     x, keys, values = model.embed[fed][None], [], []
     shares, recalls = [], []
     for i, role in enumerate(method.layer_roles(shape.layers)):
@@ -101,14 +102,15 @@ def _decode_rows(
         keys.append(torch.cat((context.keys[i], k)))
         values.append(torch.cat((context.values[i], v)))
         bounds = _bounds(keys[i], slots[0]) if role is Role.OWN else None
-        out = attend(method, step, role, q, keys[i], values[i], scales=scales, heads=heads, bounds=bounds)
+        layer = LayerInput(q, keys[i], values[i], scaling, bounds)
+        out = layers.run(plan, role, layer)
         if role in (Role.SPARSE, Role.OWN):
-            shares.append(_share(step))
+            shares.append(_share(plan))
             if recall:
-                recalls.append(_recall(step, q, keys[i], values[i], shape.scale))
+                recalls.append(_recall(plan, layer))
         x = finish(x, out.transpose(0, 1)[None], w, shape, model.dtype)
     attended = torch.stack(shares).mean(0) if shares else torch.ones(len(fed), device=fed.device)
-    read = step.seq_lens * (1 - (1 - attended) * len(shares) / shape.layers)
+    read = plan.seq_lens * (1 - (1 - attended) * len(shares) / shape.layers)
     found = Decoded(model.logits(x[0]), attended, read, torch.stack(recalls).mean(0) if recalls else None)
     return replace(context, keys=keys, values=values, last=x[0, -1:]), found
 
@@ -121,22 +123,25 @@ def _bounds(keys: Tensor, slots: Tensor) -> PageBounds:
     return bounds
 
 
-def _share(step: DecodeStep) -> Tensor:
-    assert step.set_counts is not None
-    counts = step.set_counts.float()
-    return (counts if counts.dim() == 1 else counts.mean(1)) / step.seq_lens
+def _share(plan: Plan) -> Tensor:
+    """Share of their context that a layer's rows read, float32 [S]."""
+    assert plan.chosen is not None
+    counts = plan.chosen.ends.float()
+    return (counts if counts.dim() == 1 else counts.mean(1)) / plan.seq_lens
 
 
-def _recall(step: DecodeStep, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def _recall(plan: Plan, layer: LayerInput) -> Tensor:
     """Weight of the set in full attention, float32 [S], mean over query heads."""
-    assert step.set_slots is not None and step.set_counts is not None
-    _, lse, logits = decode_with_scores(q, keys, values, step.slots, step.seq_lens, Scaling(scale))
-    chosen, counts = step.set_slots, step.set_counts
+    assert plan.chosen is not None
+    context, chosen, counts = plan.context, plan.chosen.slots, plan.chosen.ends
+    _, lse, logits = decode_with_scores(
+        layer.q, layer.k_cache, layer.v_cache, context.slots, context.ends, layer.scaling
+    )
     if chosen.dim() == 2:
         chosen, counts = chosen[:, None], counts[:, None]
-    group = q.shape[1] // chosen.shape[1]
+    group = layer.q.shape[1] // chosen.shape[1]
     chosen, counts = chosen.repeat_interleave(group, dim=1), counts.repeat_interleave(group, dim=1)
-    valid = torch.arange(chosen.shape[2], device=q.device) < counts[..., None]
+    valid = torch.arange(chosen.shape[2], device=layer.q.device) < counts[..., None]
     # Slots are positions here. What lies behind `counts` may be anything.
     index = chosen.long().masked_fill(~valid, 0)
     weights = (logits.gather(2, index) - lse[..., None]).exp()

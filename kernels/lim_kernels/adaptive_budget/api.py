@@ -6,11 +6,9 @@ from torch import Tensor
 
 from lim_kernels.adaptive_budget import reference
 from lim_kernels.adaptive_budget.masses import SHARE_BITS, WINDOWS, window_of
-from lim_kernels.dispatch import default_for, require, resolve
+from lim_kernels.dispatch import implementation_of, require
 from lim_kernels.operands import SetSizes
 from lim_kernels.select_tokens.api import check_scores
-
-_IMPLEMENTATIONS = ("reference", "triton")
 
 
 def adapt_budgets(
@@ -61,9 +59,6 @@ def adapt_budgets(
     require(find_recent or top_p is not None, op, "a share top_p or find_recent=True", "neither")
     require(top_p is None or 0 < top_p < 1, op, "top_p between 0 and 1", top_p)
     require(1 <= floor <= budget, op, f"a floor of 1 to {budget} tokens", floor)
-    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(scores)) == "reference":
-        adapt = reference.adapt_budgets
-    else:
-        from lim_kernels.adaptive_budget.triton import adapt_budgets as adapt
+    adapt = implementation_of(reference.adapt_budgets, implementation, scores)
     share = None if top_p is None else round(top_p * 2**SHARE_BITS)
     return adapt(scores, seq_lens, sizes, find_recent=find_recent, share=share, floor=floor)

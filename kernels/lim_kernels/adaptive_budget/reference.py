@@ -1,4 +1,21 @@
-"""Specification of adaptive budgets in plain torch, on any device, without a host synchronisation."""
+"""Specification of adaptive budgets in plain torch, without a host synchronisation; also what a CPU server runs.
+
+For one row of n tokens, longer than the budget K (`masses` says why weights are integers):
+
+    bin(t)    = sixteenths of an octave by which the weight of token t is below the heaviest that has a bin
+    weight(t) = 2**40 * 2**-((bin(t) - smallest bin in the row) / 16), in integers as `weights_of` rounds them
+    mass      = sum of weight(t) over the row
+
+    recent = sizes.recent, or with find_recent the longest of
+             least_window(K), and K * part / 16 for part in 1 … 8, if its tokens weigh mass * part / 16 at least
+
+    budget = K, or with a share:
+        wanted = mass * share - weight of the sinks and the window
+        taken  = how many candidates, heaviest bin first, until they weigh `wanted`
+        budget = sinks + recent + taken, at least `floor` and sinks + recent + 1, at most K
+
+A row that is no longer than K gets its length.
+"""
 
 import torch
 from torch import Tensor

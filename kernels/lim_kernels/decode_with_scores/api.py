@@ -1,14 +1,10 @@
 """Public entry of decode with scores: validates operands and dispatches."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from lim_kernels.decode_with_scores import reference
-from lim_kernels.dispatch import check_decode_operands, default_for, require, require_rows, resolve
+from lim_kernels.dispatch import check_decode_operands, implementation_of, require, require_rows
 from lim_kernels.operands import Scaling
-
-_IMPLEMENTATIONS = ("reference", "triton")
 
 
 def decode_with_scores(
@@ -45,10 +41,7 @@ def decode_with_scores(
     require(slots.dim() == 2 and slots.shape[0] == batch, op, f"slots [{batch}, L]", list(slots.shape))
     require(seq_lens.shape == slots.shape[:1], op, f"seq_lens [{batch}]", list(seq_lens.shape))
     require_rows(op, slots)
-    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(q)) == "reference":
-        decode: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.decode_with_scores
-    else:
-        from lim_kernels.decode_with_scores.triton import decode_with_scores as decode
+    decode = implementation_of(reference.decode_with_scores, implementation, q)
     return decode(
         q,
         k_cache,

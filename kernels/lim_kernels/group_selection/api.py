@@ -2,14 +2,13 @@
 
 from torch import Tensor
 
-from lim_kernels.dispatch import default_for, require, require_one_device, resolve
+from lim_kernels.dispatch import implementation_of, require, require_one_device
 from lim_kernels.group_selection import reference
 from lim_kernels.operands import SetSizes
 from lim_kernels.prefix_groups import PrefixGroups
 from lim_kernels.select_tokens.api import check_scores
 
 COMBINATIONS = ("max", "logsumexp")
-_IMPLEMENTATIONS = ("reference", "triton")
 
 
 def choose_for_groups(
@@ -75,10 +74,7 @@ def choose_for_groups(
     require_one_device(op, scores, seq_lens, groups.counts)
     sizes.check(op)
     require(combine in COMBINATIONS, op, f"combine in {COMBINATIONS}", repr(combine))
-    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(scores)) == "reference":
-        choose = reference.choose_for_groups
-    else:
-        from lim_kernels.group_selection.triton import choose_for_groups as choose
+    choose = implementation_of(reference.choose_for_groups, implementation, scores)
     return choose(scores, seq_lens, groups, sizes, combine=combine, slots=slots)
 
 
@@ -113,9 +109,5 @@ def groups_of_sets(
     require(seq_lens.device == groups.counts.device, op, f"seq_lens on {groups.counts.device}", seq_lens.device)
     require(smallest >= 1, op, "smallest at least 1 token", smallest)
     sizes.check(op)
-    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(seq_lens)) == "reference":
-        find = reference.groups_of_sets
-    else:
-        from lim_kernels.group_selection.triton_plan import groups_of_sets as find
-    fields, counts = find(seq_lens, groups, sizes, smallest=smallest)
-    return PrefixGroups(**fields), counts
+    find = implementation_of(reference.groups_of_sets, implementation, seq_lens)
+    return find(seq_lens, groups, sizes, smallest=smallest)

@@ -53,34 +53,38 @@ def choose_for_groups(
 
 def groups_of_sets(
     seq_lens: Tensor, groups: PrefixGroups, sizes: SetSizes, *, smallest: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """See `api.groups_of_sets`; the fields of `PrefixGroups` by name."""
+) -> tuple[PrefixGroups, Tensor]:
+    """See `api.groups_of_sets`."""
     batch = len(seq_lens)
     counts, starts, ends, parents = [0] * batch, [0] * batch, [0] * batch, [-1] * batch
-    # Of each row: where its own part begins after the groups so far, the last of them, and how far others lead.
-    own_starts, paths, followed, taken = [0] * batch, [-1] * batch, [0] * batch, [0] * batch
+    # Of each row: where its own part begins after the groups so far, the last of them, and what rows before it read.
+    own_starts, innermost, already_read, taken = [0] * batch, [-1] * batch, [0] * batch, [0] * batch
     for part, quota in plan(seq_lens.tolist(), groups, sizes):
         first, group = part.rows[0], part.group
         end = taken[first] + quota
         if group >= 0 and end - own_starts[first] >= smallest:
             counts[group], starts[group], ends[group] = len(part.rows), own_starts[first], end
-            parents[group] = paths[first]
+            parents[group] = innermost[first]
             for row in part.rows:
-                own_starts[row], paths[row] = end, group
-                followed[row] = end if row != first else followed[row]
+                own_starts[row], innermost[row] = end, group
+                already_read[row] = end if row != first else already_read[row]
         for row in part.rows:
             taken[row] = end
-    fields = {
-        "counts": counts,
-        "starts": starts,
-        "ends": ends,
-        "parents": parents,
-        "own_starts": own_starts,
-        "paths": paths,
-        "followed": followed,
-    }
-    made = {name: torch.tensor(values, dtype=torch.int32, device=seq_lens.device) for name, values in fields.items()}
-    return {**made, "members": groups.members}, torch.tensor(taken, dtype=torch.int32, device=seq_lens.device)
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=seq_lens.device)
+
+    in_sets = PrefixGroups(
+        counts=tensor(counts),
+        starts=tensor(starts),
+        ends=tensor(ends),
+        parents=tensor(parents),
+        members=groups.members,
+        own_starts=tensor(own_starts),
+        innermost=tensor(innermost),
+        already_read=tensor(already_read),
+    )
+    return in_sets, tensor(taken)
 
 
 def plan(lens: list[int], groups: PrefixGroups, sizes: SetSizes) -> list[tuple[Segment, int]]:

@@ -10,11 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lim_kernels.group_selection.triton_plan import plan_spans
+from lim_kernels.group_selection.triton_plan import groups_of_sets, plan_spans
 from lim_kernels.operands import SetSizes
 from lim_kernels.prefix_groups import MAX_LEVELS, PrefixGroups
 from lim_kernels.select_tokens.triton_choose import choose_in_spans
+from lim_kernels.select_tokens.triton_spans import SPAN_COUNT, SPAN_FIELDS, SPAN_OFFSET
 from lim_kernels.triton_support import multiprocessors, padded_empty, plan_block, readable_width
+
+__all__ = ["choose_for_groups", "groups_of_sets"]
 
 _TILE = 16  # rows whose scores are combined at once
 _BLOCK = 256
@@ -78,23 +81,24 @@ def combine_kernel(
 def copy_kernel(
     spans_ptr,
     parents_ptr,
-    paths_ptr,
+    innermost_ptr,
     set_ptr,
     batch,
     stride_set,
     BLOCK: tl.constexpr,
 ):
     """Copy what a row's groups have chosen into a block of its set."""
-    row = tl.program_id(1)
+    row = tl.program_id(1).to(tl.int64)
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    group = tl.load(paths_ptr + row)
+    group = tl.load(innermost_ptr + row)
     while group >= 0:
-        span = batch + group
-        count = tl.load(spans_ptr + span * 8 + 5)
-        offset = tl.load(spans_ptr + span * 8 + 6)
+        span = (batch + group).to(tl.int64)
+        fields = spans_ptr + span * SPAN_FIELDS
+        count = tl.load(fields + SPAN_COUNT)
+        offset = tl.load(fields + SPAN_OFFSET)
         here = (places >= offset) & (places < offset + count)
-        values = tl.load(set_ptr + span.to(tl.int64) * stride_set + places, mask=here, other=0)
-        tl.store(set_ptr + row.to(tl.int64) * stride_set + places, values, mask=here)
+        values = tl.load(set_ptr + span * stride_set + places, mask=here, other=0)
+        tl.store(set_ptr + row * stride_set + places, values, mask=here)
         group = tl.load(parents_ptr + group)
 
 
@@ -120,7 +124,7 @@ def choose_for_groups(
         "batch": batch,
         "BLOCK_ROWS": plan_block(batch),
     }
-    path = {"parents_ptr": groups.parents, "paths_ptr": groups.paths}
+    path = {"parents_ptr": groups.parents, "innermost_ptr": groups.innermost}
     spans = plan_spans(seq_lens, groups, sizes)
     combined = padded_empty(batch, length, device=scores.device)
     # Half of the rows' blocks at most: a group has two rows or more.

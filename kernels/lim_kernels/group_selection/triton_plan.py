@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lim_kernels.operands import SetSizes
 from lim_kernels.prefix_groups import MAX_LEVELS, PrefixGroups
-from lim_kernels.select_tokens.triton_spans import SPAN_FIELDS, store_span
+from lim_kernels.select_tokens.triton_spans import SPAN_COUNT, SPAN_FIELDS, SPAN_OFFSET, store_span
 from lim_kernels.triton_support import plan_block
 
 _LEVELS = triton.next_power_of_2(MAX_LEVELS)
@@ -72,7 +72,7 @@ def force_kernel(
     parents_ptr,
     members_ptr,
     own_starts_ptr,
-    paths_ptr,
+    innermost_ptr,
     forced_ptr,
     batch,
     recent,
@@ -87,7 +87,7 @@ def force_kernel(
         own_start = tl.load(own_starts_ptr + span)
         end = tl.load(lens_ptr + span).to(tl.int32)
         total += tl.minimum(end - own_start, tl.maximum(tl.minimum(sinks, end) - own_start, 0) + recent)
-        group = tl.load(paths_ptr + span)
+        group = tl.load(innermost_ptr + span)
     elif tl.load(counts_ptr + group) == 0:
         group = -1
     while group >= 0:
@@ -108,7 +108,7 @@ def plan_kernel(
     parents_ptr,
     members_ptr,
     own_starts_ptr,
-    paths_ptr,
+    innermost_ptr,
     forced_ptr,
     spans_ptr,
     batch,
@@ -122,7 +122,7 @@ def plan_kernel(
     span = tl.program_id(0)
     group = span - batch
     exists = tl.load(counts_ptr + group, mask=span >= batch, other=0) > 0
-    lowest = tl.where(exists, group, tl.load(paths_ptr + span, mask=span < batch, other=-1))
+    lowest = tl.where(exists, group, tl.load(innermost_ptr + span, mask=span < batch, other=-1))
     path, depth = path_to(parents_ptr, lowest, LEVELS)
     # From the outermost group on: how many tokens are taken before it, and what it takes.
     offset = tl.full([], 0, dtype=tl.int32)
@@ -166,14 +166,14 @@ def set_groups_kernel(
     group_counts_ptr,
     parents_ptr,
     members_ptr,
-    paths_ptr,
+    innermost_ptr,
     counts_ptr,
     starts_ptr,
     ends_ptr,
     set_parents_ptr,
     own_starts_ptr,
-    set_paths_ptr,
-    followed_ptr,
+    set_innermost_ptr,
+    already_read_ptr,
     set_counts_ptr,
     batch,
     smallest,
@@ -183,31 +183,32 @@ def set_groups_kernel(
     span = tl.program_id(0)
     group = span - batch
     count = tl.load(group_counts_ptr + group, mask=span >= batch, other=0)
-    lowest = tl.where(count > 0, group, tl.load(paths_ptr + span, mask=span < batch, other=-1))
+    lowest = tl.where(count > 0, group, tl.load(innermost_ptr + span, mask=span < batch, other=-1))
     path, depth = path_to(parents_ptr, lowest, LEVELS)
     # From the outermost group on: the last one that is large enough, where it starts and ends, and the one before it.
     last = tl.full([], -1, dtype=tl.int32)
     parent = tl.full([], -1, dtype=tl.int32)
     start = tl.full([], 0, dtype=tl.int32)
     end = tl.full([], 0, dtype=tl.int32)
-    followed = tl.full([], 0, dtype=tl.int32)
+    already_read = tl.full([], 0, dtype=tl.int32)
     while depth > 0:
         depth -= 1
         at = at_depth(path, depth, LEVELS)
-        fields = spans_ptr + (batch + at) * 8
-        reached = tl.load(fields + 5) + tl.load(fields + 6)
+        fields = spans_ptr + (batch + at).to(tl.int64) * SPAN_FIELDS
+        reached = tl.load(fields + SPAN_COUNT) + tl.load(fields + SPAN_OFFSET)
         large = reached - end >= smallest
         parent = tl.where(large, last, parent)
         start = tl.where(large, end, start)
         last = tl.where(large, at, last)
         end = tl.where(large, reached, end)
         leader = tl.load(members_ptr + at.to(tl.int64) * batch)
-        followed = tl.where(large & (leader != span), reached, followed)
+        already_read = tl.where(large & (leader != span), reached, already_read)
     if span < batch:
         tl.store(own_starts_ptr + span, end)
-        tl.store(set_paths_ptr + span, last)
-        tl.store(followed_ptr + span, followed)
-        tl.store(set_counts_ptr + span, tl.load(spans_ptr + span * 8 + 5) + tl.load(spans_ptr + span * 8 + 6))
+        tl.store(set_innermost_ptr + span, last)
+        tl.store(already_read_ptr + span, already_read)
+        fields = spans_ptr + span.to(tl.int64) * SPAN_FIELDS
+        tl.store(set_counts_ptr + span, tl.load(fields + SPAN_COUNT) + tl.load(fields + SPAN_OFFSET))
     else:
         exists = (count > 0) & (last == group)
         tl.store(counts_ptr + group, tl.where(exists, count, 0))
@@ -220,7 +221,7 @@ def plan_spans(seq_lens: Tensor, groups: PrefixGroups, sizes: SetSizes) -> Tenso
     """int32 [2B, SPAN_FIELDS], the span of each row's own segment, then of each group; empty where there is none."""
     batch, device = len(seq_lens), seq_lens.device
     forced = torch.empty(2 * batch, dtype=torch.int32, device=device)
-    spans = torch.empty(2 * batch, SPAN_FIELDS, dtype=torch.int32, device=device)
+    spans = torch.empty(2 * batch, SPAN_FIELDS.value, dtype=torch.int32, device=device)
     planned = {
         "lens_ptr": seq_lens,
         "counts_ptr": groups.counts,
@@ -229,7 +230,7 @@ def plan_spans(seq_lens: Tensor, groups: PrefixGroups, sizes: SetSizes) -> Tenso
         "parents_ptr": groups.parents,
         "members_ptr": groups.members,
         "own_starts_ptr": groups.own_starts,
-        "paths_ptr": groups.paths,
+        "innermost_ptr": groups.innermost,
         "forced_ptr": forced,
         "batch": batch,
         "recent": sizes.recent,
@@ -244,29 +245,29 @@ def plan_spans(seq_lens: Tensor, groups: PrefixGroups, sizes: SetSizes) -> Tenso
 
 def groups_of_sets(
     seq_lens: Tensor, groups: PrefixGroups, sizes: SetSizes, *, smallest: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """See `api.groups_of_sets`; the fields of `PrefixGroups` by name."""
+) -> tuple[PrefixGroups, Tensor]:
+    """See `api.groups_of_sets`."""
     batch = len(seq_lens)
-    names = ("counts", "starts", "ends", "parents", "own_starts", "paths", "followed")
-    made = torch.empty(len(names) + 1, batch, dtype=torch.int32, device=seq_lens.device)
-    fields, set_counts = dict(zip(names, made[:-1], strict=True)), made[-1]
+    per_row = torch.empty(8, batch, dtype=torch.int32, device=seq_lens.device)
+    counts, starts, ends, parents, own_starts, innermost, already_read, set_counts = per_row
+    in_sets = PrefixGroups(counts, starts, ends, parents, groups.members, own_starts, innermost, already_read)
     set_groups_kernel[(2 * batch,)](
         spans_ptr=plan_spans(seq_lens, groups, sizes),
         group_counts_ptr=groups.counts,
         parents_ptr=groups.parents,
         members_ptr=groups.members,
-        paths_ptr=groups.paths,
-        counts_ptr=fields["counts"],
-        starts_ptr=fields["starts"],
-        ends_ptr=fields["ends"],
-        set_parents_ptr=fields["parents"],
-        own_starts_ptr=fields["own_starts"],
-        set_paths_ptr=fields["paths"],
-        followed_ptr=fields["followed"],
+        innermost_ptr=groups.innermost,
+        counts_ptr=in_sets.counts,
+        starts_ptr=in_sets.starts,
+        ends_ptr=in_sets.ends,
+        set_parents_ptr=in_sets.parents,
+        own_starts_ptr=in_sets.own_starts,
+        set_innermost_ptr=in_sets.innermost,
+        already_read_ptr=in_sets.already_read,
         set_counts_ptr=set_counts,
         batch=batch,
         smallest=smallest,
         LEVELS=_LEVELS,
         num_warps=1,
     )
-    return {**fields, "members": groups.members}, set_counts
+    return in_sets, set_counts

@@ -1,15 +1,11 @@
 """Public entry of grouped decode: validates operands and dispatches."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from lim_kernels.dispatch import check_decode_operands, default_for, require, require_rows, resolve
+from lim_kernels.dispatch import check_decode_operands, implementation_of, require, require_rows
 from lim_kernels.grouped_decode import reference
 from lim_kernels.operands import Scaling
 from lim_kernels.prefix_groups import PrefixGroups
-
-_IMPLEMENTATIONS = ("reference", "triton")
 
 
 def grouped_decode(
@@ -49,10 +45,7 @@ def grouped_decode(
     require(seq_lens.shape == slots.shape[:1], op, f"seq_lens [{batch}]", list(seq_lens.shape))
     require(groups.counts.shape == seq_lens.shape, op, f"groups of {batch} rows", list(groups.counts.shape))
     require_rows(op, slots)
-    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(q)) == "reference":
-        decode: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = reference.grouped_decode
-    else:
-        from lim_kernels.grouped_decode.triton import grouped_decode as decode
+    decode = implementation_of(reference.grouped_decode, implementation, q)
     return decode(
         q,
         k_cache,

@@ -117,7 +117,7 @@ def group_kernel(
     UPCAST: tl.constexpr,
 ):
     """Attention of one KV head's query heads of a tile of a group's rows over one chunk of the group's positions."""
-    kv_head = tl.program_id(0)
+    kv_head = tl.program_id(0).to(tl.int64)
     item = tl.program_id(1)
     lens, tiles, chunks = plan_groups(
         counts_ptr, starts_ptr, ends_ptr, batch, fewest_items, most_items, preferred, TILE_ROWS, BLOCK, BLOCK_ROWS
@@ -189,7 +189,7 @@ def merge_path_kernel(
     group_ends_ptr,
     parents_ptr,
     members_ptr,
-    paths_ptr,
+    innermost_ptr,
     out_ptr,
     lse_ptr,
     batch,
@@ -222,7 +222,7 @@ def merge_path_kernel(
     acc, peak, norm = merge_row(
         partial_ptr, partial_lse_ptr, chunks, row, head, HEADS, DIM_V, BLOCK_DIM_V, BLOCK_ROWS, BLOCK_ITEMS
     )
-    group = tl.load(paths_ptr + row)
+    group = tl.load(innermost_ptr + row)
     if group >= 0:
         _, tiles, chunks = plan_groups(
             counts_ptr,
@@ -332,7 +332,7 @@ def grouped_decode(
         group_ends_ptr=groups.ends,
         parents_ptr=groups.parents,
         members_ptr=groups.members,
-        paths_ptr=groups.paths,
+        innermost_ptr=groups.innermost,
         out_ptr=out,
         lse_ptr=lse,
         fewest=wave,

@@ -7,11 +7,9 @@ their slots by `expand_pages`. None of them waits for the device.
 import torch
 from torch import Tensor
 
-from lim_kernels.dispatch import default_for, require, require_one_device, require_rows, resolve
+from lim_kernels.dispatch import implementation_of, require, require_one_device, require_rows
 from lim_kernels.page_bounds import reference
 from lim_kernels.page_bounds.state import PageBounds
-
-_IMPLEMENTATIONS = ("reference", "triton")
 
 
 def bound_pages(bounds: PageBounds, k_cache: Tensor, written: Tensor, *, implementation: str | None = None) -> None:
@@ -36,10 +34,7 @@ def bound_pages(bounds: PageBounds, k_cache: Tensor, written: Tensor, *, impleme
     _check_integers(op, "written", written)
     require_one_device(op, bounds.lows, bounds.highs, k_cache, written)
     require_rows(op, k_cache, written)
-    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(k_cache)) == "reference":
-        bound = reference.bound_pages
-    else:
-        from lim_kernels.page_bounds.triton import bound_pages as bound
+    bound = implementation_of(reference.bound_pages, implementation, k_cache)
     bound(bounds, k_cache, written)
 
 
@@ -78,10 +73,7 @@ def score_pages(
     _check_integers(op, "seq_lens", seq_lens, len(q))
     require_one_device(op, bounds.lows, bounds.highs, q, slots, seq_lens)
     require_rows(op, q, slots, seq_lens)
-    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(q)) == "reference":
-        score = reference.score_pages
-    else:
-        from lim_kernels.page_bounds.triton import score_pages as score
+    score = implementation_of(reference.score_pages, implementation, q)
     return score(q, bounds, slots, seq_lens, score_beyond=score_beyond)
 
 
@@ -110,10 +102,7 @@ def expand_pages(
     _check_integers(op, "seq_lens", seq_lens, len(pages))
     require_one_device(op, pages, slots, seq_lens)
     require_rows(op, slots, seq_lens)
-    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(pages)) == "reference":
-        expand = reference.expand_pages
-    else:
-        from lim_kernels.page_bounds.triton import expand_pages as expand
+    expand = implementation_of(reference.expand_pages, implementation, pages)
     return expand(pages, slots, seq_lens)
 
 

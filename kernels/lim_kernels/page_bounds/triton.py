@@ -31,7 +31,7 @@ def bound_kernel(
 ):
     """Bound one KV head's keys of a page, up to the last slot that was written of it."""
     item = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     slot = tl.load(written_ptr + item).to(tl.int64)
     following = tl.load(written_ptr + item + 1, mask=item + 1 < num_written, other=-1).to(tl.int64)
     offset = slot % _PAGE
@@ -86,7 +86,7 @@ def score_pages_kernel(
     UPCAST: tl.constexpr,
 ):
     """Score a block of one row's pages for one KV head."""
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     length = tl.load(lens_ptr + row).to(tl.int32)
     count = tl.cdiv(length, _PAGE)

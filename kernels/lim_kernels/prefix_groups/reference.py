@@ -7,38 +7,39 @@ that share d tokens with a row form a class whatever the row, and all classes to
 import torch
 from torch import Tensor
 
+from lim_kernels.prefix_groups.state import MAX_LEVELS, PrefixGroups
+
 
 def find_prefix_groups(
-    slots: Tensor, seq_lens: Tensor, *, granule: int, max_levels: int, lead: int, apart: Tensor | None
-) -> dict[str, Tensor]:
-    """See `api.find_prefix_groups`; the fields of `PrefixGroups` by name."""
+    slots: Tensor, seq_lens: Tensor, *, granule: int, set_columns: int, uses_set: Tensor | None
+) -> PrefixGroups:
+    """See `api.find_prefix_groups`."""
     batch, device = slots.shape[0], slots.device
     rows = torch.arange(batch, device=device)
-    apart = torch.zeros_like(rows, dtype=torch.bool) if apart is None else apart != 0
+    uses_set = torch.zeros_like(rows, dtype=torch.bool) if uses_set is None else uses_set != 0
     # A row of one token has only its own.
-    shared = limit_levels(shared_lengths(slots, seq_lens.where(~apart, 1), granule), max_levels)
+    shared = limit_levels(shared_lengths(slots, seq_lens.where(~uses_set, 1), granule), MAX_LEVELS)
     before = rows.unsqueeze(0) < rows.unsqueeze(1)
-    followed = shared.where(before, 0).amax(1)
+    already_read = shared.where(before, 0).amax(1)
     own_starts = shared.amax(1)
 
     # A row adds at most one group: the one that ends where it leaves the rows before it. Others may have done so there.
-    ends = followed
+    ends = already_read
     _, first = group_at(shared, ends)
     exists = (ends > 0) & (first == rows)
     inside = (shared >= ends.unsqueeze(1)) | (rows.unsqueeze(0) == rows.unsqueeze(1))
     starts = shared.where(shared < ends.unsqueeze(1), 0).amax(1)
     members = torch.where(inside, rows, batch).sort(1).values
-    fields = {
-        "counts": inside.sum(1).where(exists, 0),
-        "starts": starts.where(exists, 0) + lead,
-        "ends": ends.where(exists, 0) + lead,
-        "parents": group_at(shared, starts)[1].where(exists & (starts > 0), -1),
-        "members": members,
-        "own_starts": (own_starts + lead).where(~apart, 0),
-        "paths": group_at(shared, own_starts)[1].where(own_starts > 0, -1),
-        "followed": followed,
-    }
-    return {name: value.int() for name, value in fields.items()}
+    return PrefixGroups(
+        counts=inside.sum(1).where(exists, 0).int(),
+        starts=(starts.where(exists, 0) + set_columns).int(),
+        ends=(ends.where(exists, 0) + set_columns).int(),
+        parents=group_at(shared, starts)[1].where(exists & (starts > 0), -1).int(),
+        members=members.int(),
+        own_starts=(own_starts + set_columns).where(~uses_set, 0).int(),
+        innermost=group_at(shared, own_starts)[1].where(own_starts > 0, -1).int(),
+        already_read=already_read.int(),
+    )
 
 
 def shared_lengths(slots: Tensor, seq_lens: Tensor, granule: int) -> Tensor:

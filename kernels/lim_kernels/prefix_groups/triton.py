@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lim_kernels.prefix_groups.state import MAX_LEVELS, PrefixGroups
 from lim_kernels.triton_support import plan_block
 
 _PROBES = 8  # points compared at once: bisection waits for memory at every step
@@ -17,12 +18,12 @@ _PROBES = 8  # points compared at once: bisection waits for memory at every step
 def shared_kernel(
     slots_ptr,
     lens_ptr,
-    apart_ptr,
+    uses_set_ptr,
     shared_ptr,
     batch,
     granule,
     stride_slots,
-    APART: tl.constexpr,
+    USES_SET: tl.constexpr,
     STEPS: tl.constexpr,
     PROBES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -31,9 +32,9 @@ def shared_kernel(
     row = tl.program_id(0)
     others = tl.arange(0, BLOCK_ROWS)
     there = (others < batch) & (others != row)
-    if APART:
-        mine_apart = tl.load(apart_ptr + row)
-        there = there & (tl.load(apart_ptr + others, mask=there, other=1) == 0) & (mine_apart == 0)
+    if USES_SET:
+        mine_uses_set = tl.load(uses_set_ptr + row)
+        there = there & (tl.load(uses_set_ptr + others, mask=there, other=1) == 0) & (mine_uses_set == 0)
     mine_ptr = slots_ptr + row.to(tl.int64) * stride_slots
     theirs_ptr = slots_ptr + others.to(tl.int64) * stride_slots
     lens = tl.minimum(tl.load(lens_ptr + others, mask=there, other=0), tl.load(lens_ptr + row)).to(tl.int32)
@@ -59,13 +60,13 @@ def shared_kernel(
             missed = tl.min(tl.where(open & (mine != theirs), points, (high + 1)[:, None]), axis=1)
             low = reached
             high = tl.maximum(missed - 1, low)
-    tl.store(shared_ptr + row * BLOCK_ROWS + others, low * granule)
+    tl.store(shared_ptr + row.to(tl.int64) * BLOCK_ROWS + others, low * granule)
 
 
 @triton.jit
 def load_shared(shared_ptr, row, cap, BLOCK_ROWS: tl.constexpr):
     """A row's shared lengths, cut to `cap`."""
-    return tl.minimum(tl.load(shared_ptr + row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)), cap)
+    return tl.minimum(tl.load(shared_ptr + row.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)), cap)
 
 
 @triton.jit
@@ -80,18 +81,18 @@ def group_at(shared_ptr, mine, row, depth, cap, BLOCK_ROWS: tl.constexpr):
 @triton.jit
 def tree_kernel(
     shared_ptr,
-    apart_ptr,
+    uses_set_ptr,
     counts_ptr,
     starts_ptr,
     ends_ptr,
     parents_ptr,
     members_ptr,
     own_starts_ptr,
-    paths_ptr,
-    followed_ptr,
+    innermost_ptr,
+    already_read_ptr,
     batch,
-    lead,
-    APART: tl.constexpr,
+    set_columns,
+    USES_SET: tl.constexpr,
     MAX_LEVELS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
@@ -106,7 +107,7 @@ def tree_kernel(
         cap = tl.min(tl.where(mine > cap, mine, beyond), axis=0)
     mine = tl.minimum(mine, cap)
     own_start = tl.max(mine, axis=0)
-    followed = tl.max(tl.where(rows < row, mine, 0), axis=0)
+    already_read = tl.max(tl.where(rows < row, mine, 0), axis=0)
     path = tl.full([], -1, dtype=tl.int32)
     parent = tl.full([], -1, dtype=tl.int32)
     start = tl.full([], 0, dtype=tl.int32)
@@ -114,31 +115,39 @@ def tree_kernel(
     count = tl.full([], 0, dtype=tl.int32)
     if own_start > 0:
         path = group_at(shared_ptr, mine, row, own_start, cap, BLOCK_ROWS)
-    if followed > 0 and group_at(shared_ptr, mine, row, followed, cap, BLOCK_ROWS) == row:
-        inside = (mine >= followed) | (rows == row)
+    if already_read > 0 and group_at(shared_ptr, mine, row, already_read, cap, BLOCK_ROWS) == row:
+        inside = (mine >= already_read) | (rows == row)
         count = tl.sum(inside.to(tl.int32), axis=0)
-        end = followed
-        start = tl.max(tl.where(mine < followed, mine, 0), axis=0)
+        end = already_read
+        start = tl.max(tl.where(mine < already_read, mine, 0), axis=0)
         places = tl.cumsum(inside.to(tl.int32), axis=0) - 1
-        tl.store(members_ptr + row * batch + places, rows, mask=inside)
+        tl.store(members_ptr + row.to(tl.int64) * batch + places, rows, mask=inside)
         if start > 0:
             parent = group_at(shared_ptr, mine, row, start, cap, BLOCK_ROWS)
     tl.store(counts_ptr + row, count)
-    tl.store(starts_ptr + row, start + lead)
-    tl.store(ends_ptr + row, end + lead)
+    tl.store(starts_ptr + row, start + set_columns)
+    tl.store(ends_ptr + row, end + set_columns)
     tl.store(parents_ptr + row, parent)
-    own_start += lead
-    if APART:
-        own_start = tl.where(tl.load(apart_ptr + row) == 0, own_start, 0)
+    own_start += set_columns
+    if USES_SET:
+        own_start = tl.where(tl.load(uses_set_ptr + row) == 0, own_start, 0)
     tl.store(own_starts_ptr + row, own_start)
-    tl.store(paths_ptr + row, path)
-    tl.store(followed_ptr + row, followed)
+    tl.store(innermost_ptr + row, path)
+    tl.store(already_read_ptr + row, already_read)
+
+
+def empty_groups(batch: int, device: torch.device) -> PrefixGroups:
+    """Groups of so many rows, uninitialised."""
+    per_row = torch.empty(7, batch, dtype=torch.int32, device=device)
+    counts, starts, ends, parents, own_starts, innermost, already_read = per_row
+    members = torch.empty(batch, batch, dtype=torch.int32, device=device)
+    return PrefixGroups(counts, starts, ends, parents, members, own_starts, innermost, already_read)
 
 
 def find_prefix_groups(
-    slots: Tensor, seq_lens: Tensor, *, granule: int, max_levels: int, lead: int, apart: Tensor | None
-) -> dict[str, Tensor]:
-    """See `api.find_prefix_groups`; the fields of `PrefixGroups` by name."""
+    slots: Tensor, seq_lens: Tensor, *, granule: int, set_columns: int, uses_set: Tensor | None
+) -> PrefixGroups:
+    """See `api.find_prefix_groups`."""
     batch, width = slots.shape
     block = plan_block(batch)
     shared = torch.empty(batch, block, dtype=torch.int32, device=slots.device)
@@ -148,29 +157,34 @@ def find_prefix_groups(
     shared_kernel[(batch,)](
         slots_ptr=slots,
         lens_ptr=seq_lens,
-        apart_ptr=apart,
+        uses_set_ptr=uses_set,
         shared_ptr=shared,
         batch=batch,
         granule=granule,
         stride_slots=slots.stride(0),
-        APART=apart is not None,
+        USES_SET=uses_set is not None,
         STEPS=steps,
         PROBES=_PROBES,
         BLOCK_ROWS=block,
         num_warps=4,
     )
-    names = ("counts", "starts", "ends", "parents", "own_starts", "paths", "followed")
-    fields = dict(zip(names, torch.empty(len(names), batch, dtype=torch.int32, device=slots.device), strict=True))
-    fields["members"] = torch.empty(batch, batch, dtype=torch.int32, device=slots.device)
+    found = empty_groups(batch, slots.device)
     tree_kernel[(batch,)](
         shared_ptr=shared,
-        apart_ptr=apart,
+        uses_set_ptr=uses_set,
+        counts_ptr=found.counts,
+        starts_ptr=found.starts,
+        ends_ptr=found.ends,
+        parents_ptr=found.parents,
+        members_ptr=found.members,
+        own_starts_ptr=found.own_starts,
+        innermost_ptr=found.innermost,
+        already_read_ptr=found.already_read,
         batch=batch,
-        lead=lead,
-        APART=apart is not None,
-        MAX_LEVELS=max_levels,
+        set_columns=set_columns,
+        USES_SET=uses_set is not None,
+        MAX_LEVELS=MAX_LEVELS,
         BLOCK_ROWS=block,
         num_warps=1,
-        **{f"{name}_ptr": field for name, field in fields.items()},
     )
-    return fields
+    return found

@@ -7,14 +7,11 @@
 import torch
 from torch import Tensor
 
-from lim_kernels.dispatch import default_for, require, require_rows, resolve
+from lim_kernels.dispatch import implementation_of, require, require_rows
 from lim_kernels.operands import SetSizes
 from lim_kernels.select_tokens import reference
 
 AGGREGATES = ("union", "max", "sum")
-MAX_UNION = 8192
-"""Largest middle budget that Triton's "union" takes."""
-_IMPLEMENTATIONS = ("reference", "triton")
 
 
 def score_tokens(
@@ -51,16 +48,9 @@ def score_tokens(
     if lse is not None:
         fits = lse.shape == logits.shape[:2] and lse.is_contiguous()
         require(fits, op, f"contiguous lse {list(logits.shape[:2])}", list(lse.shape))
-    chosen = resolve(op, implementation, _IMPLEMENTATIONS, default_for(logits))
-    if chosen == "reference":
-        score = reference.score_tokens
-    else:
-        from lim_kernels.select_tokens.triton import score_tokens as score
-
-        fits = aggregate != "union" or sizes.middle <= MAX_UNION
-        require(fits, op, f"a middle budget of at most {MAX_UNION} for union", sizes.middle)
-        if lse is None and aggregate != "union":
-            lse = reference.within_rows(logits, seq_lens).logsumexp(dim=2)
+    elif aggregate != "union":
+        lse = reference.within_rows(logits, seq_lens).logsumexp(dim=2)
+    score = implementation_of(reference.score_tokens, implementation, logits)
     return score(
         logits,
         lse,
@@ -108,10 +98,7 @@ def choose_tokens(
             fits = own.dtype == torch.int32 and own.shape == seq_lens.shape and own.device == scores.device
             require(fits, op, f"{name} int32 {list(seq_lens.shape)} on {scores.device}", _describe(own))
             require_rows(op, own)
-    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(scores)) == "reference":
-        choose = reference.choose_tokens
-    else:
-        from lim_kernels.select_tokens.triton_choose import choose_in_spans as choose
+    choose = implementation_of(reference.choose_tokens, implementation, scores)
     return choose(
         scores,
         seq_lens,

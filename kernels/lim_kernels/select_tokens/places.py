@@ -1,4 +1,7 @@
-"""The scale of a token's place in the union, which all implementations share: ranks of a group may mix them."""
+"""What `api` and all implementations share of the union: ranks of a group may mix implementations."""
+
+MAX_UNION = 8192
+"""Largest middle budget that Triton's "union" takes: a list that one program orders."""
 
 
 def rank_unit(middle: int, num_heads: int) -> float:

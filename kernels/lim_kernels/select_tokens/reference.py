@@ -1,9 +1,26 @@
-"""Specification of token selection in plain torch, on any device, without a host synchronisation.
+"""Specification of token selection in plain torch, without a host synchronisation; also what a CPU server runs.
 
-Source: LessIsMore (arXiv 2508.07101), unified attention head selection with a stable recency window. The rank-major
-union "rank 0 of every head in head order, then rank 1, …, duplicates dropped, cut at m" is computed in its equal
-form: key(t) = min over heads of rank_h(t)·H + h, and the m tokens of smallest key. Equal logits rank by position,
-the lower one first, so that the set does not depend on the device or on how heads are split over ranks.
+Source: LessIsMore (arXiv 2508.07101), unified attention head selection with a stable recency window. For one row of
+n tokens, longer than the budget, with H heads and a middle budget of m:
+
+    candidates = positions from the last sink to the first token of the recency window
+
+    score_tokens, "union":
+        list_h   = the m candidates of largest logit of head h, largest first, equal ones by lower position
+        place(t) = min of rank * H + h over the heads h in whose list t has that rank
+        score(t) = -place(t), scaled; -inf if no head lists t
+    score_tokens, "max" and "sum":
+        score(t) = max, or logsumexp, over heads of logit_h(t) - lse_h
+
+    choose_tokens:
+        set = sinks, recency window and the m candidates of largest score, equal ones by lower position; ascending
+
+The m smallest places are the rank-major union "rank 0 of every head in head order, then rank 1, …, duplicates dropped,
+cut at m". Equal logits rank by position so that the set depends neither on the device nor on how heads are split over
+ranks. A row that is no longer than the budget keeps all its tokens.
+
+What has to be ordered by value and then by position is packed into one int64 (`_top_positions`), so that one top-k
+orders by both.
 """
 
 import torch
@@ -41,9 +58,9 @@ def score_tokens(
         middle = min(sizes.middle, length)
         candidates = candidate_mask(seq_lens, length, recent=sizes.recent, sinks=sizes.sinks)
         return _union_scores(logits, candidates, middle, first_head=first_head, num_heads=num_heads)
+    assert lse is not None
     # [B, H, L]
-    logits = within_rows(logits, seq_lens)
-    log_weights = logits - (logits.logsumexp(dim=2) if lse is None else lse).unsqueeze(2)
+    log_weights = within_rows(logits, seq_lens) - lse.unsqueeze(2)
     return log_weights.logsumexp(dim=1) if aggregate == "sum" else log_weights.amax(dim=1)
 
 

@@ -4,9 +4,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lim_kernels.dispatch import require
 from lim_kernels.operands import SetSizes
+from lim_kernels.select_tokens.places import MAX_UNION
+from lim_kernels.select_tokens.triton_choose import choose_tokens
 from lim_kernels.select_tokens.triton_union import union_scores
 from lim_kernels.triton_support import padded_empty, readable_width
+
+__all__ = ["choose_tokens", "score_tokens"]
 
 _BLOCK = 1024
 
@@ -89,4 +94,6 @@ def score_tokens(
             num_warps=4,
         )
         return scores
+    fits = sizes.middle <= MAX_UNION
+    require(fits, "score_tokens", f"a middle budget of at most {MAX_UNION} for union", sizes.middle)
     return union_scores(logits, seq_lens, sizes, first_head=first_head, num_heads=num_heads)

@@ -16,7 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lim_kernels.operands import SetSizes
-from lim_kernels.select_tokens.triton_spans import load_span, scores_of
+from lim_kernels.select_tokens.triton_spans import (
+    SPAN_COMBINED,
+    SPAN_FIELDS,
+    SPAN_OFFSET,
+    SPAN_ROW,
+    load_span,
+    scores_of,
+)
 from lim_kernels.select_tokens.triton_tiles import (
     count_before,
     deciding_bin,
@@ -222,10 +229,11 @@ def emit_kernel(
     start = block * BLOCK
     positions = start + tile(BLOCK)
     set_row = set_ptr + row * stride_set
+    # Where the span's scores and slots are, where in the set its tokens go, and where the whole set ends.
     if SPANS:
-        source = tl.load(spans_ptr + row * 8).to(tl.int64)
-        offset = tl.load(spans_ptr + row * 8 + 6)
-        shared = tl.load(spans_ptr + row * 8 + 7) >= 0
+        source = tl.load(spans_ptr + row * SPAN_FIELDS + SPAN_ROW).to(tl.int64)
+        offset = tl.load(spans_ptr + row * SPAN_FIELDS + SPAN_OFFSET)
+        shared = tl.load(spans_ptr + row * SPAN_FIELDS + SPAN_COMBINED) >= 0
         written = offset + count
     else:
         source = row
@@ -234,7 +242,8 @@ def emit_kernel(
         written = tl.minimum(end, count)
     if block == 0:
         tl.store(counts_ptr + row, written)
-    # What lies after the set, as far as this block covers the width of the set.
+    # Fill what lies after the set, as far as this block covers the width of the set. Sets of groups are copied to their
+    # rows' later, and have no end of their own.
     unused = 0 if TO_SLOTS else -1
     if not shared:
         tl.store(set_row + positions, unused, mask=(positions >= written) & (positions < set_width))
@@ -242,6 +251,7 @@ def emit_kernel(
         return
     if SPANS and start + BLOCK <= begin:
         return
+    # Which of the block's tokens are kept, and at which places of the set.
     if end - begin <= count:
         kept = positions < end
         if SPANS:
@@ -252,6 +262,8 @@ def emit_kernel(
         gathered = tl.load(num_gathered_ptr + row)
         keys = gathered_ptr + row * GATHERED
         scores_row = scores_of(scores_ptr, combined_ptr, spans_ptr, row, stride_scores, stride_combined, SPANS)
+        # Kept are forced tokens, candidates of better bins, and those of the deciding bin that reach its bound. If that
+        # bin's candidates did not fit into their list, nobody has found the bound yet, and each block searches the row.
         if gathered <= GATHERED:
             bound = tl.load(bound_ptr + row)
         else:
@@ -266,6 +278,8 @@ def emit_kernel(
         if SPANS:
             kept = kept & (positions >= begin)
 
+        # Places follow from how many tokens before this block are kept: candidates of better bins, counted block by
+        # block in `collect_kernel`, those of the deciding bin that reach the bound, and forced ones.
         blocks = tl.arange(0, BLOCK_SURE)
         earlier = blocks < block
         if SPANS:
@@ -284,6 +298,19 @@ def emit_kernel(
         places += before
     values = tl.load(slots_ptr + source * stride_slots + positions, mask=kept, other=0) if TO_SLOTS else positions
     tl.store(set_row + places, values, mask=kept)
+
+
+def choose_tokens(
+    scores: Tensor,
+    seq_lens: Tensor,
+    sizes: SetSizes,
+    *,
+    slots: Tensor | None,
+    budgets: Tensor | None,
+    recents: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `api.choose_tokens`."""
+    return choose_in_spans(scores, seq_lens, sizes, slots=slots, budgets=budgets, recents=recents)
 
 
 def choose_in_spans(

@@ -13,14 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lim_kernels.operands import SetSizes
-from lim_kernels.select_tokens.places import rank_unit
+from lim_kernels.select_tokens.places import MAX_UNION, rank_unit
 from lim_kernels.select_tokens.triton_tiles import number_kept, tile
 from lim_kernels.triton_support import padded_empty, readable_width
 
 _SHALLOW = 4  # a quarter of the middle budget is how deep lists are first
 _SAMPLES = (2048, 8192)  # for the first guess, and where it missed
 _READ = 4096
-_LONGEST = 8192  # a list that one program orders; `api.MAX_UNION` follows from it
 
 
 @triton.jit
@@ -96,7 +95,7 @@ def guess_kernel(
 
     AGAIN corrects a guess that missed by how many it let through, and marks the head as pending.
     """
-    head = tl.program_id(0)
+    head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     length = tl.load(lens_ptr + row).to(tl.int32)
     if length <= budget:
@@ -146,7 +145,7 @@ def gather_kernel(
 ):
     """List a block's candidates that reach the guess, in any order, and count them. AGAIN: of pending heads only."""
     block = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     length = tl.load(lens_ptr + row).to(tl.int32)
     last = length - recent
@@ -213,7 +212,7 @@ def search_kernel(
     DEEP: tl.constexpr,
 ):
     """List the `depth` best or more of one head and row, at most TOP, where no list is there that will do."""
-    head = tl.program_id(0)
+    head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     length = tl.load(lens_ptr + row).to(tl.int32)
     if length <= budget:
@@ -230,16 +229,19 @@ def search_kernel(
     last = length - recent
     logits_row = logits_ptr + row * stride_row + head * stride_head
     scratch = scratch_ptr + place * TOP
+    # A first guess from a sample, which aims at the middle of what will do: from `depth` to TOP listed.
     sample, step = load_sample(logits_row, first, last, SAMPLE)
     aim = (depth + TOP) // 2
     guess = sample_key(sample, tl.maximum(aim // step, 1), 0)
 
-    # At least `depth` keys are >= low, which is the key of -inf first, and fewer are >= high.
+    # Bisection of keys. At least `depth` keys are >= low, which is the key of -inf first, and fewer are >= high: when
+    # the two are neighbours, `low` is the depth-th key. Each turn overwrites the list of the one before.
     low = tl.full([], -2139095041, dtype=tl.int64)
     high = tl.full([], 2147483648, dtype=tl.int64)
     written = 0
     tries = 0
     while written == 0:
+        # TOP ties are as many as the list has room for: everything that reaches the guess is listed, or too much is.
         reached, _written = gather_above(logits_row, width, scratch, guess, TOP, first, last, TOP, BLOCK)
         if reached < depth:
             high = guess
@@ -255,6 +257,8 @@ def search_kernel(
         else:
             guess = low + (high - low) // 2
             tries += 1
+            # The first times the sample gives a better guess, corrected by how far the last one missed. It might not
+            # end where many logits are equal, so bisection takes over.
             if tries <= 4:
                 aim = tl.maximum((aim * ((depth + TOP) // 2)) // tl.maximum(reached, 1), 1)
                 again = sample_key(sample, tl.minimum(tl.maximum(aim // step, 1), SAMPLE), 0)
@@ -290,7 +294,7 @@ def order_kernel(
 
     `listed` counts the tokens of a row that have a place. Few warps: a sort within one needs no shared memory.
     """
-    head = tl.program_id(0)
+    head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     if tl.load(lens_ptr + row).to(tl.int32) <= budget:
         return
@@ -307,7 +311,7 @@ def order_kernel(
     entries = (to_key(logits).to(tl.int64) << 32) + (0x7FFFFFFF - positions).to(tl.int64)
     entries = tl.sort(tl.where(listed, entries, -9223372036854775808), descending=True)
     positions = 0x7FFFFFFF - (entries & 0xFFFFFFFF)
-    order = -(ranks * num_heads + first_head + head).to(tl.float32) * unit
+    order = -(ranks * num_heads + first_head + head.to(tl.int32)).to(tl.float32) * unit
     before = tl.atomic_max(scores_ptr + row * stride_scores + positions, order, mask=ranks < depth, sem="relaxed")
     if not DEEP:
         new = (ranks < depth) & (before == -float("inf"))
@@ -344,7 +348,7 @@ def union_scores(
     for depth in (shallow, middle) if shallow < middle else (middle,):
         deep = depth != shallow
         # Room for more than needed, so that few guesses miss; the deep lists are too long for much of it.
-        room = min(depth + depth // 3, max(depth, _LONGEST)) if deep else 2 * depth
+        room = min(depth + depth // 3, max(depth, MAX_UNION)) if deep else 2 * depth
         top = max(16, triton.next_power_of_2(room))
         scratch = torch.empty(batch, heads, top, dtype=torch.int32, device=logits.device)
         if not deep:

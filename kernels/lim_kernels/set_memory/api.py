@@ -1,21 +1,19 @@
 """Public entry of the memory of sets: validation and dispatch.
 
-A step calls `decide_acts` once, `place_sets` once and `keep_sets` at each remembered selection layer. None of them
+A step calls `decide_actions` once, `place_sets` once and `keep_sets` at each remembered selection layer. None of them
 waits for the device, and rows that have nothing to do in one cost nothing there.
 """
 
 import torch
 from torch import Tensor
 
-from lim_kernels.dispatch import default_for, require, require_rows, resolve
+from lim_kernels.dispatch import implementation_of, require, require_rows
 from lim_kernels.operands import SetSizes
 from lim_kernels.set_memory import reference
 from lim_kernels.set_memory.state import Decision, SetMemory
 
-_IMPLEMENTATIONS = ("reference", "triton")
 
-
-def decide_acts(
+def decide_actions(
     memory: SetMemory,
     rows: Tensor,
     tenants: Tensor,
@@ -47,16 +45,13 @@ def decide_acts(
     Raises:
         ValueError: wrong shape, dtype or layout, or an unknown implementation.
     """
-    op = "decide_acts"
+    op = "decide_actions"
     _check(op, memory, rows, seq_lens, slots, sizes.middle)
     fits = tenants.shape == memory.tenants.shape and tenants.dtype == torch.int64
     require(fits, op, f"tenants int64 {list(memory.tenants.shape)}", f"{tenants.dtype} {list(tenants.shape)}")
     require(interval >= 1, op, "an interval of at least 1", interval)
     require_rows(op, tenants)
-    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(slots)) == "reference":
-        decide = reference.decide_acts
-    else:
-        from lim_kernels.set_memory.triton import decide_acts as decide
+    decide = implementation_of(reference.decide_actions, implementation, slots)
     return decide(memory, rows, tenants, slots, seq_lens, sizes, interval=interval, early=early)
 
 
@@ -64,7 +59,7 @@ def place_sets(
     memory: SetMemory,
     layer: int,
     rows: Tensor,
-    acts: Tensor,
+    actions: Tensor,
     extended: Tensor,
     seq_lens: Tensor,
     sizes: SetSizes,
@@ -74,30 +69,27 @@ def place_sets(
     """Write the sets of rows that attend to one, their window moved along, before their slots.
 
     Args:
-        memory, rows, seq_lens, sizes: as in `decide_acts`.
+        memory, rows, seq_lens, sizes: as in `decide_actions`.
         layer: which of the S layers' sets.
-        acts: uint8 [B], as decided.
+        actions: uint8 [B], as decided.
         extended: int32 [B, K + L], room for a set, then the KV slot of each position; the room of rows that attend to a
             set is written.
 
     Raises:
-        ValueError: as `decide_acts`.
+        ValueError: as `decide_actions`.
     """
     op = "place_sets"
     _check(op, memory, rows, seq_lens, extended, sizes.middle)
-    _check_layer(op, memory, layer, acts, rows)
-    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(extended)) == "reference":
-        place = reference.place_sets
-    else:
-        from lim_kernels.set_memory.triton import place_sets as place
-    place(memory, layer, rows, acts, extended, seq_lens, sizes)
+    _check_layer(op, memory, layer, actions, rows)
+    place = implementation_of(reference.place_sets, implementation, extended)
+    place(memory, layer, rows, actions, extended, seq_lens, sizes)
 
 
 def keep_sets(
     memory: SetMemory,
     layer: int,
     rows: Tensor,
-    acts: Tensor,
+    actions: Tensor,
     extended: Tensor,
     seq_lens: Tensor,
     chosen: Tensor,
@@ -110,7 +102,7 @@ def keep_sets(
     The sets of the next remembered layer, if there is one, are placed for rows that do not choose.
 
     Args:
-        memory, layer, rows, acts, extended, seq_lens, sizes: as in `place_sets`; `extended` holds this
+        memory, layer, rows, actions, extended, seq_lens, sizes: as in `place_sets`; `extended` holds this
             layer's sets.
         chosen: int32 [B, K], positions that rows with SELECT chose, as `choose_tokens`; undefined for others.
 
@@ -118,19 +110,16 @@ def keep_sets(
         The sets in force, int32 [B, K] in KV slots, 0 after their counts, and counts int32 [B].
 
     Raises:
-        ValueError: as `decide_acts`.
+        ValueError: as `decide_actions`.
     """
     op = "keep_sets"
     _check(op, memory, rows, seq_lens, extended, sizes.middle)
-    _check_layer(op, memory, layer, acts, rows)
+    _check_layer(op, memory, layer, actions, rows)
     fits = chosen.shape == (len(rows), sizes.budget) and chosen.dtype == torch.int32
     require(fits, op, f"chosen int32 [{len(rows)}, {sizes.budget}]", f"{chosen.dtype} {list(chosen.shape)}")
     require_rows(op, chosen)
-    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(extended)) == "reference":
-        keep = reference.keep_sets
-    else:
-        from lim_kernels.set_memory.triton import keep_sets as keep
-    return keep(memory, layer, rows, acts, extended, seq_lens, chosen, sizes)
+    keep = implementation_of(reference.keep_sets, implementation, extended)
+    return keep(memory, layer, rows, actions, extended, seq_lens, chosen, sizes)
 
 
 def _check(op: str, memory: SetMemory, rows: Tensor, seq_lens: Tensor, slots: Tensor, middle: int) -> None:
@@ -150,7 +139,7 @@ def _check(op: str, memory: SetMemory, rows: Tensor, seq_lens: Tensor, slots: Te
     require_rows(op, rows, seq_lens, slots)
 
 
-def _check_layer(op: str, memory: SetMemory, layer: int, acts: Tensor, rows: Tensor) -> None:
+def _check_layer(op: str, memory: SetMemory, layer: int, actions: Tensor, rows: Tensor) -> None:
     require(0 <= layer < len(memory.sets), op, f"a layer below {len(memory.sets)}", layer)
-    fits = acts.shape == rows.shape and acts.dtype == torch.uint8 and acts.is_contiguous()
-    require(fits, op, f"contiguous acts uint8 {list(rows.shape)}", f"{acts.dtype} {list(acts.shape)}")
+    fits = actions.shape == rows.shape and actions.dtype == torch.uint8 and actions.is_contiguous()
+    require(fits, op, f"contiguous actions uint8 {list(rows.shape)}", f"{actions.dtype} {list(actions.shape)}")

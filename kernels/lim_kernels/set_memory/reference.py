@@ -6,12 +6,12 @@ It asks the host which rows recall or store, which costs nothing on a CPU.
 import torch
 from torch import Tensor
 
-from lim_kernels.acts import EARLY, RECALL, SELECT
 from lim_kernels.operands import SetSizes
+from lim_kernels.row_actions import EARLY, RECALL, SELECT
 from lim_kernels.set_memory.state import Decision, SetMemory
 
 
-def decide_acts(
+def decide_actions(
     memory: SetMemory,
     rows: Tensor,
     tenants: Tensor,
@@ -22,7 +22,7 @@ def decide_acts(
     interval: int,
     early: bool,
 ) -> Decision:
-    """See `api.decide_acts`."""
+    """See `api.decide_actions`."""
     rows, lens = rows.long(), seq_lens.int()
     real, long = rows != 0, lens > sizes.budget
     memory.clock.add_(1)
@@ -39,20 +39,20 @@ def decide_acts(
     wanting = (real & long & ~mine).nonzero().view(-1)
     if len(wanting):
         warm[wanting] = recall(memory, rows[wanting], slots[wanting], lens[wanting], sizes)
-    apart = kept | warm if interval > 1 else torch.zeros_like(real)
-    early_apart = (held | warm) & early
+    uses_set = kept | warm if interval > 1 else torch.zeros_like(real)
+    early_uses_set = (held | warm) & early
 
     memory.tenants[rows[real]] = tenants[rows[real]]
     memory.lengths[rows[real]] = lens[real]
     memory.ages[rows[real]] = ages.where(kept, 0)[real]
-    acts = ~apart * SELECT + warm * RECALL + early_apart * EARLY
+    actions = ~uses_set * SELECT + warm * RECALL + early_uses_set * EARLY
     return Decision(
-        acts=acts.to(torch.uint8),
-        choose_lens=lens.where(~apart, 1),
-        select_apart=apart.to(torch.uint8),
-        select_ends=sizes.budget + lens.where(~apart, 0),
-        early_apart=early_apart.to(torch.uint8),
-        early_ends=sizes.budget + lens.where(~early_apart, 0),
+        actions=actions.to(torch.uint8),
+        choose_lens=lens.where(~uses_set, 1),
+        select_uses_set=uses_set.to(torch.uint8),
+        select_ends=sizes.budget + lens.where(~uses_set, 0),
+        early_uses_set=early_uses_set.to(torch.uint8),
+        early_ends=sizes.budget + lens.where(~early_uses_set, 0),
     )
 
 
@@ -73,13 +73,13 @@ def place_sets(
     memory: SetMemory,
     layer: int,
     rows: Tensor,
-    acts: Tensor,
+    actions: Tensor,
     extended: Tensor,
     seq_lens: Tensor,
     sizes: SetSizes,
 ) -> None:
     """See `api.place_sets`."""
-    there = ((acts & SELECT) == 0) | ((acts & EARLY) != 0)
+    there = ((actions & SELECT) == 0) | ((actions & EARLY) != 0)
     _place(memory, layer, rows, there, extended, seq_lens, sizes)
 
 
@@ -104,7 +104,7 @@ def keep_sets(
     memory: SetMemory,
     layer: int,
     rows: Tensor,
-    acts: Tensor,
+    actions: Tensor,
     extended: Tensor,
     seq_lens: Tensor,
     chosen: Tensor,
@@ -112,7 +112,7 @@ def keep_sets(
 ) -> tuple[Tensor, Tensor]:
     """See `api.keep_sets`."""
     budget, ranked = sizes.budget, slice(sizes.sinks, sizes.budget - sizes.recent)
-    selects = (acts & SELECT) != 0
+    selects = (actions & SELECT) != 0
     counts = seq_lens.clamp(max=budget).int()
     inside = torch.arange(budget, device=extended.device) < counts.unsqueeze(1)
     slots = extended[:, budget:].gather(1, chosen.where(inside & selects.unsqueeze(1), 0).long()).where(inside, 0)

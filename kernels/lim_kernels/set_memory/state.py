@@ -25,17 +25,17 @@ class SetMemory:
 
 @dataclass(frozen=True)
 class Decision:
-    """What each row of a step does. Rows that are apart attend to the set before their slots, others to all slots."""
+    """What each row of a step does: it attends to the set before its slots where it uses one, else to all slots."""
 
-    acts: Tensor
-    """uint8 [B], bits of `lim_kernels.acts`."""
+    actions: Tensor
+    """uint8 [B], bits of `lim_kernels.row_actions`."""
     choose_lens: Tensor
     """int32 [B], lengths of rows that attend to everything at selection layers, 1 for the others."""
-    select_apart: Tensor
-    """uint8 [B], rows that are apart at selection layers."""
+    select_uses_set: Tensor
+    """uint8 [B], rows that use their set at selection layers."""
     select_ends: Tensor
     """int32 [B], end of what each row attends to there, in a row that has the set's K slots before its own."""
-    early_apart: Tensor
-    """uint8 [B], rows that are apart in layers before the first selection layer."""
+    early_uses_set: Tensor
+    """uint8 [B], rows that use it in layers before the first selection layer."""
     early_ends: Tensor
     """int32 [B]."""

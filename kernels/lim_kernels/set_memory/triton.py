@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lim_kernels import acts as bits
+from lim_kernels import row_actions
 from lim_kernels.operands import SetSizes
 from lim_kernels.set_memory.state import Decision, SetMemory
 
-_SELECT = tl.constexpr(bits.SELECT)
-_RECALL = tl.constexpr(bits.RECALL)
-_EARLY = tl.constexpr(bits.EARLY)
+_SELECT = tl.constexpr(row_actions.SELECT)
+_RECALL = tl.constexpr(row_actions.RECALL)
+_EARLY = tl.constexpr(row_actions.EARLY)
 _PROBES = 8  # times compared at once
 _BLOCK_TOKENS = 1024
 _BLOCK_SET = 512
@@ -96,11 +96,11 @@ def decide_kernel(
     owners_ptr,
     slots_ptr,
     lens_ptr,
-    acts_ptr,
+    actions_ptr,
     choose_lens_ptr,
-    select_apart_ptr,
+    select_uses_set_ptr,
     select_ends_ptr,
-    early_apart_ptr,
+    early_uses_set_ptr,
     early_ends_ptr,
     num_rows,
     num_slots,
@@ -146,15 +146,15 @@ def decide_kernel(
                     own_set = sets_ptr + (layer * num_rows.to(tl.int64) + row) * middle
                     store_latest(own_set, layer_stamps, slots_ptr, first, last, length, time, middle - later, BLOCK)
 
-    apart = (kept | warm) & (interval > 1)
-    early_apart = (held | warm) & EARLY
-    acts = tl.where(apart, 0, _SELECT) + tl.where(warm, _RECALL, 0) + tl.where(early_apart, _EARLY, 0)
-    tl.store(acts_ptr + item, acts.to(tl.uint8))
-    tl.store(choose_lens_ptr + item, tl.where(apart, 1, length))
-    tl.store(select_apart_ptr + item, apart.to(tl.uint8))
-    tl.store(select_ends_ptr + item, tl.where(apart, budget, budget + length))
-    tl.store(early_apart_ptr + item, early_apart.to(tl.uint8))
-    tl.store(early_ends_ptr + item, tl.where(early_apart, budget, budget + length))
+    uses_set = (kept | warm) & (interval > 1)
+    early_uses_set = (held | warm) & EARLY
+    actions = tl.where(uses_set, 0, _SELECT) + tl.where(warm, _RECALL, 0) + tl.where(early_uses_set, _EARLY, 0)
+    tl.store(actions_ptr + item, actions.to(tl.uint8))
+    tl.store(choose_lens_ptr + item, tl.where(uses_set, 1, length))
+    tl.store(select_uses_set_ptr + item, uses_set.to(tl.uint8))
+    tl.store(select_ends_ptr + item, tl.where(uses_set, budget, budget + length))
+    tl.store(early_uses_set_ptr + item, early_uses_set.to(tl.uint8))
+    tl.store(early_ends_ptr + item, tl.where(early_uses_set, budget, budget + length))
     # All warps have read what is written now.
     tl.debug_barrier()
     if real:
@@ -179,7 +179,7 @@ def load_set(set_ptr, slots_ptr, columns, length, budget, recent, sinks):
 def place_kernel(
     set_ptr,
     rows_ptr,
-    acts_ptr,
+    actions_ptr,
     extended_ptr,
     lens_ptr,
     budget,
@@ -190,8 +190,8 @@ def place_kernel(
 ):
     """Place a block of one row's set before its slots."""
     item = tl.program_id(1)
-    acts = tl.load(acts_ptr + item).to(tl.int32)
-    if ((acts & _SELECT) != 0) & ((acts & _EARLY) == 0):
+    actions = tl.load(actions_ptr + item).to(tl.int32)
+    if ((actions & _SELECT) != 0) & ((actions & _EARLY) == 0):
         return
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows_ptr + item).to(tl.int64)
@@ -209,7 +209,7 @@ def keep_kernel(
     stamps_ptr,
     clock_ptr,
     rows_ptr,
-    acts_ptr,
+    actions_ptr,
     extended_ptr,
     lens_ptr,
     chosen_ptr,
@@ -226,7 +226,7 @@ def keep_kernel(
     """Keep a block of one row's set, and place the next layer's where the row does not choose."""
     item = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    acts = tl.load(acts_ptr + item).to(tl.int32)
+    actions = tl.load(actions_ptr + item).to(tl.int32)
     row = tl.load(rows_ptr + item).to(tl.int64)
     length = tl.load(lens_ptr + item).to(tl.int32)
     count = tl.minimum(length, budget)
@@ -235,7 +235,7 @@ def keep_kernel(
     set_slots = set_slots_ptr + item.to(tl.int64) * budget
     if tl.program_id(0) == 0:
         tl.store(counts_ptr + item, count)
-    if (acts & _SELECT) != 0:
+    if (actions & _SELECT) != 0:
         inside = columns < count
         chosen = tl.load(chosen_ptr + item.to(tl.int64) * stride_chosen + columns, mask=inside, other=0)
         slots = tl.load(room + budget + chosen, mask=inside, other=0)
@@ -254,7 +254,7 @@ def keep_kernel(
             tl.store(room + columns, slots, mask=columns < budget)
 
 
-def decide_acts(
+def decide_actions(
     memory: SetMemory,
     rows: Tensor,
     tenants: Tensor,
@@ -265,16 +265,27 @@ def decide_acts(
     interval: int,
     early: bool,
 ) -> Decision:
-    """See `api.decide_acts`."""
+    """See `api.decide_actions`."""
     batch = len(rows)
     choose_lens, select_ends, early_ends = torch.empty(3, batch, dtype=torch.int32, device=slots.device)
-    acts, select_apart, early_apart = torch.empty(3, batch, dtype=torch.uint8, device=slots.device)
-    decided = Decision(acts, choose_lens, select_apart, select_ends, early_apart, early_ends)
+    actions, select_uses_set, early_uses_set = torch.empty(3, batch, dtype=torch.uint8, device=slots.device)
     decide_kernel[(batch,)](
+        sets_ptr=memory.sets,
+        stamps_ptr=memory.stamps,
+        tenants_ptr=memory.tenants,
+        lengths_ptr=memory.lengths,
+        ages_ptr=memory.ages,
+        clock_ptr=memory.clock,
         rows_ptr=rows,
         owners_ptr=tenants,
         slots_ptr=slots,
         lens_ptr=seq_lens,
+        actions_ptr=actions,
+        choose_lens_ptr=choose_lens,
+        select_uses_set_ptr=select_uses_set,
+        select_ends_ptr=select_ends,
+        early_uses_set_ptr=early_uses_set,
+        early_ends_ptr=early_ends,
         num_rows=memory.sets.shape[1],
         num_slots=memory.stamps.shape[1],
         budget=sizes.budget,
@@ -287,16 +298,15 @@ def decide_acts(
         BLOCK=_BLOCK_TOKENS,
         PROBES=_PROBES,
         num_warps=8,
-        **{f"{name}_ptr": tensor for name, tensor in (vars(memory) | vars(decided)).items()},
     )
-    return decided
+    return Decision(actions, choose_lens, select_uses_set, select_ends, early_uses_set, early_ends)
 
 
 def place_sets(
     memory: SetMemory,
     layer: int,
     rows: Tensor,
-    acts: Tensor,
+    actions: Tensor,
     extended: Tensor,
     seq_lens: Tensor,
     sizes: SetSizes,
@@ -305,7 +315,7 @@ def place_sets(
     place_kernel[(triton.cdiv(sizes.budget, _BLOCK_SET), len(rows))](
         set_ptr=memory.sets[layer],
         rows_ptr=rows,
-        acts_ptr=acts,
+        actions_ptr=actions,
         extended_ptr=extended,
         lens_ptr=seq_lens,
         budget=sizes.budget,
@@ -321,7 +331,7 @@ def keep_sets(
     memory: SetMemory,
     layer: int,
     rows: Tensor,
-    acts: Tensor,
+    actions: Tensor,
     extended: Tensor,
     seq_lens: Tensor,
     chosen: Tensor,
@@ -338,7 +348,7 @@ def keep_sets(
         stamps_ptr=memory.stamps[layer],
         clock_ptr=memory.clock,
         rows_ptr=rows,
-        acts_ptr=acts,
+        actions_ptr=actions,
         extended_ptr=extended,
         lens_ptr=seq_lens,
         chosen_ptr=chosen,

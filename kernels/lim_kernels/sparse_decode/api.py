@@ -1,14 +1,10 @@
 """Public entry of sparse decode: validates operands and dispatches."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from lim_kernels.dispatch import check_decode_operands, default_for, require, require_rows, resolve
+from lim_kernels.dispatch import check_decode_operands, implementation_of, require, require_rows
 from lim_kernels.operands import Scaling
 from lim_kernels.sparse_decode import reference
-
-_IMPLEMENTATIONS = ("reference", "triton")
 
 
 def sparse_decode(
@@ -60,10 +56,7 @@ def sparse_decode(
     )
     require(not slots.is_floating_point() and not counts.is_floating_point(), op, "integer slots", slots.dtype)
     require_rows(op, slots)
-    if resolve(op, implementation, _IMPLEMENTATIONS, default_for(q)) == "reference":
-        decode: Callable[..., tuple[Tensor, Tensor]] = reference.sparse_decode
-    else:
-        from lim_kernels.sparse_decode.triton import sparse_decode as decode
+    decode = implementation_of(reference.sparse_decode, implementation, q)
     return decode(
         q,
         k_cache,

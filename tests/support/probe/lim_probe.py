@@ -9,17 +9,17 @@ from typing import Any
 
 
 def plug() -> None:
-    """Wrap the attention that the backend calls."""
-    from sgl_lim.serving import backend
+    """Wrap what the backend runs for each layer."""
+    from sgl_lim.serving.layer import LayerDecode
 
-    original, recorder = backend.attend, Recorder(Path(os.environ["LIM_PROBE_DIR"]))
+    original, recorder = LayerDecode.run, Recorder(Path(os.environ["LIM_PROBE_DIR"]))
 
-    def attend(method: Any, step: Any, role: Any, q: Any, k_cache: Any, v_cache: Any, **options: Any) -> Any:
-        out = original(method, step, role, q, k_cache, v_cache, **options)
-        recorder.take(step, role, q, k_cache, v_cache, out, options)
+    def run(decode: Any, plan: Any, role: Any, layer: Any) -> Any:
+        out = original(decode, plan, role, layer)
+        recorder.take(decode, plan, role, layer, out)
         return out
 
-    backend.attend = attend
+    LayerDecode.run = run
 
 
 class Recorder:
@@ -27,32 +27,32 @@ class Recorder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._step: Any = None
+        self._plan: Any = None
         self._steps = self._layer = 0
 
-    def take(self, step: Any, role: Any, q: Any, k_cache: Any, v_cache: Any, out: Any, options: dict[str, Any]) -> None:
+    def take(self, decode: Any, plan: Any, role: Any, layer: Any, out: Any) -> None:
         """Record one layer; layers are numbered by the order in which a step calls them."""
         import torch
 
-        self._layer = self._layer + 1 if step is self._step else 0
-        self._steps += step is not self._step
-        self._step = step
+        self._layer = self._layer + 1 if plan is self._plan else 0
+        self._steps += plan is not self._plan
+        self._plan = plan
         if not (self._folder / "on").exists():
             return
-        slots = step.slots.clone().long()
+        slots, chosen = plan.context.slots.clone().long(), plan.chosen
         record = {
             "layer": self._layer,
             "role": role.value,
-            "q": q.clone(),
-            "keys": k_cache[slots],  # [B, L, H_kv, D]
-            "values": v_cache[slots],
+            "q": layer.q.clone(),
+            "keys": layer.k_cache[slots],  # [B, L, H_kv, D]
+            "values": layer.v_cache[slots],
             "slots": slots,
-            "seq_lens": step.seq_lens.clone(),
-            "set_slots": None if step.set_slots is None else step.set_slots.clone(),
-            "set_counts": None if step.set_counts is None else step.set_counts.clone(),
+            "seq_lens": plan.seq_lens.clone(),
+            "set_slots": None if chosen is None else chosen.slots.clone(),
+            "set_counts": None if chosen is None else chosen.ends.clone(),
             "out": out.clone(),
-            "scale": options["scales"].scale,
-            "first_head": options["heads"].first_head,
+            "scale": layer.scaling.scale,
+            "first_head": decode.heads.first,
         }
         path = self._folder / f"{os.getpid()}-{self._steps:06d}-{self._layer:03d}.pt"
         torch.save(record, path.with_suffix(".part"))

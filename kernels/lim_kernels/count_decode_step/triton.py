@@ -4,12 +4,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lim_kernels import acts as bits
+from lim_kernels import row_actions
+from lim_kernels.count_decode_step.ledger import TOTALS, Ledger
+from lim_kernels.prefix_groups import PrefixGroups
 from lim_kernels.triton_support import plan_block
 
-_SELECT = tl.constexpr(bits.SELECT)
-_RECALL = tl.constexpr(bits.RECALL)
-_EARLY = tl.constexpr(bits.EARLY)
+_SELECT = tl.constexpr(row_actions.SELECT)
+_RECALL = tl.constexpr(row_actions.RECALL)
+_EARLY = tl.constexpr(row_actions.EARLY)
+_DECODE_STEPS = tl.constexpr(TOTALS.index("decode_steps"))
+_TOKENS_ATTENDED = tl.constexpr(TOTALS.index("tokens_attended"))
+_TOKENS_DENSE = tl.constexpr(TOTALS.index("tokens_dense"))
+_SELECTIONS = tl.constexpr(TOTALS.index("selections"))
+_REQUESTS = tl.constexpr(TOTALS.index("requests"))
+_REQUESTS_SPARSE = tl.constexpr(TOTALS.index("requests_sparse"))
+_TOKENS_SHARED = tl.constexpr(TOTALS.index("tokens_shared"))
+_ROWS_GROUPED = tl.constexpr(TOTALS.index("rows_grouped"))
+_WARM_STARTS = tl.constexpr(TOTALS.index("warm_starts"))
 
 
 @triton.jit(
@@ -23,17 +34,17 @@ _EARLY = tl.constexpr(bits.EARLY)
         "grouped_layers",
     ]
 )
-def count_step_kernel(
+def count_decode_step_kernel(
     totals_ptr,
     seen_ptr,
     sparse_rows_ptr,
     rows_ptr,
     generations_ptr,
     seq_lens_ptr,
-    acts_ptr,
-    followed_ptr,
-    paths_ptr,
-    set_followed_ptr,
+    actions_ptr,
+    already_read_ptr,
+    innermost_ptr,
+    set_already_read_ptr,
     set_counts_ptr,
     batch,
     budget,
@@ -42,7 +53,7 @@ def count_step_kernel(
     selection_layers,
     early_layers,
     grouped_layers,
-    ACTS: tl.constexpr,
+    ACTIONS: tl.constexpr,
     GROUPS: tl.constexpr,
     SETS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -54,7 +65,7 @@ def count_step_kernel(
     lens = tl.load(seq_lens_ptr + items, mask=items < batch, other=0).to(tl.int64)
     lens = tl.where(real, lens, 0)
     # Where sets outlive a step, selection layers may be sparse too.
-    sparse = (lens > budget) & ((sparse_layers > 0) | ACTS)
+    sparse = (lens > budget) & ((sparse_layers > 0) | ACTIONS)
     current = tl.load(generations_ptr + rows, mask=real, other=0)
     new = (tl.load(seen_ptr + rows, mask=real, other=0) != current) & real
     before = (tl.load(sparse_rows_ptr + rows, mask=real, other=0) != 0) & (new == 0)
@@ -63,28 +74,28 @@ def count_step_kernel(
         sets = tl.where(real, tl.load(set_counts_ptr + items, mask=items < batch, other=0).to(tl.int64), 0)
     attended = (num_layers - sparse_layers) * lens + sparse_layers * sets
     selecting = sparse
-    if ACTS:
-        acts = tl.load(acts_ptr + items, mask=items < batch, other=0).to(tl.int32)
-        selecting = sparse & ((acts & _SELECT) != 0)
-        attended -= tl.where(sparse & ((acts & _SELECT) == 0), selection_layers * (lens - budget), 0)
-        attended -= tl.where(sparse & ((acts & _EARLY) != 0), early_layers * (lens - budget), 0)
-        add(totals_ptr, 8, tl.sum((sparse & ((acts & _RECALL) != 0)).to(tl.int64), axis=0))
+    if ACTIONS:
+        actions = tl.load(actions_ptr + items, mask=items < batch, other=0).to(tl.int32)
+        selecting = sparse & ((actions & _SELECT) != 0)
+        attended -= tl.where(sparse & ((actions & _SELECT) == 0), selection_layers * (lens - budget), 0)
+        attended -= tl.where(sparse & ((actions & _EARLY) != 0), early_layers * (lens - budget), 0)
+        add(totals_ptr, _WARM_STARTS, tl.sum((sparse & ((actions & _RECALL) != 0)).to(tl.int64), axis=0))
 
-    add(totals_ptr, 0, tl.max(real.to(tl.int64), axis=0))
-    add(totals_ptr, 1, tl.sum(attended, axis=0))
-    add(totals_ptr, 2, num_layers * tl.sum(lens, axis=0))
-    add(totals_ptr, 3, selection_layers * tl.sum(selecting.to(tl.int64), axis=0))
-    add(totals_ptr, 4, tl.sum(new.to(tl.int64), axis=0))
-    add(totals_ptr, 5, tl.sum((sparse & (before == 0)).to(tl.int64), axis=0))
+    add(totals_ptr, _DECODE_STEPS, tl.max(real.to(tl.int64), axis=0))
+    add(totals_ptr, _TOKENS_ATTENDED, tl.sum(attended, axis=0))
+    add(totals_ptr, _TOKENS_DENSE, num_layers * tl.sum(lens, axis=0))
+    add(totals_ptr, _SELECTIONS, selection_layers * tl.sum(selecting.to(tl.int64), axis=0))
+    add(totals_ptr, _REQUESTS, tl.sum(new.to(tl.int64), axis=0))
+    add(totals_ptr, _REQUESTS_SPARSE, tl.sum((sparse & (before == 0)).to(tl.int64), axis=0))
     if GROUPS:
-        followed = tl.load(followed_ptr + items, mask=items < batch, other=0).to(tl.int64)
-        paths = tl.load(paths_ptr + items, mask=items < batch, other=-1)
-        shared = grouped_layers * tl.sum(followed, axis=0)
+        already_read = tl.load(already_read_ptr + items, mask=items < batch, other=0).to(tl.int64)
+        innermost = tl.load(innermost_ptr + items, mask=items < batch, other=-1)
+        shared = grouped_layers * tl.sum(already_read, axis=0)
         if SETS:
-            followed = tl.load(set_followed_ptr + items, mask=items < batch, other=0).to(tl.int64)
-            shared += sparse_layers * tl.sum(followed, axis=0)
-        add(totals_ptr, 6, shared)
-        add(totals_ptr, 7, tl.sum((paths >= 0).to(tl.int64), axis=0))
+            already_read = tl.load(set_already_read_ptr + items, mask=items < batch, other=0).to(tl.int64)
+            shared += sparse_layers * tl.sum(already_read, axis=0)
+        add(totals_ptr, _TOKENS_SHARED, shared)
+        add(totals_ptr, _ROWS_GROUPED, tl.sum((innermost >= 0).to(tl.int64), axis=0))
     tl.store(seen_ptr + rows, current, mask=real)
     tl.store(sparse_rows_ptr + rows, (before | sparse).to(tl.uint8), mask=real)
 
@@ -118,13 +129,11 @@ def count_sets_kernel(
     counts = tl.load(set_counts_ptr + items[:, None] * HEADS + heads[None, :], mask=there, other=0).to(tl.int64)
     short = layers * (HEADS * tl.sum(sets, axis=0) - tl.sum(tl.sum(counts, axis=1), axis=0))
     # Rounded up, as division of integers goes towards zero: what is left is rounded down.
-    add(totals_ptr, 1, -((short + HEADS - 1) // HEADS))
+    add(totals_ptr, _TOKENS_ATTENDED, -((short + HEADS - 1) // HEADS))
 
 
-def count_step(
-    totals: Tensor,
-    seen: Tensor,
-    sparse_rows: Tensor,
+def count_decode_step(
+    ledger: Ledger,
     rows: Tensor,
     generations: Tensor,
     seq_lens: Tensor,
@@ -133,26 +142,25 @@ def count_step(
     num_layers: int,
     sparse_layers: int,
     selection_layers: int,
-    acts: Tensor | None,
+    actions: Tensor | None,
     early_layers: int,
-    followed: Tensor | None,
-    paths: Tensor | None,
+    groups: PrefixGroups | None,
     grouped_layers: int,
-    set_followed: Tensor | None,
+    set_groups: PrefixGroups | None,
     set_counts: Tensor | None,
 ) -> None:
-    """See `api.count_step`."""
-    count_step_kernel[(1,)](
-        totals_ptr=totals,
-        seen_ptr=seen,
-        sparse_rows_ptr=sparse_rows,
+    """See `api.count_decode_step`."""
+    count_decode_step_kernel[(1,)](
+        totals_ptr=ledger.totals,
+        seen_ptr=ledger.seen,
+        sparse_rows_ptr=ledger.sparse,
         rows_ptr=rows,
         generations_ptr=generations,
         seq_lens_ptr=seq_lens,
-        acts_ptr=acts,
-        followed_ptr=followed,
-        paths_ptr=paths,
-        set_followed_ptr=set_followed,
+        actions_ptr=actions,
+        already_read_ptr=None if groups is None else groups.already_read,
+        innermost_ptr=None if groups is None else groups.innermost,
+        set_already_read_ptr=None if set_groups is None else set_groups.already_read,
         set_counts_ptr=set_counts,
         batch=len(rows),
         budget=budget,
@@ -161,19 +169,19 @@ def count_step(
         selection_layers=selection_layers,
         early_layers=early_layers,
         grouped_layers=grouped_layers,
-        ACTS=acts is not None,
-        GROUPS=followed is not None,
+        ACTIONS=actions is not None,
+        GROUPS=groups is not None,
         SETS=set_counts is not None,
         BLOCK_ROWS=plan_block(len(rows)),
         num_warps=4,
     )
 
 
-def count_sets(totals: Tensor, rows: Tensor, seq_lens: Tensor, set_counts: Tensor, *, budget: int, layers: int) -> None:
+def count_sets(ledger: Ledger, rows: Tensor, seq_lens: Tensor, set_counts: Tensor, *, budget: int, layers: int) -> None:
     """See `api.count_sets`."""
     heads = 1 if set_counts.dim() == 1 else set_counts.shape[1]
     count_sets_kernel[(1,)](
-        totals_ptr=totals,
+        totals_ptr=ledger.totals,
         rows_ptr=rows,
         seq_lens_ptr=seq_lens,
         set_counts_ptr=set_counts,

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lim_kernels import SetSizes, count_sets, count_step, find_prefix_groups, groups_of_sets
-from lim_kernels.acts import EARLY, KEEP, RECALL, SELECT
-from lim_kernels.count_step import TOTALS, Ledger
+from lim_kernels import SetSizes, count_decode_step, count_sets, find_prefix_groups, groups_of_sets
+from lim_kernels.count_decode_step import TOTALS, Ledger
+from lim_kernels.row_actions import EARLY, KEEP, RECALL, SELECT
 
 ROWS = 7
 
@@ -64,7 +64,7 @@ def test_totals_are_right_at_every_step(implementation, device, index_dtype):
             generations[0] += 1
             lens = step["lens"][: len(step["rows"])]
             rows = step["rows"] + [0] * (step["padding"] if step["rows"] else step["padding"] + 1)
-            count_step(
+            count_decode_step(
                 ledger,
                 torch.tensor(rows, dtype=index_dtype, device=device),
                 torch.tensor(generations, device=device),
@@ -94,7 +94,9 @@ def test_what_groups_share_is_added_up(implementation, device):
     rows, tenants = torch.tensor([1, 2, 3, 4, 0], device=device), torch.ones(ROWS, dtype=torch.int64, device=device)
     sizes = {"budget": 64, "num_layers": 5, "sparse_layers": 2, "selection_layers": 1}
     for _ in range(2):
-        count_step(ledger, rows, tenants, lens, **sizes, groups=groups, grouped_layers=3, implementation=implementation)
+        count_decode_step(
+            ledger, rows, tenants, lens, **sizes, groups=groups, grouped_layers=3, implementation=implementation
+        )
     totals = dict(zip(TOTALS, ledger.totals.tolist(), strict=True))
     assert totals["tokens_shared"] == 2 * 3 * (48 + 16)
     assert totals["rows_grouped"] == 2 * 3
@@ -117,41 +119,43 @@ def test_what_sparse_layers_share_is_added_up(implementation, device):
     # Of three rows' 32 tokens as many are chosen as leave row 2 its window of 4 and of the 8 that are not forced
     # floor(8 * 28 / 56); of the 16 more that rows 0 and 2 share as many as leave 4 + floor(4 * 12 / 28) of 8. Row 1 has
     # two tokens beyond.
-    assert in_sets.followed.tolist() == [0, 8, 11, 0] and counts.tolist() == [16, 10, 16, 1]
+    assert in_sets.already_read.tolist() == [0, 8, 11, 0] and counts.tolist() == [16, 10, 16, 1]
     rows, tenants = torch.tensor([1, 2, 3, 0], device=device), torch.ones(ROWS, dtype=torch.int64, device=device)
     layers = {"num_layers": 5, "sparse_layers": 2, "selection_layers": 1, "grouped_layers": 3}
     for _ in range(2):
-        count_step(ledger, rows, tenants, lens, **layers, groups=groups, set_groups=in_sets, set_counts=counts, **sizes)
+        count_decode_step(
+            ledger, rows, tenants, lens, **layers, groups=groups, set_groups=in_sets, set_counts=counts, **sizes
+        )
     totals = dict(zip(TOTALS, ledger.totals.tolist(), strict=True))
     assert totals["tokens_shared"] == 2 * (3 * (32 + 48) + 2 * (8 + 11))
     assert totals["tokens_attended"] == 2 * (3 * (60 + 34 + 64) + 2 * (16 + 10 + 16))
 
 
 @pytest.mark.parametrize("sparse_layers", [2, 0])
-def test_rows_that_have_a_set_attend_to_it_where_their_act_says(implementation, device, sparse_layers):
+def test_rows_that_have_a_set_attend_to_it_where_their_action_says(implementation, device, sparse_layers):
     ledger = Ledger(
         torch.zeros(len(TOTALS), dtype=torch.int64, device=device),
         torch.full((ROWS,), -1, dtype=torch.int64, device=device),
         torch.zeros(ROWS, dtype=torch.uint8, device=device),
     )
-    acts = [KEEP, SELECT, RECALL, KEEP | EARLY, SELECT | EARLY, SELECT | RECALL | EARLY]
+    actions = [KEEP, SELECT, RECALL, KEEP | EARLY, SELECT | EARLY, SELECT | RECALL | EARLY]
     lens = [100 + n for n in range(6)]
     layers = {"num_layers": 3 + sparse_layers, "sparse_layers": sparse_layers, "selection_layers": 1}
-    count_step(
+    count_decode_step(
         ledger,
         torch.tensor([1, 2, 3, 4, 5, 6], device=device),
         torch.ones(ROWS, dtype=torch.int64, device=device),
         torch.tensor(lens, device=device),
         budget=64,
         **layers,
-        acts=torch.tensor(acts, dtype=torch.uint8, device=device),
+        actions=torch.tensor(actions, dtype=torch.uint8, device=device),
         early_layers=2,
         implementation=implementation,
     )
     attended = 0
-    for act, length in zip(acts, lens, strict=True):
-        selection = length if act & SELECT else 64
-        attended += (2 * 64 if act & EARLY else 2 * length) + selection + sparse_layers * 64
+    for action, length in zip(actions, lens, strict=True):
+        selection = length if action & SELECT else 64
+        attended += (2 * 64 if action & EARLY else 2 * length) + selection + sparse_layers * 64
     totals = dict(zip(TOTALS, ledger.totals.tolist(), strict=True))
     assert totals["tokens_attended"] == attended
     assert totals["selections"] == 3
@@ -163,13 +167,13 @@ def test_bad_operands_are_named():
     sizes = {"budget": 64, "num_layers": 2, "sparse_layers": 1, "selection_layers": 1}
     ones = torch.ones(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"rows and seq_lens \[B\]"):
-        count_step(ledger, ones, torch.zeros(4), ones[:1], **sizes)
+        count_decode_step(ledger, ones, torch.zeros(4), ones[:1], **sizes)
     with pytest.raises(ValueError, match=r"generations \[4\]"):
-        count_step(ledger, ones, torch.zeros(3), ones, **sizes)
+        count_decode_step(ledger, ones, torch.zeros(3), ones, **sizes)
     with pytest.raises(ValueError, match="set_groups and set_counts beside groups"):
-        count_step(ledger, ones, torch.zeros(4), ones, **sizes, set_counts=ones)
+        count_decode_step(ledger, ones, torch.zeros(4), ones, **sizes, set_counts=ones)
     with pytest.raises(ValueError, match="implementation among"):
-        count_step(ledger, ones, torch.zeros(4), ones, **sizes, implementation="numpy")
+        count_decode_step(ledger, ones, torch.zeros(4), ones, **sizes, implementation="numpy")
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)

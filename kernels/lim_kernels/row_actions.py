@@ -1,4 +1,4 @@
-"""What a row longer than the budget does in a step, where sets outlive a step: bits of one byte."""
+"""What a row longer than the budget does in a step, where sets outlive a step: bits of one byte a row."""
 
 KEEP = 0
 """Attends to the set that it has at selection layers too (no bit)."""
