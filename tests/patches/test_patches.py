@@ -5,11 +5,14 @@ import pkgutil
 
 import pytest
 import torch
+from sglang.srt import server_args
+from sglang.srt.layers.attention import attention_registry
 
 import lim_patches
 from lim_patches import registry
+from sgl_lim import plugin
 
-SEAMS = ("cli_flags", "grammar_on_cpu", "refuse_before_weights", "row_generations", "server_info", "triton_on_cpu")
+SEAMS = sorted({module.name for module in pkgutil.iter_modules(lim_patches.__path__)} - {"registry"})
 
 
 @pytest.mark.parametrize("name", SEAMS)
@@ -22,9 +25,13 @@ def test_targets_exist_and_the_seam_says_why(name):
         assert hasattr(pkgutil.resolve_name(module), attribute), target
 
 
-def test_every_seam_is_listed():
-    modules = {module.name for module in pkgutil.iter_modules(lim_patches.__path__)}
-    assert modules - {"registry"} == set(SEAMS)
+def test_the_plugin_uses_every_seam(monkeypatch):
+    used = []
+    monkeypatch.setattr(lim_patches, "use", lambda seam, **callbacks: used.append(seam.__name__))
+    monkeypatch.setattr(server_args, "add_attention_backend_choices", lambda names: None)
+    monkeypatch.setattr(attention_registry, "register_attention_backend", lambda name: lambda make: make)
+    plugin.plug()
+    assert sorted(used) == [f"lim_patches.{name}" for name in SEAMS]
 
 
 def test_a_hook_that_was_not_applied_is_loud(monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_qwen3.export import SpecialIds, export_model
+from small_qwen3.export import SpecialIds, export_model, model_config
 from small_qwen3.model import SmallQwen3, load_checkpoint
 from source_reader import train
 from source_reader.export import export
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from support.package_tree import build_packages
 
 STEPS = 60
+COMMITTED = Path(__file__).parents[2] / "models" / "source-reader"
 
 
 def tiny_model(seed: int = 0) -> SmallQwen3:
@@ -30,9 +31,12 @@ def tiny_model(seed: int = 0) -> SmallQwen3:
     return model
 
 
-def test_the_published_shape_packs() -> None:
-    assert 20e6 < count_parameters(PUBLISHED) < 22.5e6
-    assert PUBLISHED.heads // PUBLISHED.kv_heads >= 4
+def test_the_committed_model_has_the_published_shape() -> None:
+    config = json.loads((COMMITTED / "config.json").read_text())
+    tokens = SpecialIds(config["bos_token_id"], config["eos_token_id"], config["pad_token_id"])
+    assert config == model_config(PUBLISHED, tokens, config["max_position_embeddings"])
+    index = json.loads((COMMITTED / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2 * count_parameters(PUBLISHED), "bytes of bfloat16 weights"
 
 
 def test_export_is_transformers_qwen3_in_shards(tmp_path: Path) -> None:
