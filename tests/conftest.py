@@ -1,8 +1,12 @@
 """How a session of tests ends, which cases it runs, and which tests stay together when it has several processes."""
 
 import signal
+from typing import Any
 
 import pytest
+
+UNGROUPED = "kernels"
+"""The folder whose tests share nothing that is dear: each may go where a core is free."""
 
 
 def pytest_configure() -> None:
@@ -21,17 +25,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Thin out the cases, and keep a module's tests in one process, as its fixtures are shared.
-
-    Kernel tests share nothing that is dear: each may go where a core is free.
-    """
+    """Thin out the cases, and keep a module's tests in one process, as its fixtures are shared."""
     if config.option.cases:
         kept = {item for cases in by_function(items).values() for item in spread(cases, config.option.cases)}
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
     for item in items:
-        if item.get_closest_marker("xdist_group") is None and item.path.parent.name != "kernels":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if item.get_closest_marker("xdist_group") is None and item.path.parent.name != UNGROUPED:
+            item.add_marker(pytest.mark.xdist_group("/".join(item.path.parts[-2:])))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
+    """Refuse a pytest-xdist that spreads groups, where every process would start every server.
+
+    Raises:
+        RuntimeError: it does not group with this pytest.
+    """
+    grouped = [one for one in ids if f"/{UNGROUPED}/" not in one]
+    if node.config.option.dist == "loadgroup" and not all("@" in one for one in grouped):
+        raise RuntimeError(f"pytest-xdist does not group with pytest {pytest.__version__}; install 'pytest<9.2'")
 
 
 def by_function(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:

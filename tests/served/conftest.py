@@ -36,7 +36,7 @@ def group_of(item: pytest.Item) -> str:
     """The case whose server a test shares, else its module, and with it the case that it is about."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     case = str(parameters.get("case", ""))
-    return case if shares_server(item) else f"{item.path.stem} {case}"
+    return case if shares_server(item) else f"served/{item.path.stem}/{case}"
 
 
 @pytest.fixture(scope="session", autouse=True)
