@@ -8,7 +8,7 @@ import torch
 from decode_operands import operands
 from lim_kernels import Scaling, SetSizes, decode_with_scores, find_prefix_groups, grouped_decode, groups_of_sets
 from prefix_rows import prefix_rows
-from test_decode_triton import FP8, PRECISIONS, assert_like_reference
+from test_decode_triton import FP8, PRECISIONS, assert_like_reference, sweep
 
 # query heads, KV heads, head dims of keys and values; rows, width, tokens between branches
 CASES = {
@@ -32,14 +32,13 @@ def grouped_operands(case, precision, device, seed=0):
     return q, k, v, slots.to(device), seq_lens.to(device)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16-fp8"])
-@pytest.mark.parametrize("case", CASES)
-def test_every_row_attends_as_if_alone(implementation, device, case, precision):
-    q, k, v, slots, seq_lens = grouped_operands(case, precision, device)
+@sweep(CASES, ("g2", "g5"), ["fp32", "bf16-fp8"])
+def test_every_row_attends_as_if_alone(implementation, device, shape, precision):
+    q, k, v, slots, seq_lens = grouped_operands(shape, precision, device)
     groups = find_prefix_groups(slots, seq_lens, granule=4)
-    assert case == "one row" or int((groups.counts > 0).sum()) > 0
+    assert shape == "one row" or int((groups.counts > 0).sum()) > 0
     beyond = int(seq_lens.float().quantile(0.3))
-    scaling = Scaling(q.shape[2] ** -0.5, logit_cap=4.0 if case == "g5" else 0.0)
+    scaling = Scaling(q.shape[2] ** -0.5, logit_cap=4.0 if shape == "g5" else 0.0)
     if PRECISIONS[precision][1] == FP8:
         scaling = replace(scaling, k_scale=0.7, v_scale=1.9)
     out, lse, none = grouped_decode(q, k, v, slots, seq_lens, groups, scaling, implementation=implementation)
