@@ -34,7 +34,7 @@ def test_backend_specs() -> None:
     assert (plain.name, plain.lim, plain.environment) == ("fa3", None, {})
     sparse = parse_backend("lessismore:budget=1024,aggregate=max,selection_layers=2-12,recency=0.5")
     assert sparse.name == "lessismore" and sparse.lim is not None
-    assert (sparse.lim.budget, sparse.lim.aggregate, sparse.lim.selection_layers) == (1024, "max", (2, 12))
+    assert sparse.lim.given == {"budget": 1024, "aggregate": "max", "selection_layers": (2, 12)}
     assert json.loads(sparse.environment["LESSISMORE_CONFIG"]) == {
         "budget": 1024,
         "aggregate": "max",
@@ -49,7 +49,7 @@ def test_backend_specs() -> None:
     ("spec", "said"),
     [
         ("fa3:budget=1", "only lessismore"),
-        ("lessismore:bugdet=1", "unknown setting 'bugdet'"),
+        ("lessismore:bugdet=1", "unknown keys bugdet"),
         ("lessismore:budget=many", "--lim-budget"),
         ("lessismore:selection_layers=12-2", "must increase"),
     ],
