@@ -18,7 +18,7 @@ from sgl_lim.programs import comparison_plot
 from sgl_lim.programs.compare_servers import main
 from sgl_lim.programs.intervals import wilson_interval
 from sgl_lim.programs.problems import chain_problems
-from sgl_lim.programs.records import read_rows
+from sgl_lim.programs.run_records import read_rows
 
 SIZES = ["--chains", "4", "--facts", "6", "--steps", "2"]
 PROBLEMS = chain_problems(4, num_facts=6, num_steps=2, seed=0).problems

@@ -14,7 +14,7 @@ from stub_endpoint import COUNTERS, Reply, StubEndpoint
 
 from sgl_lim.programs.cli import main
 from sgl_lim.programs.problems import chain_problems
-from sgl_lim.programs.records import read_rows
+from sgl_lim.programs.run_records import read_rows
 
 SIZES = ["--facts", "6", "--steps", "2"]
 PROBLEMS = chain_problems(4, num_facts=6, num_steps=2, seed=0).problems
