@@ -1,8 +1,50 @@
-"""A terminated test session ends like an interrupted one, so that fixtures stop the servers they started."""
+"""How a session of tests ends, which cases it runs, and which tests stay together when it has several processes."""
 
 import signal
 
+import pytest
+
 
 def pytest_configure() -> None:
-    """Let SIGTERM do what Ctrl-C does. (pytest takes `SystemExit` for the failure of one test, and goes on.)"""
+    """Let SIGTERM do what Ctrl-C does. (pytest takes `SystemExit` for the failure of one test, and goes on.)
+
+    So fixtures stop the servers they started.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cases", type=int, metavar="N", help="run N cases of each parametrised test, from its first to its last"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Thin out the cases, and keep a module's tests in one process, as its fixtures are shared.
+
+    Kernel tests share nothing that is dear: each may go where a core is free.
+    """
+    if config.option.cases:
+        kept = {item for cases in by_function(items).values() for item in spread(cases, config.option.cases)}
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None and item.path.parent.name != "kernels":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def by_function(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
+    """Items by their test function."""
+    found: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        found.setdefault(item.nodeid.split("[")[0], []).append(item)
+    return found
+
+
+def spread(cases: list[pytest.Item], number: int) -> list[pytest.Item]:
+    """At most `number` of the cases, evenly from the first to the last."""
+    if number >= len(cases):
+        return cases
+    last = len(cases) - 1
+    return [cases[round(n * last / max(1, number - 1))] for n in range(number)]

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from sgl_lim.programs.compare_servers import main
 from sgl_lim.programs.intervals import wilson_interval
 from sgl_lim.programs.problems import chain_problems
 from sgl_lim.programs.run_records import read_rows
+from support.waiting import has_lines, wait_until
 
 SIZES = ["--chains", "4", "--facts", "6", "--steps", "2"]
 PROBLEMS = chain_problems(4, num_facts=6, num_steps=2, seed=0).problems
@@ -210,10 +210,7 @@ def test_an_interrupted_comparison_hands_the_signal_on(tmp_path: Path, dense: St
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        output, deadline = tmp_path / "dense.jsonl", time.monotonic() + 120
-        while not (output.exists() and output.read_bytes().count(b"\n") >= 2):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: has_lines(tmp_path / "dense.jsonl", 2), "two answered problems", beside=process)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
     finally:

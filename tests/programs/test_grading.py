@@ -1,5 +1,6 @@
 """Votes, chains and mathematics."""
 
+import json
 import random
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from sgl_lim.programs.grading import ChainGrader, GradingError, MathGrader, grad
 from sgl_lim.programs.problems import Problem, jsonl_problems
 from sgl_lim.tasks.chains import make_chain
 
-SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+ANSWER_FORMS = Path(__file__).parent / "data" / "answer_forms.jsonl"
+"""Answers as AIME and MATH-500 write them, with another spelling of each."""
 
 
 def chain_problem() -> Problem:
@@ -136,10 +138,10 @@ def test_an_answer_that_cannot_be_read_is_refused(math_grader: MathGrader) -> No
         math_grader.expected(math_problem("\\text{}"))
 
 
-@pytest.mark.parametrize("name", ["aime2024", "aime2025", "math500"])
-def test_every_shared_answer_is_readable_and_equals_itself(math_grader: MathGrader, name: str) -> None:
-    path = SHARED_DATA / f"{name}.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    for problem in jsonl_problems(path).problems:
-        assert grade(problem, [f"Thus \\boxed{{{problem.answer}}}."], math_grader).correct, problem
+def test_every_form_of_answer_is_read_in_either_spelling_and_equals_no_other(math_grader: MathGrader) -> None:
+    problems = jsonl_problems(ANSWER_FORMS).problems
+    spellings = [json.loads(line)["also"] for line in ANSWER_FORMS.read_text().splitlines()]
+    for problem, other, also in zip(problems, problems[1:] + problems[:1], spellings, strict=True):
+        for text, right in ((problem.answer, True), (also, True), (other.answer, False)):
+            graded = grade(problem, [f"Thus \\boxed{{{text}}}."], math_grader)
+            assert graded.correct is right, (problem.answer, text)

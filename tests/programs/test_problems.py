@@ -7,7 +7,7 @@ import pytest
 
 from sgl_lim.programs.problems import ProblemError, chain_problems, jsonl_problems
 
-SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+ANSWER_FORMS = Path(__file__).parent / "data" / "answer_forms.jsonl"
 
 
 def write(path: Path, *lines: str) -> Path:
@@ -99,9 +99,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
     assert len(jsonl_problems(path).problems) == 1
 
 
-@pytest.mark.parametrize(("name", "count"), [("aime2024", 30), ("aime2025", 30), ("math500", 500)])
-def test_the_shared_sets_are_read(name: str, count: int) -> None:
-    path = SHARED_DATA / f"{name}.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    assert len(jsonl_problems(path).problems) == count
+def test_a_file_as_benchmarks_publish_it_is_read() -> None:
+    found = jsonl_problems(ANSWER_FORMS)
+    assert len(found.problems) == len(ANSWER_FORMS.read_text().splitlines()) > 30
+    assert found.problems[1].answer == "070", "a leading zero is part of the answer"
+    assert [problem.id for problem in found.problems[:2]] == ["form-0", "form-1"]

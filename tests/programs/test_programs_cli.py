@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from stub_endpoint import COUNTERS, Reply, StubEndpoint
 from sgl_lim.programs.cli import main
 from sgl_lim.programs.problems import chain_problems
 from sgl_lim.programs.run_records import read_rows
+from support.waiting import has_lines, wait_until
 
 SIZES = ["--facts", "6", "--steps", "2"]
 PROBLEMS = chain_problems(4, num_facts=6, num_steps=2, seed=0).problems
@@ -142,10 +142,7 @@ def test_a_failing_prefix_commit_is_an_error_and_no_hang(cli: Cli, monkeypatch: 
     before = threading.active_count()
     assert cli("--program", "self-consistency", "--samples", "2") == 1
     assert all(row.error == "GenerationError: pool full" for row in read_rows(cli.output))
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert threading.active_count() <= before, "the branches' threads were left behind"
+    wait_until(lambda: threading.active_count() <= before, "the end of the branches' threads")
 
 
 def test_an_aborted_request_is_no_answer(cli: Cli) -> None:
@@ -259,15 +256,6 @@ def test_a_bad_problem_file_is_a_usage_error(cli: Cli, tmp_path: Path, capsys: p
     assert "bad.jsonl:1: missing key 'answer'" in capsys.readouterr().err
 
 
-def wait_for_rows(path: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if path.exists() and path.read_bytes().count(b"\n") >= count:
-            return
-        time.sleep(0.05)
-    pytest.fail(f"{path} had no {count} rows in time")
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_an_interrupted_run_is_resumed(cli: Cli, number: signal.Signals, code: int) -> None:
     release = threading.Event()
@@ -280,7 +268,7 @@ def test_an_interrupted_run_is_resumed(cli: Cli, number: signal.Signals, code: i
     cli.stub.answer = answer
     process = cli.start("--concurrency", "1")
     try:
-        wait_for_rows(cli.output, 2)
+        wait_until(lambda: has_lines(cli.output, 2), "two answered problems", beside=process)
         process.send_signal(number)
         _, err = process.communicate(timeout=30)
     finally:

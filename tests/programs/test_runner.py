@@ -1,7 +1,6 @@
 """Running items: recording at once, concurrency, errors, stopping. No server and no SGLang."""
 
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -138,19 +137,18 @@ def test_a_lost_endpoint_ends_the_run_and_leaves_no_errors_behind(run: Run) -> N
 
 
 def test_stopping_keeps_what_is_answered_and_does_not_wait(run: Run) -> None:
-    release = threading.Event()
+    release, answered_late = threading.Event(), threading.Event()
 
     def ask(prompt: str) -> list[Generation]:
         if prompt != PROBLEMS[0].prompt:
             run.stop.set()
             release.wait(timeout=60)
+            answered_late.set()
         return right(prompt)
 
-    started = time.monotonic()
     invocation = run(ask, concurrency=2)
-    waited = time.monotonic() - started
+    assert invocation.stopped and not answered_late.is_set()
     release.set()
-    assert invocation.stopped and waited < 30
     assert len(run.recorded()) == invocation.items <= 1
 
 

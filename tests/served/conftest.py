@@ -16,8 +16,27 @@ QUICK_START = Path(__file__).parents[1] / "support" / "quick_start"
 
 @pytest.hookimpl(tryfirst=True)  # before pytest groups them by case
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a case's tests, those on its own server come first: others start servers that would take its place."""
-    items.sort(key=lambda item: "server" not in getattr(item, "fixturenames", ()))
+    """Keep tests that share a server in one process, and start early what takes longest.
+
+    Of a case's tests, those on its own server come first: others start servers that would take its place.
+    Tests without servers come last: they are short, and fill what is left of either core.
+    """
+    for item in items:
+        if item.get_closest_marker("served"):
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    items.sort(key=lambda item: (item.get_closest_marker("served") is None, not shares_server(item)))
+
+
+def shares_server(item: pytest.Item) -> bool:
+    """Whether a test runs on the server of its case."""
+    return "server" in getattr(item, "fixturenames", ())
+
+
+def group_of(item: pytest.Item) -> str:
+    """The case whose server a test shares, else its module, and with it the case that it is about."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    case = str(parameters.get("case", ""))
+    return case if shares_server(item) else f"{item.path.stem} {case}"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,7 +67,10 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPool]:
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory, pool: ServerPool) -> Fleet:
     """Specs, models and dense answers."""
-    return Fleet(tmp_path_factory.mktemp("fleet"), pool)
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each process has a folder of its own in one of the session
+        shared = shared.parent
+    return Fleet(tmp_path_factory.mktemp("fleet"), pool, shared=shared)
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +85,7 @@ def case(request: pytest.FixtureRequest) -> LimCase:
 @pytest.fixture
 def server(case: LimCase, fleet: Fleet, pool: ServerPool) -> Server:
     """The server of `case`; several tests in a row get the same one."""
-    return pool.get(fleet.lim_spec(case), beside=fleet.dense_spec_to_come(case))
+    return pool.get(fleet.lim_spec(case))
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,7 @@ def test_the_preset_is_the_best_of_what_was_recorded(calibrated: Path) -> None:
     assert all(small < large for small, large in zip(*own, strict=True))
 
 
+@pytest.mark.parametrize("release", ["current"], indirect=True)
 def test_a_server_takes_the_preset(calibrated: Path, release: str, fleet: Fleet, pool: ServerPool) -> None:
     content = json.loads(calibrated.read_text())
     # Layers that nothing else would choose.

@@ -6,16 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from support.agreement import largest_difference, same_tokens
-from support.fleet import COMMON_ARGS, MAIN, NEW_TOKENS, Fleet, LimCase, prompts_beyond, prompts_within
-from support.server import Answer, ServerPool, ServerSpec, launch_env
+from sgl_lim.settings.config import ENV
+from support.fleet import HYBRID, MAIN, NEW_TOKENS, Fleet, LimCase, prompts_beyond, prompts_within
+from support.server import Server, launch_env
 
-pytestmark = [pytest.mark.served, pytest.mark.parametrize("case", [MAIN], ids=str, indirect=True)]
+pytestmark = pytest.mark.served
 
 PROMPTS = [*prompts_within(MAIN.rule.budget)[2:5], *prompts_beyond(MAIN.rule.budget)]
-CONFIG = {"budget": 256, "recency": 0.25, "sinks": 4, "selection_layers": [1, 3], "aggregate": "union"}
 ENGINE = """
 import json, sys
 import sglang as sgl
@@ -30,34 +28,19 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture(scope="module")
-def main_answers(case: LimCase, fleet: Fleet, pool: ServerPool) -> list[Answer]:
-    """What `--attention-backend lessismore` with flags answers."""
-    return pool.get(fleet.lim_spec(case), beside=hybrid_spec(fleet)).generate(PROMPTS, NEW_TOKENS)
+@pytest.mark.parametrize("case", [HYBRID], ids=str, indirect=True)
+def test_hybrid_form_takes_settings_from_the_environment(case: LimCase, server: Server) -> None:
+    """Its sets and answers are compared with the oracle like every case's, in test_sparse_decode.py."""
+    block, settings = server.lessismore(), case.settings()
+    assert {key: block[key] for key in settings} == settings
+    before = server.counters()["selections"]
+    server.generate(PROMPTS[-1:], 2)
+    assert server.counters()["selections"] > before
 
 
-def hybrid_spec(fleet: Fleet) -> ServerSpec:
-    """Dense prefill by name, our decode, settings from the environment."""
-    args = ("--attention-backend", "torch_native", "--decode-attention-backend", "lessismore", "--dtype", "float32")
-    return ServerSpec(
-        "hybrid", fleet.model("gqa"), (*args, *COMMON_ARGS), env=(("LESSISMORE_CONFIG", json.dumps(CONFIG)),)
-    )
-
-
-def test_hybrid_form_with_settings_from_the_environment(
-    case: LimCase, fleet: Fleet, pool: ServerPool, main_answers: list[Answer]
-) -> None:
-    error, magnitude = fleet.dense_run(case).noise_beyond
-    server = pool.get(hybrid_spec(fleet))
-    answers = server.generate(PROMPTS, NEW_TOKENS)
-    block = server.lessismore()
-    assert {key: block[key] for key in CONFIG} == CONFIG
-    assert block["counters"]["selections"] > 0
-    assert same_tokens(answers, main_answers)
-    assert largest_difference(answers, main_answers) <= 2 * error + torch.finfo(torch.float32).eps * magnitude
-
-
-def test_engine_with_settings_from_the_environment(fleet: Fleet, main_answers: list[Answer], tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", [MAIN], ids=str, indirect=True)
+def test_engine_answers_as_the_server_does(case: LimCase, fleet: Fleet, server: Server, tmp_path: Path) -> None:
+    expected = server.generate(PROMPTS, NEW_TOKENS)
     script = tmp_path / "engine.py"
     script.write_text(ENGINE)
     request = {
@@ -82,10 +65,10 @@ def test_engine_with_settings_from_the_environment(fleet: Fleet, main_answers: l
         text=True,
         timeout=300,
         cwd=tmp_path,
-        env=launch_env((("LESSISMORE_CONFIG", json.dumps(CONFIG)),)),
+        env=launch_env(((ENV, json.dumps(case.settings())),)),
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "sgl-lim is on: method lessismore, budget 256" in done.stdout + done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
     tokens = [tuple(item["output_ids"]) for item in json.loads(line.removeprefix("ANSWERS "))]
-    assert tokens == [answer.tokens for answer in main_answers]
+    assert tokens == [answer.tokens for answer in expected]

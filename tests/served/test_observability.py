@@ -1,12 +1,12 @@
 """What the server says about itself: the start-up line, the `/server_info` block, the counters, `/metrics`."""
 
-import time
 from collections.abc import Sequence
 
 import pytest
 
 from support.fleet import LAYERS, MAIN, NEXT_CASES, ROLES, SELECTION_LAYERS, LimCase, random_prompt
 from support.server import Server
+from support.waiting import wait_until
 
 pytestmark = [
     pytest.mark.served,
@@ -108,10 +108,7 @@ def test_metrics_show_the_same_totals_once_idle(server: Server) -> None:
     server.generate_apart(JOBS)
     server.flush_cache()
     wanted = {f"sgl_lim_{name}": total for name, total in server.counters().items()}
-    deadline = time.monotonic() + 60
-    while (shown := lim_metrics(server)) != wanted and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert shown == wanted
+    wait_until(lambda: lim_metrics(server) == wanted, f"/metrics shows {wanted}")
 
 
 def lim_metrics(server: Server) -> dict[str, float]:

@@ -8,7 +8,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections import Counter
 from pathlib import Path
@@ -21,6 +20,7 @@ from sgl_lim.programs.endpoint import request_json, server_info
 from sgl_lim.programs.problems import chain_problems
 from sgl_lim.programs.run_records import read_rows
 from sgl_lim.programs.server_stats import parse_server_info
+from support.waiting import has_lines, wait_until
 
 pytestmark = pytest.mark.served
 
@@ -178,10 +178,7 @@ def test_a_killed_run_is_resumed(cli: Cli, number: signal.Signals) -> None:
     chains = 8
     process = cli.start("--concurrency", "1", chains=chains)
     try:
-        deadline = time.monotonic() + 200
-        while not (cli.output.exists() and cli.output.read_bytes().count(b"\n") >= 2):
-            assert process.poll() is None and time.monotonic() < deadline, "the run ended or hung before the kill"
-            time.sleep(0.02)
+        wait_until(lambda: has_lines(cli.output, 2), "two answered problems", beside=process)
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
     finally:
@@ -202,15 +199,10 @@ def test_a_killed_run_is_resumed(cli: Cli, number: signal.Signals) -> None:
 def test_an_interrupted_clients_requests_leave_the_server(cli: Cli) -> None:
     process = cli.start("--concurrency", "4", "--max-tokens", "3000", chains=4)
     try:
-        deadline = time.monotonic() + 200
-        while not running_requests(cli.url):
-            assert process.poll() is None and time.monotonic() < deadline, "no request was seen running"
-            time.sleep(0.02)
+        wait_until(lambda: running_requests(cli.url) > 0, "a running request", beside=process)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
-        while running_requests(cli.url):
-            assert time.monotonic() < deadline, "the server goes on generating for a client that is gone"
-            time.sleep(0.2)
+        wait_until(lambda: not running_requests(cli.url), "the end of requests whose client is gone")
     finally:
         process.kill()
 

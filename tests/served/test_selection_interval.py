@@ -9,7 +9,9 @@ from support.server import Server, ServerPool
 from support.step_checks import check_attention, exact_logits, served_set
 
 INTERVAL, TOKENS = 3, 12
-pytestmark = [pytest.mark.served, pytest.mark.parametrize("case", [MAIN, NEXT_CASES[0]], ids=str, indirect=True)]
+pytestmark = pytest.mark.served
+on_both_releases = pytest.mark.parametrize("case", [MAIN, NEXT_CASES[0]], ids=str, indirect=True)
+on_one_release = pytest.mark.parametrize("case", [MAIN], ids=str, indirect=True)
 PROMPT = random_prompt(500, 700)
 
 
@@ -33,6 +35,7 @@ def middle(kept: list[int], case: LimCase) -> list[int]:
     return kept[rule.sinks : len(kept) - recent]
 
 
+@on_both_releases
 def test_a_set_is_kept_between_selections(case: LimCase, fleet: Fleet, every_third: Server) -> None:
     every_third.flush_cache()
     before = every_third.counters()
@@ -67,6 +70,7 @@ def test_a_set_is_kept_between_selections(case: LimCase, fleet: Fleet, every_thi
     assert grown["tokens_attended"] == sum(attended)
 
 
+@on_both_releases
 def test_forks_and_later_turns_begin_warm(case: LimCase, every_third: Server) -> None:
     every_third.flush_cache()
     first = every_third.generate_one(PROMPT, TOKENS)
@@ -79,6 +83,7 @@ def test_forks_and_later_turns_begin_warm(case: LimCase, every_third: Server) ->
     assert every_third.counters()["warm_starts"] == before["warm_starts"] + 4, "nothing is known of a new prompt"
 
 
+@on_both_releases
 def test_a_flush_forgets_everything(case: LimCase, every_third: Server) -> None:
     every_third.generate_one(PROMPT, TOKENS)
     for _ in range(2):
@@ -90,6 +95,7 @@ def test_a_flush_forgets_everything(case: LimCase, every_third: Server) -> None:
         assert grown["selections"] == len(SELECTION_LAYERS) * -(-grown["decode_steps"] // INTERVAL)
 
 
+@on_both_releases
 def test_answers_do_not_depend_on_the_batch(case: LimCase, every_third: Server) -> None:
     prompts = [random_prompt(length, 740 + length) for length in (61, 400, 613, 250)]
     every_third.flush_cache()
@@ -98,6 +104,7 @@ def test_answers_do_not_depend_on_the_batch(case: LimCase, every_third: Server) 
     assert [answer.tokens for answer in every_third.generate(prompts, TOKENS)] == alone
 
 
+@on_one_release
 def test_early_layers_attend_to_the_set_of_the_step_before(case: LimCase, fleet: Fleet, early: Server) -> None:
     early.flush_cache()
     before = early.counters()
@@ -131,6 +138,7 @@ def test_early_layers_attend_to_the_set_of_the_step_before(case: LimCase, fleet:
     assert grown["selections"] == len(SELECTION_LAYERS) * grown["decode_steps"]
 
 
+@on_one_release
 def test_early_layers_of_a_fork_attend_to_what_its_prefix_remembers(case: LimCase, early: Server) -> None:
     early.flush_cache()
     early.generate_one(PROMPT, TOKENS)

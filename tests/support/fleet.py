@@ -1,14 +1,19 @@
 """The servers that the served tests share, and the prompts they send."""
 
+import fcntl
+import json
 import os
+import pickle
 import random
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sgl_lim.methods import METHODS
+from sgl_lim.settings.config import ENV
 from support.agreement import errors
 from support.driven_layers import scopes_of
 from support.float64_qwen3 import Float64Qwen3
@@ -38,12 +43,15 @@ class LimCase:
     dtype: str = "float32"
     release: str = "current"  # or "next": the other supported SGLang, in an environment of its own
     prefix_selection: str = "request"
+    hybrid: bool = False
+    """Turned on by `--decode-attention-backend` beside SGLang's own prefill, with settings from the environment."""
 
     @property
     def name(self) -> str:
         """Id of the server in test names and log files."""
         more = "-group" if self.prefix_selection == "group" else ""
         more += "-heads" if self.rule.scope == "kv_head" else ""
+        more += "-hybrid" if self.hybrid else ""
         return f"{self.kind}-page{self.page_size}-{self.dtype}-{self.method}{more}-{self.release}"
 
     def __str__(self) -> str:
@@ -54,14 +62,28 @@ class LimCase:
         """What the set is chosen by: the aggregate of lessismore, the method of others."""
         return self.rule.aggregate if self.rule.method == "lessismore" else self.rule.method
 
-    def flags(self) -> tuple[str, ...]:
-        """The plugin's flags."""
+    def settings(self) -> dict[str, Any]:
+        """The plugin's settings, by their keys in the environment variable."""
         rule = self.rule
-        layers = ",".join(map(str, SELECTION_LAYERS))
-        flags = ["--lim-method", rule.method, "--lim-budget", rule.budget, "--lim-selection-layers", layers]
-        flags += ["--lim-recency", rule.recency, "--lim-sinks", rule.sinks, "--lim-aggregate", rule.aggregate]
-        flags += ["--lim-prefix-selection", self.prefix_selection, "--lim-scope", rule.scope]
-        return tuple(map(str, flags))
+        return {
+            "method": rule.method,
+            "budget": rule.budget,
+            "selection_layers": list(SELECTION_LAYERS),
+            "recency": rule.recency,
+            "sinks": rule.sinks,
+            "aggregate": rule.aggregate,
+            "prefix_selection": self.prefix_selection,
+            "scope": rule.scope,
+        }
+
+    def turned_on(self) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+        """Arguments and environment that turn the plugin on with these settings, in the form of this case."""
+        if self.hybrid:
+            args = ("--attention-backend", "torch_native", "--decode-attention-backend", "lessismore")
+            return args, ((ENV, json.dumps(self.settings())),)
+        flags = {f"--lim-{name.replace('_', '-')}": value for name, value in self.settings().items()}
+        flags["--lim-selection-layers"] = ",".join(map(str, SELECTION_LAYERS))
+        return ("--attention-backend", "lessismore", *(str(x) for pair in flags.items() for x in pair)), ()
 
 
 MAIN = LimCase("gqa", 1, SetRule("lessismore", 256, 0.25, 4, "union"))
@@ -69,11 +91,10 @@ GROUP = replace(MAIN, prefix_selection="group")
 _GIVEN_CASES = (
     MAIN,
     LimCase("gqa", 16, SetRule("lessismore", 256, 0.3, 5, "max")),
-    LimCase("mqa", 1, SetRule("lessismore", 193, 0.25, 4, "sum")),
-    LimCase("mqa", 16, SetRule("lessismore", 193, 0.5, 0, "union")),
+    LimCase("mqa", 16, SetRule("lessismore", 193, 0.5, 0, "sum")),
     LimCase("mha", 1, SetRule("window", 256, 0.25, 4, "union")),
     LimCase("mha", 16, SetRule("lessismore", 256, 0.0, 4, "union")),
-    LimCase("gqa", 1, SetRule("lessismore", 256, 0.25, 4, "union", "kv_head")),
+    LimCase("gqa", 1, SetRule("lessismore", 256, 0.25, 4, "union", "kv_head"), hybrid=True),
     LimCase("gqa", 16, SetRule("tidaldecode", 256, 0.0, 0, "max", "kv_head")),
     LimCase("gqa", 16, SetRule("quest", 256, 0.0, 0, "max", "kv_head")),
 )
@@ -94,7 +115,8 @@ METHOD_CASES = tuple(
     for name in METHODS
 )
 NEXT_CASES = tuple(replace(case, release="next") for case in FLOAT32_CASES[:2])
-LOW_PRECISION_CASES = tuple(replace(MAIN, dtype=dtype) for dtype in ("bfloat16", "float16"))
+HYBRID = next(case for case in FLOAT32_CASES if case.hybrid)
+LOW_PRECISION = replace(MAIN, dtype="bfloat16")
 
 
 def random_prompt(length: int, seed: int) -> list[int]:
@@ -121,8 +143,9 @@ def prompts_beyond(budget: int) -> list[list[int]]:
 class Fleet:
     """Makes the shared servers' specs and remembers what the dense ones answered."""
 
-    def __init__(self, folder: Path, pool: ServerPool) -> None:
-        self._folder, self._pool = folder, pool
+    def __init__(self, folder: Path, pool: ServerPool, *, shared: Path) -> None:
+        """`shared` is a folder of all processes of a test session, `folder` of this one alone."""
+        self._folder, self._pool, self._shared = folder, pool, shared
         self._models: dict[str, Path] = {}
         self._probe: Probe | None = None
         self._dense: dict[ServerSpec, DenseRun] = {}
@@ -150,27 +173,35 @@ class Fleet:
 
     def lim_spec(self, case: LimCase) -> ServerSpec:
         """A lessismore server with metrics and the probe."""
-        args = ("--attention-backend", "lessismore", *case.flags(), "--dtype", case.dtype)
+        on, env = case.turned_on()
+        args = (*on, "--dtype", case.dtype)
         args += ("--page-size", str(case.page_size), "--enable-metrics", "--chunked-prefill-size", str(CHUNK))
         args += COMMON_ARGS
-        return ServerSpec(case.name, self.model(case.kind), args, env=self.probe.env, python=interpreter(case.release))
-
-    def dense_spec_to_come(self, case: LimCase) -> ServerSpec | None:
-        """The dense server whose answers the case's tests will want, if it has not run yet."""
-        spec = self.dense_spec(case)
-        return None if spec in self._dense else spec
+        env += self.probe.env
+        return ServerSpec(case.name, self.model(case.kind), args, env=env, python=interpreter(case.release))
 
     def dense_run(self, case: LimCase) -> "DenseRun":
-        """The dense backend's answers to the case's prompts; cases that differ in page size or method share them."""
+        """The dense backend's answers to the case's prompts; cases that differ in page size or method share them.
+
+        The first process that wants them asks a server, the others wait for what it finds.
+        """
         spec = self.dense_spec(case)
         if spec not in self._dense:
-            server = self._pool.get(spec, beside=self.lim_spec(case))
-            within, beyond = prompts_within(case.rule.budget), prompts_beyond(case.rule.budget)
-            model = Float64Qwen3(self.model(case.kind), getattr(torch, case.dtype))
-            answers = server.generate(within, NEW_TOKENS)
-            noise = errors(model, within, answers)
-            self._dense[spec] = DenseRun(answers, noise, errors(model, beyond, server.generate(beyond, NEW_TOKENS)))
+            path = self._shared / f"{spec.name}.pickle"
+            with path.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    path.write_bytes(pickle.dumps(self._ask_dense(case)))
+            self._dense[spec] = pickle.loads(path.read_bytes())
         return self._dense[spec]
+
+    def _ask_dense(self, case: LimCase) -> "DenseRun":
+        server = self._pool.get(self.dense_spec(case))
+        within, beyond = prompts_within(case.rule.budget), prompts_beyond(case.rule.budget)
+        model = Float64Qwen3(self.model(case.kind), getattr(torch, case.dtype))
+        answers = server.generate(within, NEW_TOKENS)
+        noise = errors(model, within, answers)
+        return DenseRun(answers, noise, errors(model, beyond, server.generate(beyond, NEW_TOKENS)))
 
 
 @dataclass(frozen=True)
