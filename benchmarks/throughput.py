@@ -33,11 +33,11 @@ from closed_loop import LoadError, random_requests, run_load
 from figures import Figures, figures
 from load_spec import LoadSpec, add_load_flags, chosen_loads, positive
 from machine import machine_line_apart
-from own_server import ServerFailed
 from results_file import append_rows, markdown, ratio, require_columns, rounded
 from targets import add_target_flags, chosen_targets, endpoint, flush_cache, log_folder
 
 from sgl_lim.programs.endpoint import EndpointError, server_info
+from sgl_lim.programs.server_process import ServerFailed
 from sgl_lim.programs.server_stats import attended_fraction, parse_server_info
 
 Row = dict[str, Any]

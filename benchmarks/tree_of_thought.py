@@ -28,12 +28,12 @@ from typing import Any
 from answer_check import AnswerCheck, CheckFailed
 from load_spec import positive
 from machine import machine_line_apart
-from own_server import ServerFailed
 from results_file import append_rows, markdown, ratio, require_columns, rounded
 from targets import add_target_flags, chosen_targets, endpoint, flush_cache, log_folder
 
 from sgl_lim.programs.endpoint import EndpointError, count_tokens, server_info
 from sgl_lim.programs.records import Generation
+from sgl_lim.programs.server_process import ServerFailed
 from sgl_lim.programs.server_stats import attended_fraction, parse_server_info
 from sgl_lim.programs.tree import TreeShape
 
