@@ -1,5 +1,7 @@
 """When the CPU platform is offered to SGLang."""
 
+import os
+
 import pytest
 import torch
 
@@ -40,3 +42,15 @@ def test_the_class_is_an_out_of_tree_platform_that_runs_native_operators():
     assert chosen.get_dispatch_key_name() == "native"
     assert chosen.get_default_attention_backend() == "torch_native"
     assert not chosen.is_pin_memory_available()
+
+
+@pytest.mark.parametrize(("own", "wanted"), [(None, "passive"), ("active", "active")])
+def test_threads_of_workers_sleep_while_they_wait_unless_the_user_chose(monkeypatch, own, wanted):
+    from sgl_lim.cpu.platform_class import PlainCpuPlatform
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "restored at the end")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    if own:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    PlainCpuPlatform().apply_server_args_defaults(None)
+    assert os.environ["OMP_WAIT_POLICY"] == wanted
