@@ -6,25 +6,13 @@
 set -euo pipefail
 source "$(dirname "$0")/../launch/env.sh"
 cd "$LIM_ROOT"
-trap stop_all EXIT
 ensure_venv "$LIM_ROOT/.venv" "$LIM_SGLANG"
-python=$LIM_ROOT/.venv/bin/python
 model=${1:-models/chain-tracer} budget=${2:-256} output=${3:-out/cpu_decode.csv}
 export CUDA_VISIBLE_DEVICES=
-logs=$(mktemp -d)
 # Tokens are streamed in chunks of 16, so that two cores are not busy with HTTP; the same for all servers.
-common=(--model-path "$model" --device cpu --max-total-tokens 40000 --max-running-requests 16 --sleep-on-idle
-    --stream-interval 16)
-
-names=()
-serve() {
-    local name=$1 port
-    shift
-    port=$(free_port "$python")
-    start_server "$python" "$port" "$logs/$name.log" "${common[@]}" "$@"
-    names+=("$name=http://127.0.0.1:$port")
-}
-serve torch_native --attention-backend torch_native
-serve full --attention-backend lessismore --lim-method full
-serve lessismore --attention-backend lessismore --lim-budget "$budget"
-"$python" -m benchmarks.decode_throughput "${names[@]}" --output "$output"
+common="--model-path $(printf %q "$model") --device cpu --max-total-tokens 40000 --max-running-requests 16 --sleep-on-idle
+    --stream-interval 16"
+exec "$LIM_ROOT/.venv/bin/python" -m benchmarks.decode_throughput --common "$common" --output "$output" \
+    --server "torch_native=--attention-backend torch_native" \
+    --server "full=--attention-backend lessismore --lim-method full" \
+    --server "lessismore=--attention-backend lessismore --lim-budget $budget"

@@ -48,6 +48,7 @@ from torch import Tensor
 from benchmarks.decode_step_worker import Outcome, work
 from benchmarks.forest import Forest
 from benchmarks.results_file import append_rows, require_columns
+from sgl_lim.methods import LessIsMore
 from sgl_lim.settings.config import ENV, LimConfig, RefusedConfig, configure
 
 LARGEST_LOGITS_ERROR = 0.05
@@ -69,6 +70,11 @@ class Backend:
     name: str
     lim: LimConfig | None
     environment: dict[str, str]
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens that a sparse layer reads; None where nothing is sparse."""
+        return None if self.lim is None else self.lim.build().settings().get("budget")
 
     def command(self, argv: list[str]) -> str:
         """The worker's environment and SGLang arguments, as a shell would take them."""
@@ -284,7 +290,7 @@ def main() -> None:
     args = parse(sys.argv[1:])
     if args.output:
         require_columns(args.output, COLUMNS)
-    budgets = [backend.lim.build().budget for backend in args.backends if backend.lim] or [configure().build().budget]
+    budgets = [backend.budget for backend in args.backends if backend.budget] or [LessIsMore.budget]
     rows: list[dict[str, Any]] = []
     first: Outcome | None = None
     for backend in args.backends:
@@ -298,7 +304,7 @@ def main() -> None:
             "cases": list(map(str, args.cases)),
             "profile": args.profile and str(args.profile),
             "checked": checked_cases(min(budgets)) if args.check else [],
-            "sparse": f"{CHECKED_REQUESTS}x{4 * backend.lim.budget}" if args.check and backend.lim else "",
+            "sparse": f"{CHECKED_REQUESTS}x{4 * backend.budget}" if args.check and backend.budget else "",
         }
         outcome = run_worker(backend, job, args.timeout)
         if args.profile:

@@ -6,6 +6,8 @@ prefill runs. Before any time is taken, each server solves chain problems greedi
 the baseline's.
 
     python -m benchmarks.decode_throughput torch_native=http://127.0.0.1:30000 lessismore=http://127.0.0.1:30001
+
+`--server NAME=ARGUMENTS`, as often as wanted, starts servers instead, all before the first is measured.
 """
 
 import argparse
@@ -16,12 +18,15 @@ import statistics
 import sys
 import time
 import urllib.request
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine_line
 from benchmarks.results_file import append_rows
+from benchmarks.targets import add_target_flags, chosen_targets, endpoint, log_folder
 from sgl_lim.programs.endpoint import request_json
 from sgl_lim.tasks.chains import generate_chains, parse_answer
 
@@ -74,7 +79,7 @@ def tokens_per_second(url: str, prompts: list[list[int]], new_tokens: int) -> fl
 def main() -> None:
     """Measure every server and print rows; `--output` appends them to a CSV file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("servers", nargs="+", metavar="NAME=URL", help="the first is the baseline")
+    add_target_flags(parser)
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--context", type=int, default=3600, help="prompt tokens a request")
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -85,8 +90,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    servers = dict(server.split("=", 1) for server in args.servers)
+    targets, logs = chosen_targets(parser, args), log_folder(args)
+    with ExitStack() as stack:
+        servers = {target.name: stack.enter_context(endpoint(target, logs, args.start_timeout)) for target in targets}
+        rows = measure(args, servers)
+    if args.output:
+        append_rows(args.output, list(rows[0]), rows)
 
+
+def measure(args: argparse.Namespace, servers: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A row for each server of `servers`, URLs by name."""
     draw = random.Random(0)
     prompts = [[draw.randrange(12, args.vocabulary) for _ in range(args.context)] for _ in range(args.requests)]
     baseline_answers: list[str | None] = []
@@ -114,8 +127,7 @@ def main() -> None:
             }
         )
         print(json.dumps(rows[-1]), file=sys.stderr)
-    if args.output:
-        append_rows(args.output, list(rows[0]), rows)
+    return rows
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.own_server import launch_command, own_server
 from sgl_lim.programs.endpoint import EndpointError
+from sgl_lim.programs.server_process import Launch, launch_command, running_server
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ def endpoint(target: Target, logs: Path, timeout: float) -> Iterator[str]:
     else:
         log = logs / f"{target.name}.log"
         print(f"starting {target.name}, log {log}", file=sys.stderr)
-        with own_server(target.arguments, log, timeout=timeout) as url:
-            yield url
+        with running_server(Launch(target.arguments, log), timeout=timeout) as server:
+            yield server.url
 
 
 def flush_cache(url: str) -> None:

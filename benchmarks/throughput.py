@@ -36,10 +36,10 @@ from benchmarks.closed_loop import LoadError, random_requests, run_load
 from benchmarks.figures import Figures, figures
 from benchmarks.load_spec import LoadSpec, add_load_flags, chosen_loads
 from benchmarks.machine import machine_line_apart
-from benchmarks.own_server import ServerFailed
 from benchmarks.results_file import append_rows, markdown, ratio, require_columns, rounded
 from benchmarks.targets import add_target_flags, chosen_targets, endpoint, flush_cache, log_folder
 from sgl_lim.programs.endpoint import EndpointError, server_info
+from sgl_lim.programs.server_process import ServerFailed
 from sgl_lim.programs.server_stats import attended_fraction, parse_server_info
 
 Row = dict[str, Any]

@@ -29,13 +29,13 @@ from benchmarks.answer_check import COLUMNS as CHECKED
 from benchmarks.answer_check import AnswerCheck, CheckFailed, add_check_flags, chosen_check
 from benchmarks.load_spec import positive
 from benchmarks.machine import machine_line_apart
-from benchmarks.own_server import ServerFailed
 from benchmarks.results_file import append_rows, markdown, ratio, require_columns, rounded
 from benchmarks.targets import add_target_flags, chosen_targets, endpoint, flush_cache, log_folder
 from sgl_lim.programs.endpoint import EndpointError, count_tokens, server_info
-from sgl_lim.programs.records import Generation
+from sgl_lim.programs.run_records import Generation
+from sgl_lim.programs.server_process import ServerFailed
 from sgl_lim.programs.server_stats import attended_fraction, parse_server_info
-from sgl_lim.programs.tree import TreeShape
+from sgl_lim.programs.tree_shape import TreeShape
 
 Row = dict[str, Any]
 WARMUP_TOKENS = 4

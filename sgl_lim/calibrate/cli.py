@@ -208,7 +208,7 @@ def _save(options: Options, recording: Recording, preset: preset_file.PresetFile
         report.draw_heat_map(options.heat_map, recording.recall, preset, title)
         written.append(options.heat_map)
     except ImportError:
-        print("\nno heat map: matplotlib is not installed; pip install 'sgl-lim[bench]'", file=sys.stderr)
+        print("\nno heat map: matplotlib is not installed; pip install 'matplotlib>=3.8,<4'", file=sys.stderr)
     print(f"\nwrote {', '.join(map(str, written))}; serve with --lim-preset {options.output}")
 
 

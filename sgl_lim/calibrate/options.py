@@ -5,7 +5,7 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
-from sgl_lim.programs.flags import integer
+from sgl_lim.programs.argument_types import integer
 from sgl_lim.tasks.chains import MAX_STEPS, NUM_NODES
 
 _FACTS, _STEPS, _MAX_TOKENS = 330, 48, 256

@@ -1,5 +1,7 @@
 """The platform class behind `platform.activate`, apart because importing SGLang's platform types is slow."""
 
+import os
+
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.interface import PlatformEnum, SRTPlatform
 
@@ -10,6 +12,15 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     _enum = PlatformEnum.OOT
     device_name = "cpu"
     device_type = "cpu"
+
+    def apply_server_args_defaults(self, server_args: object) -> None:
+        """Let the OpenMP threads of the processes to come sleep while they wait, unless the user chose otherwise.
+
+        By default they spin, and beside other work a thread that spins keeps the core from the one it waits for. SGLang
+        calls this where arguments are read, before it spawns the processes that compute, so the variable is there when
+        they load their OpenMP runtime.
+        """
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     def get_dispatch_key_name(self) -> str:
         """Custom operators run their torch implementation, `forward_native`."""

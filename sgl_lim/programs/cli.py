@@ -11,17 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sgl_lim.programs import endpoint, limits, options, server_stats
-from sgl_lim.programs.forcing import ThinkingBudget
+from sgl_lim.programs import endpoint, run_options, server_stats, token_limits
+from sgl_lim.programs.builtin_problems import BUILTIN, builtin_problems
 from sgl_lim.programs.grading import Grader, GradingError, make_grader
-from sgl_lim.programs.named import NAMED, named_problems
-from sgl_lim.programs.options import Options
 from sgl_lim.programs.problems import Problem, ProblemError, ProblemSet, chain_problems, jsonl_problems
 from sgl_lim.programs.progress import Progress
-from sgl_lim.programs.records import Generation, Measurement, RecordError, RecordFile
+from sgl_lim.programs.run_options import Options
+from sgl_lim.programs.run_records import Generation, Measurement, RecordError, RecordFile
 from sgl_lim.programs.runner import EndpointLost, Invocation, run_items
-from sgl_lim.programs.signals import SignalHandlers
+from sgl_lim.programs.stop_signals import SignalHandlers
 from sgl_lim.programs.summary import summarize, table
+from sgl_lim.programs.thinking_budget import ThinkingBudget
 
 OK, FAILED, USAGE = 0, 1, 2
 _NAMES = {  # as functions
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         The exit code: 0; 1 if the endpoint is down or nothing could be answered; 2 for arguments; 128 plus the
         signal's number if stopped by SIGINT or SIGTERM, and then threads may still wait for the server.
     """
-    chosen = options.parse(argv)
+    chosen = run_options.parse(argv)
     # Failed requests are reported with their problem; the interpreter also warns with each one's traceback.
     warnings.filterwarnings("ignore", message="Error in stream_executor")
     try:
@@ -89,12 +89,12 @@ def prepare(chosen: Options, argv: list[str]) -> Run:
         for problem in source.problems[: chosen.limit]:
             grader.expected(problem)
         before = server_stats.parse_server_info(endpoint.server_info(chosen.endpoint))
-        max_tokens = limits.max_tokens(chosen, source.problems, before.max_input_tokens)
-        limits.check_tree(chosen, max_tokens)
+        max_tokens = token_limits.max_tokens(chosen, source.problems, before.max_input_tokens)
+        token_limits.check_tree(chosen, max_tokens)
         forcing = None
         if chosen.forcing is not None:
-            forcing = limits.thinking_budget(chosen, limits.thinking_end(chosen), max_tokens)
-    except (ProblemError, limits.LimitError) as error:
+            forcing = token_limits.thinking_budget(chosen, token_limits.thinking_end(chosen), max_tokens)
+    except (ProblemError, token_limits.LimitError) as error:
         raise Exit(USAGE, str(error)) from error
     except (GradingError, endpoint.EndpointError) as error:
         raise Exit(FAILED, str(error)) from error
@@ -120,11 +120,11 @@ def _source(chosen: Options) -> ProblemSet:
     if chosen.chains is not None:
         return chain_problems(chosen.chains, num_facts=chosen.facts, num_steps=chosen.steps, seed=chosen.seed)
     assert chosen.problems is not None
-    if chosen.problems in NAMED:
-        return named_problems(chosen.problems, chosen.data_dir, template=chosen.prompt_template)
+    if chosen.problems in BUILTIN:
+        return builtin_problems(chosen.problems, chosen.data_dir, template=chosen.prompt_template)
     if not Path(chosen.problems).exists():
         raise ProblemError(
-            f"--problems {chosen.problems}: no such file, and no set of that name; there are {', '.join(NAMED)}"
+            f"--problems {chosen.problems}: no such file, and no set of that name; there are {', '.join(BUILTIN)}"
         )
     return jsonl_problems(Path(chosen.problems), template=chosen.prompt_template)
 

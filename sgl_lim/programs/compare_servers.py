@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sgl_lim.programs import cli, flags, options
+from sgl_lim.programs import cli, run_flags, run_options
+from sgl_lim.programs.argument_types import url
 from sgl_lim.programs.cli import FAILED, OK, USAGE, Exit
-from sgl_lim.programs.comparison import Result, comparison_rows, markdown, write_csv
 from sgl_lim.programs.comparison_plot import PlotError, draw
-from sgl_lim.programs.options import Options
-from sgl_lim.programs.records import RecordError, RecordFile, describe_differences, read_rows
-from sgl_lim.programs.signals import SignalHandlers
+from sgl_lim.programs.comparison_table import Result, comparison_rows, markdown, write_csv
+from sgl_lim.programs.run_options import Options
+from sgl_lim.programs.run_records import RecordError, RecordFile, describe_differences, read_rows
+from sgl_lim.programs.stop_signals import SignalHandlers
 
 _SERVER = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(https?://.+)")
 _TABLES = "comparison"
@@ -76,7 +77,7 @@ def _parse(argv: list[str]) -> _Comparison:
         allow_abbrev=False,
     )
     parser.add_argument("servers", nargs="+", type=_server, metavar="NAME=URL", help="two or more; names become files")
-    flags.add_run_flags(parser)
+    run_flags.add_run_flags(parser)
     _add_own_flags(parser)
     args = parser.parse_args(argv)
     names = [name for name, _ in args.servers]
@@ -108,13 +109,13 @@ def _server(text: str) -> tuple[str, str]:
     matched = _SERVER.fullmatch(text)
     if matched is None:
         raise argparse.ArgumentTypeError(f"must be NAME=http://… of letters, digits, '.', '_' and '-', got {text!r}")
-    return matched[1], flags.url(matched[2])
+    return matched[1], url(matched[2])
 
 
 def _one(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str, url: str, shared: list[str]) -> _Server:
     output, summary = args.output / f"{name}.jsonl", args.output / f"{name}.json"
     paths = ["--endpoint", url, "--output", str(output), "--summary", str(summary)]
-    return _Server(name, options.checked(parser, args, url, output, summary), [*paths, *shared])
+    return _Server(name, run_options.checked(parser, args, url, output, summary), [*paths, *shared])
 
 
 def _check(servers: Sequence[_Server]) -> set[str]:

@@ -31,7 +31,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PlotError(
-            f"the plot needs matplotlib ({error}); install it with: pip install 'sgl-lim[bench]', and run the same "
+            f"the plot needs matplotlib ({error}); install it with: pip install 'matplotlib>=3.8,<4', and run the same "
             "command again: nothing is asked twice"
         ) from error
     found = points(rows)

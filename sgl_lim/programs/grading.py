@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 from sgl_lim.programs.problems import Kind, Problem
 from sgl_lim.tasks.chains import matching_words, parse_answer
 
+INSTALL_MATH_VERIFY = "pip install 'math-verify>=0.9,<1'"  # the extra `math` of pyproject.toml
 _T = TypeVar("_T")
 
 
@@ -69,7 +70,7 @@ class MathGrader:
         except ImportError as error:
             raise GradingError(
                 f"grading mathematical answers needs the math-verify library, which does not import here ({error}); "
-                "install it with: pip install 'sgl-lim[math]'"
+                f"install it with: {INSTALL_MATH_VERIFY}"
             ) from error
         self._parse = parse
         self._verify = verify

@@ -3,7 +3,7 @@
 import sys
 import time
 
-from sgl_lim.programs.records import Row
+from sgl_lim.programs.run_records import Row
 
 _LINE_EVERY_SECONDS = 10.0
 _ERRORS_SHOWN = 3

@@ -9,12 +9,12 @@ import sglang as sgl
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.lang.interpreter import ProgramState
 
-from sgl_lim.programs import states
-from sgl_lim.programs.forced import budget_forcing
-from sgl_lim.programs.forcing import ThinkingBudget
-from sgl_lim.programs.records import Generation
-from sgl_lim.programs.states import GenerationError
-from sgl_lim.programs.tree import TreeShape
+from sgl_lim.programs import frontend_state
+from sgl_lim.programs.budget_forcing import budget_forcing
+from sgl_lim.programs.frontend_state import GenerationError
+from sgl_lim.programs.run_records import Generation
+from sgl_lim.programs.thinking_budget import ThinkingBudget
+from sgl_lim.programs.tree_shape import TreeShape
 
 __all__ = [
     "GenerationError",
@@ -40,9 +40,9 @@ def solve(s: ProgramState, prompt: str, chat: bool = False) -> list[Generation]:
     Raises:
         GenerationError: the request failed.
     """
-    states.ask(s, prompt, chat)
-    states.answer(s, chat)
-    return [states.generation(s)]
+    frontend_state.ask(s, prompt, chat)
+    frontend_state.answer(s, chat)
+    return [frontend_state.generation(s)]
 
 
 @sgl.function
@@ -51,15 +51,15 @@ def self_consistency(s: ProgramState, prompt: str, num_samples: int, chat: bool 
 
     Arguments and errors as `solve`; the generations come in the order of the branches.
     """
-    states.ask(s, prompt, chat)
+    frontend_state.ask(s, prompt, chat)
     # fork() caches the prefix before the branches start only if the text has arrived, and it looks before it waits.
     s.sync()
     branches = s.fork(num_samples)
     try:
-        states.raise_error(s)
+        frontend_state.raise_error(s)
         for branch in branches:
-            states.answer(branch, chat)
-        return [states.generation(branch) for branch in branches]
+            frontend_state.answer(branch, chat)
+        return [frontend_state.generation(branch) for branch in branches]
     finally:
         branches.join()  # ends the branches' threads, which would outlive an error otherwise
 
@@ -86,7 +86,7 @@ def tree_of_thought(
     Raises:
         GenerationError: a request failed.
     """
-    states.ask(s, prompt, chat)
+    frontend_state.ask(s, prompt, chat)
     if chat:
         s += sgl.assistant_begin()
     s.sync()
@@ -99,7 +99,7 @@ def tree_of_thought(
         if not best.ended:
             state = best.state
             state += sgl.gen("answer", max_tokens=answer_tokens)
-            asked.append(states.generation(state))
+            asked.append(frontend_state.generation(state))
             best = best.followed_by(asked[-1], state, ())
     return [
         Generation(
@@ -215,9 +215,9 @@ def _think_on(paths: list[_Path], shape: TreeShape, forks: ExitStack, asked: lis
             state += sgl.gen("thought", max_tokens=shape.thought_tokens, return_logprob=True)
         branches.append((path, group.states))
     for path, forked in branches:
-        states.raise_error(path.state)
+        frontend_state.raise_error(path.state)
         for state in forked:
-            asked.append(states.generation(state, "thought"))
+            asked.append(frontend_state.generation(state, "thought"))
             logprobs = [logprob for logprob, *_ in state.get_meta_info("thought")["output_token_logprobs"]]
             found.append(path.followed_by(asked[-1], state, logprobs))
     return sorted(found, key=lambda path: path.score, reverse=True)[: shape.keep]

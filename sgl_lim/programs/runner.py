@@ -9,7 +9,7 @@ from typing import Any
 
 from sgl_lim.programs.grading import Grader, grade
 from sgl_lim.programs.problems import Problem
-from sgl_lim.programs.records import Generation, RecordFile, Row, Sample
+from sgl_lim.programs.run_records import Generation, RecordFile, Row, Sample
 
 _POLL_SECONDS = 0.2  # how soon a stop is noticed
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from sgl_lim.programs.records import Measurement
+from sgl_lim.programs.run_records import Measurement
 
-_BLOCK = "lessismore"  # key of the plugin's block in each of `internal_states` (seams page, section 6)
+_BLOCK = "lessismore"  # key of the plugin's block in each of `internal_states` of `/server_info`
 _NOT_SETTINGS = ("counters", "layer_roles", "selection_layers_from")  # the last two follow from, or explain, others
 _MONOTONE = ("decode_steps", "tokens_attended", "tokens_dense", "selections", "requests")
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sgl_lim.programs.intervals import clustered_interval, standard_error, wilson_interval
-from sgl_lim.programs.records import Measurement, Row, Sample
+from sgl_lim.programs.run_records import Measurement, Row, Sample
 from sgl_lim.programs.runner import Invocation
 from sgl_lim.programs.server_stats import ServerState, total_fraction
 

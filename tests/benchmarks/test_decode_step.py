@@ -3,7 +3,9 @@
 import argparse
 import csv
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ def test_backend_specs() -> None:
     assert (plain.name, plain.lim, plain.environment) == ("fa3", None, {})
     sparse = parse_backend("lessismore:budget=1024,aggregate=max,selection_layers=2-12,recency=0.5")
     assert sparse.name == "lessismore" and sparse.lim is not None
-    assert (sparse.lim.budget, sparse.lim.aggregate, sparse.lim.selection_layers) == (1024, "max", (2, 12))
+    assert sparse.lim.given == {"budget": 1024, "aggregate": "max", "selection_layers": (2, 12)}
     assert json.loads(sparse.environment["LESSISMORE_CONFIG"]) == {
         "budget": 1024,
         "aggregate": "max",
@@ -49,7 +51,7 @@ def test_backend_specs() -> None:
     ("spec", "said"),
     [
         ("fa3:budget=1", "only lessismore"),
-        ("lessismore:bugdet=1", "unknown setting 'bugdet'"),
+        ("lessismore:bugdet=1", "unknown keys bugdet"),
         ("lessismore:budget=many", "--lim-budget"),
         ("lessismore:selection_layers=12-2", "must increase"),
     ],
@@ -194,3 +196,18 @@ def test_a_file_with_other_columns_is_refused_before_anything_runs(
     with pytest.raises(SystemExit, match="other columns"):
         decode_step.main()
     assert output.read_text() == "backend,step_ms\nfa3,1\n"
+
+
+def test_a_worker_is_this_module_and_finds_its_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    run = subprocess.run
+
+    def started_only(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        started.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", started_only)
+    assert decode_step.run_worker(parse_backend("fa3"), {}, timeout=9).error == "the worker ended with status 3"
+    [[*command, worker, job]] = started
+    assert worker == "--worker" and "outcome" in json.loads(job)
+    assert "--backends" in run([*command, "--help"], capture_output=True, text=True, check=True).stdout

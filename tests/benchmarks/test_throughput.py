@@ -2,31 +2,20 @@
 
 import csv
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from streaming_endpoint import StreamingEndpoint
 
-from benchmarks import own_server, throughput
+from benchmarks import throughput
 from benchmarks.bench_client import read_result, run_bench_serving
 from benchmarks.closed_loop import LoadError
+from sgl_lim.programs import server_process
 
 MACHINE_LINE_APART = throughput.machine_line_apart
 COUNTERS = ("decode_steps", "tokens_attended", "tokens_dense", "selections", "requests", "requests_dense")
 QUICK = ["--input-len", "60", "--output-len", "40", "--check", "2", "--check-len", "12", "4"]
-SERVER = """
-import http.server, subprocess, sys
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200); self.end_headers()
-    def log_message(self, *args): pass
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-print(child.pid, flush=True)
-port = int(sys.argv[sys.argv.index("--port") + 1])
-http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
-"""
 RESULT = {
     "completed": 4,
     "total_output_tokens": 400,
@@ -45,25 +34,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def launch_with(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    monkeypatch.setattr(own_server, "LAUNCHER", [sys.executable, "-c", script])
-
-
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
-def test_own_server_ends_with_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launch_with(monkeypatch, SERVER)
-    log = tmp_path / "logs" / "a.log"
-    with own_server.own_server([], log, timeout=30) as url:
-        assert url.startswith("http://127.0.0.1:")
-        child = int(log.read_text())
-        assert is_running(child)
-    assert not is_running(child)
+    monkeypatch.setattr(server_process, "LAUNCHER", ("-c", script))
 
 
 def test_a_server_that_does_not_start_shows_its_log(
@@ -78,17 +49,6 @@ def test_a_server_that_does_not_start_shows_its_log(
     assert "'--model-path', 'm', '--incremental-streaming-output', '--no-such-flag'" in shown.err
     assert "starting b" not in shown.err  # without a baseline
     assert not shown.out and not output.exists()
-
-
-def test_a_server_that_never_answers_is_given_up_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launch_with(monkeypatch, "import os, time; print(os.getpid(), flush=True); time.sleep(600)")
-    log = tmp_path / "silent.log"
-    with (
-        pytest.raises(own_server.ServerFailed, match="does not answer after 1 s"),
-        own_server.own_server([], log, timeout=1),
-    ):
-        pass
-    assert not is_running(int(log.read_text()))
 
 
 def test_rows_compare_with_the_first_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,7 +192,7 @@ def test_servers_to_start_take_common_and_own_arguments() -> None:
     increments = "--incremental-streaming-output"
     assert args.targets[0].arguments == ("--m", "n", increments, "--x", "1", "--y", "b c")
     assert args.targets[1].arguments == ("--m", "n", increments, "--z=2")
-    assert own_server.launch_command(args.targets[0].arguments).startswith("python -m sglang.launch_server --m n")
+    assert server_process.launch_command(args.targets[0].arguments).startswith("python -m sglang.launch_server --m n")
 
 
 @pytest.mark.parametrize(

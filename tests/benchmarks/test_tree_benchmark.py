@@ -12,7 +12,7 @@ from forced_model import ForcedModel
 from benchmarks import tree_of_thought
 from benchmarks.tree_of_thought import Load, Words
 from programs.stub_endpoint import COUNTERS, StubEndpoint, _Handler
-from sgl_lim.programs.tree import TreeShape
+from sgl_lim.programs.tree_shape import TreeShape
 
 SIZES = ["--context", "50", "--branches", "4", "--keep", "2", "--depth", "2", "--thought-tokens", "6"]
 QUICK = [*SIZES, "--answer-tokens", "3", "--check", "2", "--check-len", "12", "4", "--trees", "1", "3"]

@@ -1,9 +1,14 @@
 """When the CPU platform is offered to SGLang."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
 from sgl_lim.cpu import platform
+
+CHAIN_TRACER = Path(__file__).parents[2] / "models" / "chain-tracer"
 
 
 @pytest.fixture
@@ -40,3 +45,15 @@ def test_the_class_is_an_out_of_tree_platform_that_runs_native_operators():
     assert chosen.get_dispatch_key_name() == "native"
     assert chosen.get_default_attention_backend() == "torch_native"
     assert not chosen.is_pin_memory_available()
+
+
+@pytest.mark.parametrize(("own", "wanted"), [(None, "passive"), ("active", "active")])
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="SGLang runs on another platform here")
+def test_threads_of_workers_sleep_while_they_wait_unless_the_user_chose(monkeypatch, own, wanted):
+    from sglang.srt.server_args import ServerArgs
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", own or "to be restored")
+    if own is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    ServerArgs(model_path=str(CHAIN_TRACER), device="cpu", attention_backend="torch_native")
+    assert os.environ["OMP_WAIT_POLICY"] == wanted  # the workers, spawned later, inherit it

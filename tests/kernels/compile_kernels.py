@@ -1,16 +1,19 @@
 """Compiles every Triton kernel for a GPU that need not be there, as the launchers launch them.
 
-    usage: python compile_kernels.py 90        (compute capability 9.0)
+    usage: python compile_kernels.py 90 [FOLDER]        (compute capability 9.0)
 
-Prints a JSON line a launch. Runs without TRITON_INTERPRET, and therefore in a process of its own: the interpreter
-accepts programs that the compiler refuses.
+Prints a JSON line a launch, and with FOLDER writes its PTX there: two folders tell what a change does to the generated
+code (TRITON_DISABLE_LINE_INFO=1, then `diff -r before after`). Runs without TRITON_INTERPRET, in a process of its own:
+the interpreter accepts programs that the compiler refuses.
 """
 
 import importlib
 import json
 import pkgutil
 import sys
+from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -67,13 +70,17 @@ def modules():
     return [importlib.import_module(m.name) for m in pkgutil.walk_packages(lim_kernels.__path__, "lim_kernels.")]
 
 
-def compile_instead_of_launching(capability: int) -> None:
+def compile_instead_of_launching(capability: int, folder: Path | None = None) -> None:
+    launches: Counter[str] = Counter()
     driver.set_active(AbsentDevice(capability))
 
     def compile_and_report(kernel, *args, grid, **kwargs):
         compiled = kernel.warmup(*args, grid=grid, **kwargs)
         report = {"kernel": kernel.__name__, "shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
         print(json.dumps(report), flush=True)
+        if folder is not None:
+            (folder / f"{kernel.__name__}.{launches[kernel.__name__]:03}.ptx").write_text(compiled.asm["ptx"])
+        launches[kernel.__name__] += 1
         return compiled
 
     JITFunction.__getitem__ = lambda kernel, grid: partial(compile_and_report, kernel, grid=grid)
@@ -198,7 +205,7 @@ def launch_all(*, fp8: bool) -> None:
 
 
 if __name__ == "__main__":
-    compile_instead_of_launching(int(sys.argv[1]))
+    compile_instead_of_launching(int(sys.argv[1]), *map(Path, sys.argv[2:]))
     own = [v for m in modules() for v in vars(m).values() if isinstance(v, JITFunction) and v.__module__ == m.__name__]
     for kernel in own:
         if kernel.__name__.endswith("_kernel"):

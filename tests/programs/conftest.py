@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from stub_endpoint import StubEndpoint
 
-from sgl_lim.programs.records import Row, Sample
+from sgl_lim.programs.run_records import Row, Sample
 
 
 @pytest.fixture

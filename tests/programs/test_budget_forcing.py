@@ -10,9 +10,9 @@ import pytest
 from stub_endpoint import Reply, StubEndpoint
 
 from sgl_lim.programs.cli import main
-from sgl_lim.programs.forcing import ThinkingBudget
 from sgl_lim.programs.problems import chain_problems
-from sgl_lim.programs.records import Generation, dense_reads, read_rows
+from sgl_lim.programs.run_records import Generation, dense_reads, read_rows
+from sgl_lim.programs.thinking_budget import ThinkingBudget
 
 PROMPT = "think of it"
 BUDGET = ThinkingBudget(least=6, most=10, waits=2, wait_text=" Wait", final_text=" so:", end="</think>")

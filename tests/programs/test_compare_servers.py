@@ -17,7 +17,7 @@ from sgl_lim.programs import comparison_plot
 from sgl_lim.programs.compare_servers import main
 from sgl_lim.programs.intervals import wilson_interval
 from sgl_lim.programs.problems import chain_problems
-from sgl_lim.programs.records import read_rows
+from sgl_lim.programs.run_records import read_rows
 from support.waiting import has_lines, wait_until
 
 SIZES = ["--chains", "4", "--facts", "6", "--steps", "2"]
@@ -59,7 +59,7 @@ def table(folder: Path) -> list[dict[str, str]]:
 def test_the_same_items_on_both(
     tmp_path: Path, dense: StubEndpoint, lim: StubEndpoint, order: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib", reason="needs sgl-lim[bench]")
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     more = ["--samples", "2", "--machine", "a stub | of two", *order]
     assert main(argv(tmp_path, dense, lim, *more)) == 0
     assert sorted(dense.prompts) == sorted(lim.prompts) == sorted([*SOLUTIONS, *SOLUTIONS])
@@ -101,7 +101,7 @@ def test_a_comparison_is_resumed_and_its_tables_need_no_matplotlib(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(argv(tmp_path, dense, lim)) == 1
     err = capsys.readouterr().err
-    assert "pip install 'sgl-lim[bench]'" in err and "the tables are in" in err
+    assert "pip install 'matplotlib>=3.8,<4'" in err and "the tables are in" in err
     before = table(tmp_path)
     assert len(before) == 2 and (tmp_path / "comparison.md").exists() and not (tmp_path / "comparison.png").exists()
 
@@ -164,7 +164,7 @@ def test_everything_is_checked_before_the_first_request(
 def test_servers_that_would_be_asked_differently_are_refused(
     tmp_path: Path, dense: StubEndpoint, lim: StubEndpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("math_verify", reason="needs sgl-lim[math]")
+    pytest.importorskip("math_verify", reason="needs math-verify")
     questions = tmp_path / "p.jsonl"
     questions.write_text('{"problem": "1+1?", "answer": 2}\n')
     lim.context = 2048

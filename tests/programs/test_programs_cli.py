@@ -13,7 +13,7 @@ from stub_endpoint import COUNTERS, Reply, StubEndpoint
 
 from sgl_lim.programs.cli import main
 from sgl_lim.programs.problems import chain_problems
-from sgl_lim.programs.records import read_rows
+from sgl_lim.programs.run_records import read_rows
 from support.waiting import has_lines, wait_until
 
 SIZES = ["--facts", "6", "--steps", "2"]
@@ -202,7 +202,7 @@ def questions(tmp_path: Path) -> tuple[str, str]:
 
 
 def test_mathematics_in_a_chat_template(cli: Cli, questions: tuple[str, str]) -> None:
-    pytest.importorskip("math_verify", reason="needs sgl-lim[math]")
+    pytest.importorskip("math_verify", reason="needs math-verify")
     cli.stub.answer = lambda prompt: "<think>hm</think> It is \\boxed{\\frac{8}{2}}."
     assert cli("--chat-template", "chatml", source=questions) == 0
     assert sorted(cli.stub.prompts)[0].startswith("<|im_start|>user\n1+1?\n\nPlease reason step by step")
@@ -213,7 +213,7 @@ def test_mathematics_in_a_chat_template(cli: Cli, questions: tuple[str, str]) ->
 
 
 def test_limit_and_raw_prompt_template(cli: Cli, questions: tuple[str, str]) -> None:
-    pytest.importorskip("math_verify", reason="needs sgl-lim[math]")
+    pytest.importorskip("math_verify", reason="needs math-verify")
     cli.stub.answer = lambda prompt: "\\boxed{2}"
     assert cli("--limit", "1", "--prompt-template", "Q: {problem} A:", source=questions) == 0
     assert cli.stub.prompts == ["Q: 1+1? A:"]
@@ -227,14 +227,14 @@ def test_limit_and_raw_prompt_template(cli: Cli, questions: tuple[str, str]) -> 
 def test_an_unknown_chat_template_is_refused(
     cli: Cli, questions: tuple[str, str], flags: list[str], part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("math_verify", reason="needs sgl-lim[math]")
+    pytest.importorskip("math_verify", reason="needs math-verify")
     assert cli(*flags, source=questions) == 2
     assert part in capsys.readouterr().err
     assert not cli.stub.generate_requests
 
 
 def test_a_chat_template_is_found_by_the_models_path(cli: Cli, questions: tuple[str, str]) -> None:
-    pytest.importorskip("math_verify", reason="needs sgl-lim[math]")
+    pytest.importorskip("math_verify", reason="needs math-verify")
     cli.stub.model_path = "models/Qwen2.5-7B-Instruct"
     cli.stub.answer = lambda prompt: "\\boxed{4}"
     assert cli("--chat", source=questions) == 0
@@ -246,7 +246,7 @@ def test_without_math_verify_no_request_is_sent(
 ) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
     assert cli(source=questions) == 1
-    assert "sgl-lim[math]" in capsys.readouterr().err
+    assert "pip install 'math-verify>=0.9,<1'" in capsys.readouterr().err
     assert not cli.stub.generate_requests and not cli.output.exists()
 
 

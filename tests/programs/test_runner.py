@@ -8,7 +8,7 @@ import pytest
 
 from sgl_lim.programs.grading import Answer, ChainGrader
 from sgl_lim.programs.problems import chain_problems
-from sgl_lim.programs.records import Generation, RecordFile, Row
+from sgl_lim.programs.run_records import Generation, RecordFile, Row
 from sgl_lim.programs.runner import EndpointLost, Invocation, run_items
 
 PROBLEMS = chain_problems(6, num_facts=6, num_steps=2, seed=0).problems

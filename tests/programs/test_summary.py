@@ -7,7 +7,7 @@ import pytest
 from stub_endpoint import COUNTERS, StubEndpoint
 
 from sgl_lim.programs.intervals import wilson_interval
-from sgl_lim.programs.records import Measurement, Row, Sample
+from sgl_lim.programs.run_records import Measurement, Row, Sample
 from sgl_lim.programs.runner import Invocation
 from sgl_lim.programs.server_stats import parse_server_info
 from sgl_lim.programs.summary import summarize, table

@@ -10,10 +10,10 @@ import pytest
 from stub_endpoint import Reply, StubEndpoint
 
 from sgl_lim.programs.cli import main
-from sgl_lim.programs.options import parse
 from sgl_lim.programs.problems import chain_problems
-from sgl_lim.programs.records import Generation, read_rows
-from sgl_lim.programs.tree import TreeShape
+from sgl_lim.programs.run_options import parse
+from sgl_lim.programs.run_records import Generation, read_rows
+from sgl_lim.programs.tree_shape import TreeShape
 
 PROMPT = "think of it"
 SHAPE = TreeShape(branches=4, keep=2, depth=2, thought_tokens=5)

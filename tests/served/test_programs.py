@@ -18,7 +18,7 @@ import pytest
 from sgl_lim.programs.cli import main
 from sgl_lim.programs.endpoint import request_json, server_info
 from sgl_lim.programs.problems import chain_problems
-from sgl_lim.programs.records import read_rows
+from sgl_lim.programs.run_records import read_rows
 from sgl_lim.programs.server_stats import parse_server_info
 from support.waiting import has_lines, wait_until
 

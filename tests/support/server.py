@@ -1,13 +1,9 @@
-"""Real SGLang servers for tests: one process group each, a log file each, ended whatever happens."""
+"""Real SGLang servers for tests, on the supervisor that the demo and the benchmarks use."""
 
-import contextlib
+import itertools
 import os
-import random
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,18 +13,15 @@ from typing import Any
 
 import requests
 
+from sgl_lim.programs.server_process import LAUNCHER, Launch, ServerFailed, ServerProcess, claim_port, end_tree
+
 START_TIMEOUT_S = 240
 ANSWER_TIMEOUT_S = 240
 QUIET = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 # Tiny models: threads that wait for one another cost more than they give, and a test may share two cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
-# One a port that was handed out; see `free_port`.
-_claims: list[socket.socket] = []
-
-
-class ServerFailed(RuntimeError):
-    """A server ended or hung; the message carries the end of its log."""
+_log_numbers = itertools.count()  # a server may be started again
 
 
 @dataclass(frozen=True)
@@ -56,11 +49,6 @@ class Answer:
     finish: str
 
 
-def launch_command(python: str, args: Sequence[str]) -> list[str]:
-    """The launcher as a user types it."""
-    return [python, "-m", "sglang.launch_server", *args]
-
-
 def launch_env(extra: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
     """This process's environment without the plugin's settings, offline, plus `extra`."""
     inherited = {name: value for name, value in os.environ.items() if name != "LESSISMORE_CONFIG"}
@@ -79,7 +67,7 @@ class Outcome:
 def run_launcher(args: Sequence[str], *, cwd: Path, env: Sequence[tuple[str, str]] = ()) -> Outcome:
     """Run the launcher to its end, on a port of its own."""
     process = subprocess.Popen(
-        launch_command(sys.executable, [*args, "--port", str(free_port()), "--nccl-port", str(free_port())]),
+        [sys.executable, *LAUNCHER, *args, "--port", str(claim_port()), "--nccl-port", str(claim_port())],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -92,50 +80,29 @@ def run_launcher(args: Sequence[str], *, cwd: Path, env: Sequence[tuple[str, str
         out, err = process.communicate(timeout=START_TIMEOUT_S)
         code = process.returncode
     except subprocess.TimeoutExpired:
-        end_group(process)
+        end_tree(process)
         out, err = process.communicate()
     finally:
-        end_group(process)
+        end_tree(process)
     return Outcome(code, out, err)
 
 
-def free_port() -> int:
-    """A port that nothing listens on, different at every call, also of test sessions that run at the same time.
-
-    A server binds some of its ports only seconds after it chose them. So they lie below the range from which systems
-    number outgoing connections, and each is claimed by a name that the system frees when this process ends.
-    """
-    while True:
-        port = random.randrange(12000, 32000)
-        claim = socket.socket(socket.AF_UNIX)
-        try:
-            claim.bind(f"\0sgl-lim-test-port-{port}")
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", port))
-        except OSError:
-            claim.close()
-            continue
-        _claims.append(claim)
-        return port
-
-
-def end_group(process: subprocess.Popen[Any]) -> None:
-    """Kill a process and everything that shares its group, and reap it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 class Server:
-    """Context manager around one launcher process; `start` may be called apart from `wait_ready`."""
+    """Context manager around one server and its HTTP; `start` may be called apart from `wait_ready`."""
 
     def __init__(self, spec: ServerSpec, folder: Path) -> None:
         self.spec = spec
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log_path = folder / f"{spec.name}.{self.port}.log"
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = ServerProcess(
+            Launch(
+                ("--model-path", str(spec.model), "--device", "cpu", "--sleep-on-idle", *spec.args),
+                log=folder / f"{spec.name}.{next(_log_numbers)}.log",
+                name=spec.name,
+                python=spec.python,
+                environment=launch_env(spec.env),
+                folder=folder,
+            )
+        )
+        self.url = self._process.url
 
     def __enter__(self) -> "Server":
         self.start()
@@ -151,55 +118,32 @@ class Server:
 
     def start(self) -> None:
         """Start the launcher in a process group of its own."""
-        args = ["--model-path", str(self.spec.model), "--device", "cpu", "--host", "127.0.0.1"]
-        args += ["--port", str(self.port), "--nccl-port", str(free_port()), "--sleep-on-idle", *self.spec.args]
-        with self.log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                launch_command(self.spec.python, args),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                cwd=self._folder,
-                env=launch_env(self.spec.env),
-                start_new_session=True,
-            )
+        self._process.start()
 
     def wait_ready(self) -> None:
-        """Wait until `/health` has generated a token. Raises `ServerFailed`."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            self.check_alive()
-            try:
-                if requests.get(f"{self.url}/health", timeout=30).status_code == 200:
-                    return
-            except requests.RequestException:
-                pass
-            time.sleep(0.25)
-        raise ServerFailed(f"{self.spec.name} was not ready after {START_TIMEOUT_S} s\n{self.log_tail()}")
+        """Wait until the server has generated a token. Raises `ServerFailed`."""
+        self._process.wait_ready(START_TIMEOUT_S)
 
     def check_alive(self) -> None:
         """Raise `ServerFailed` if the launcher ended."""
-        if self._process is None or self._process.poll() is not None:
-            code = None if self._process is None else self._process.returncode
-            raise ServerFailed(f"{self.spec.name} ended with {code}\n{self.log_tail()}")
+        self._process.check_alive()
 
     @property
     def alive(self) -> bool:
         """Whether the launcher runs."""
-        return self._process is not None and self._process.poll() is None
+        return self._process.alive
 
     def stop(self) -> None:
-        """End the process group."""
-        if self._process is not None:
-            end_group(self._process)
+        """Kill the server and all its processes."""
+        self._process.stop()
 
     def log(self) -> str:
         """Everything the server printed so far."""
-        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+        return self._process.log()
 
-    def log_tail(self, lines: int = 60) -> str:
+    def log_tail(self) -> str:
         """The log's end, for failure messages."""
-        return "\n".join(self.log().splitlines()[-lines:])
+        return self._process.log_tail()
 
     def post(self, path: str, body: Any = None, **options: Any) -> requests.Response:
         """POST JSON (or, with `data=`, raw bytes)."""

@@ -216,7 +216,7 @@ def write(bench: Bench, methods: Sequence[tuple[str, Method]], args: argparse.Na
     for spec, method in methods:
         layers = method.settings().get("selection_layers", ())
         if max(layers, default=0) >= depth:
-            raise SystemExit(f"--selection: {spec} would select at {layers} of {depth} layers")
+            raise SystemExit(f"--selection: {spec} would select at {','.join(map(str, layers))} of {depth} layers")
     machine = where(args)
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     with args.csv.open("w", newline="") as file:

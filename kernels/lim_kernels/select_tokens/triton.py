@@ -1,4 +1,4 @@
-"""Heads to one score a token in Triton: `max` and `sum` in one pass over the logits, `union` in its own file."""
+"""Token selection in Triton: `max` and `sum` in one pass over the logits; `union` and the choice in their own files."""
 
 import triton
 import triton.language as tl
@@ -7,11 +7,9 @@ from torch import Tensor
 from lim_kernels.dispatch import require
 from lim_kernels.operands import SetSizes
 from lim_kernels.select_tokens.places import MAX_UNION
-from lim_kernels.select_tokens.triton_choose import choose_tokens
+from lim_kernels.select_tokens.triton_choose import choose_in_spans
 from lim_kernels.select_tokens.triton_union import union_scores
 from lim_kernels.triton_support import padded_empty, readable_width
-
-__all__ = ["choose_tokens", "score_tokens"]
 
 _BLOCK = 1024
 
@@ -97,3 +95,16 @@ def score_tokens(
     fits = sizes.middle <= MAX_UNION
     require(fits, "score_tokens", f"a middle budget of at most {MAX_UNION} for union", sizes.middle)
     return union_scores(logits, seq_lens, sizes, first_head=first_head, num_heads=num_heads)
+
+
+def choose_tokens(
+    scores: Tensor,
+    seq_lens: Tensor,
+    sizes: SetSizes,
+    *,
+    slots: Tensor | None,
+    budgets: Tensor | None,
+    recents: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `api.choose_tokens`."""
+    return choose_in_spans(scores, seq_lens, sizes, slots=slots, budgets=budgets, recents=recents)

@@ -300,19 +300,6 @@ def emit_kernel(
     tl.store(set_row + places, values, mask=kept)
 
 
-def choose_tokens(
-    scores: Tensor,
-    seq_lens: Tensor,
-    sizes: SetSizes,
-    *,
-    slots: Tensor | None,
-    budgets: Tensor | None,
-    recents: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See `api.choose_tokens`."""
-    return choose_in_spans(scores, seq_lens, sizes, slots=slots, budgets=budgets, recents=recents)
-
-
 def choose_in_spans(
     scores: Tensor,
     seq_lens: Tensor,

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from sgl_lim.programs.records import RecordError, RecordFile, Row, describe_differences
+from sgl_lim.programs.run_records import RecordError, RecordFile, Row, describe_differences
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from sgl_lim.programs.endpoint import count_tokens, has_token
-from sgl_lim.programs.forcing import DEFAULT_END, ThinkingBudget
-from sgl_lim.programs.options import Options
 from sgl_lim.programs.problems import Problem
+from sgl_lim.programs.run_options import Options
+from sgl_lim.programs.thinking_budget import DEFAULT_END, ThinkingBudget
 
 _MATH_TOKENS = 32768
 _TEMPLATE_TOKENS = 64  # what a chat template may add to a prompt

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 import sglang as sgl
 from sglang.lang.interpreter import ProgramState
 
-from sgl_lim.programs import states
-from sgl_lim.programs.forcing import ThinkingBudget
-from sgl_lim.programs.records import Generation
+from sgl_lim.programs import frontend_state
+from sgl_lim.programs.run_records import Generation
+from sgl_lim.programs.thinking_budget import ThinkingBudget
 
 
 @sgl.function
@@ -30,7 +30,7 @@ def budget_forcing(
     Raises:
         GenerationError: a request failed.
     """
-    states.ask(s, prompt, chat)
+    frontend_state.ask(s, prompt, chat)
     if chat:
         s += sgl.assistant_begin()
     if num_samples == 1:
@@ -38,7 +38,7 @@ def budget_forcing(
     s.sync()  # the prompt is cached before the branches only if the text has arrived
     branches = s.fork(num_samples)
     try:
-        states.raise_error(s)
+        frontend_state.raise_error(s)
         # A thread a branch, because what a branch asks next depends on what it got, and none waits for another.
         with ThreadPoolExecutor(num_samples) as threads:
             return list(threads.map(lambda branch: _think_and_answer(branch, budget, max_tokens), branches.states))
@@ -68,9 +68,9 @@ class _Answering:
         """Go on; returns the stop string or token that ended it."""
         name = f"part_{len(self.asked)}"
         self.state += sgl.gen(name, max_tokens=max_tokens, stop=[stop] if stop else None)
-        self.asked.append(states.generation(self.state, name))
+        self.asked.append(frontend_state.generation(self.state, name))
         self.text += self.asked[-1].text
-        return states.stopped_by(self.state, name)
+        return frontend_state.stopped_by(self.state, name)
 
 
 def _think_and_answer(state: ProgramState, budget: ThinkingBudget, max_tokens: int) -> Generation:

@@ -1,4 +1,4 @@
-"""What a program does about SIGINT and SIGTERM while it runs."""
+"""Stopping by SIGINT and SIGTERM: what a command does about them while it runs."""
 
 import signal
 from types import FrameType

@@ -1,4 +1,4 @@
-"""Problem sets by name, from a folder or from the Hugging Face hub."""
+"""Built-in problem sets by name (AIME, MATH-500), from a folder or from the Hugging Face hub."""
 
 import json
 import os
@@ -28,7 +28,7 @@ class HubFile:
         return f"https://huggingface.co/datasets/{self.repo}/resolve/{self.revision}/{self.path}"
 
 
-NAMED: Mapping[str, HubFile] = {
+BUILTIN: Mapping[str, HubFile] = {
     "aime2024": HubFile(
         "HuggingFaceH4/aime_2024",
         "data/train-00000-of-00001.parquet",
@@ -42,8 +42,8 @@ NAMED: Mapping[str, HubFile] = {
 }
 
 
-def named_problems(name: str, folder: Path | None, *, template: str = DEFAULT_PROMPT_TEMPLATE) -> ProblemSet:
-    """A set of `NAMED`: `NAME.jsonl` of `folder`, else of the folder that the environment names, else from the hub.
+def builtin_problems(name: str, folder: Path | None, *, template: str = DEFAULT_PROMPT_TEMPLATE) -> ProblemSet:
+    """A set of `BUILTIN`: `NAME.jsonl` of `folder`, else of the folder that the environment names, else from the hub.
 
     A folder that lacks the file is an error: which copy was used is never a guess.
 
@@ -60,9 +60,9 @@ def named_problems(name: str, folder: Path | None, *, template: str = DEFAULT_PR
         found = jsonl_problems(folder / f"{name}.jsonl", template=template)
     else:
         raise ProblemError(f"{where} {folder}: has no {name}.jsonl; {_by_hand(name)}, or let the hub be asked for it")
-    if len(found.problems) != NAMED[name].count:
+    if len(found.problems) != BUILTIN[name].count:
         raise ProblemError(
-            f"{name}: expected {NAMED[name].count} problems, got {len(found.problems)}; correct the file, or give it "
+            f"{name}: expected {BUILTIN[name].count} problems, got {len(found.problems)}; correct the file, or give it "
             "as --problems FILE if it is another selection"
         )
     return found
@@ -70,7 +70,7 @@ def named_problems(name: str, folder: Path | None, *, template: str = DEFAULT_PR
 
 def _from_hub(name: str) -> bytes:
     """The set as JSONL with `id`, `problem` and `answer`."""
-    source = NAMED[name]
+    source = BUILTIN[name]
     try:
         rows = _rows(Path(_download(source)))
     except Exception as error:  # the client's errors, of which there are many, and those of a broken file
@@ -100,5 +100,5 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _by_hand(name: str) -> str:
-    source = NAMED[name]
+    source = BUILTIN[name]
     return f"download {source.url} and save it as {name}.jsonl (one object a line with 'id', 'problem', 'answer')"

@@ -1,22 +1,23 @@
-"""The command line: its defaults and what may go together."""
+"""The options of a run as the command line gives them: defaults, and which may go together."""
 
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sgl_lim.programs import flags
-from sgl_lim.programs.flags import BUDGET_FORCING, SELF_CONSISTENCY, SHAPE, TREE
-from sgl_lim.programs.named import NAMED
+from sgl_lim.programs import run_flags
+from sgl_lim.programs.argument_types import url
+from sgl_lim.programs.builtin_problems import BUILTIN
 from sgl_lim.programs.problems import DEFAULT_PROMPT_TEMPLATE, PLACEHOLDER
-from sgl_lim.programs.tree import TreeShape
+from sgl_lim.programs.run_flags import BUDGET_FORCING, SELF_CONSISTENCY, SHAPE, TREE
+from sgl_lim.programs.tree_shape import TreeShape
 
 _FORCING = {
     "min_thinking": None,
     "max_thinking": None,
-    "waits": flags.WAITS,
-    "wait_text": flags.WAIT_TEXT,
-    "final_text": flags.FINAL_TEXT,
+    "waits": run_flags.WAITS,
+    "wait_text": run_flags.WAIT_TEXT,
+    "final_text": run_flags.FINAL_TEXT,
     "thinking_end": None,
 }
 
@@ -28,7 +29,7 @@ examples:
   %(prog)s --program tree --branches 8 --keep 2 --depth 2 --thought-tokens 1024 --problems aime2024 \\
       --chat-template chatml --output out/tree.jsonl
   %(prog)s --program budget-forcing --min-thinking 4096 --max-thinking 16384 --problems math500 \\
-      --chat-template chatml --output out/forced.jsonl
+      --chat-template chatml --output out/budget.jsonl
 
 The output has one line a problem. Run the same command again to resume: answered problems are skipped, failed
 ones are asked again, and a file with results of other settings is refused.
@@ -60,7 +61,7 @@ class Options:
     facts: int
     steps: int
     seed: int
-    problems: str | None  # a name of `NAMED`, or a path
+    problems: str | None  # a name of `BUILTIN`, or a path
     data_dir: Path | None
     limit: int | None
     prompt_template: str
@@ -88,8 +89,8 @@ def parse(argv: list[str]) -> Options:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--endpoint", type=flags.url, default="http://127.0.0.1:30000", metavar="URL", help="default: %(default)s")
-    flags.add_run_flags(parser)
+    add("--endpoint", type=url, default="http://127.0.0.1:30000", metavar="URL", help="default: %(default)s")
+    run_flags.add_run_flags(parser)
     add("--output", type=Path, required=True, metavar="FILE", help="JSONL to write, or to resume")
     add("--summary", type=Path, metavar="FILE", help="write the summary as JSON too")
     args = parser.parse_args(argv)
@@ -101,7 +102,7 @@ def parse(argv: list[str]) -> Options:
 def checked(
     parser: argparse.ArgumentParser, args: argparse.Namespace, endpoint: str, output: Path, summary: Path | None
 ) -> Options:
-    """The options in the values of `flags.add_run_flags`; exits as `parse` does."""
+    """The options in the values of `run_flags.add_run_flags`; exits as `parse` does."""
     _check_sources(parser, args)
     chat = args.chat or args.chat_template is not None
     samples = _samples(parser, args)
@@ -122,8 +123,8 @@ def checked(
         tree=TreeShape(**shape) if shape else None,
         forcing=ForcingOptions(**forcing) if forcing else None,
         chains=args.chains,
-        facts=args.facts or flags.FACTS,
-        steps=args.steps or flags.STEPS,
+        facts=args.facts or run_flags.FACTS,
+        steps=args.steps or run_flags.STEPS,
         seed=args.seed or 0,
         problems=args.problems,
         data_dir=args.data_dir,
@@ -132,8 +133,8 @@ def checked(
         chat=chat,
         chat_template=args.chat_template,
         max_tokens=args.max_tokens,
-        temperature=(flags.TEMPERATURE if branching else 0.0) if args.temperature is None else args.temperature,
-        top_p=(flags.TOP_P if branching else 1.0) if args.top_p is None else args.top_p,
+        temperature=(run_flags.TEMPERATURE if branching else 0.0) if args.temperature is None else args.temperature,
+        top_p=(run_flags.TOP_P if branching else 1.0) if args.top_p is None else args.top_p,
         top_k=args.top_k,
         concurrency=args.concurrency,
         output=output,
@@ -149,7 +150,7 @@ def _samples(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int |
         return None if args.samples == 1 else args.samples
     if args.samples == 1:
         parser.error(f"argument --samples: must be at least 2 with --program {SELF_CONSISTENCY}, got 1")
-    return args.samples or flags.SAMPLES
+    return args.samples or run_flags.SAMPLES
 
 
 def _check_forcing(parser: argparse.ArgumentParser, forcing: dict[str, Any]) -> None:
@@ -182,10 +183,10 @@ def _check_sources(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
             parser.error(f"argument --{name.replace('_', '-')}: only with {source}")
     if args.prompt_template is not None and PLACEHOLDER not in args.prompt_template:
         parser.error(f"argument --prompt-template: must contain {PLACEHOLDER}, got {args.prompt_template!r}")
-    if args.data_dir is not None and args.problems not in NAMED:
-        parser.error(f"argument --data-dir: only with --problems {' or '.join(NAMED)}")
+    if args.data_dir is not None and args.problems not in BUILTIN:
+        parser.error(f"argument --data-dir: only with --problems {' or '.join(BUILTIN)}")
     if args.chains is not None:
-        facts, steps = args.facts or flags.FACTS, args.steps or flags.STEPS
+        facts, steps = args.facts or run_flags.FACTS, args.steps or run_flags.STEPS
         if steps > facts:
             parser.error(f"argument --steps: must be at most --facts ({facts}), got {steps}")
         if args.chat or args.chat_template is not None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from sgl_lim.programs import named
+from sgl_lim.programs import builtin_problems as module
+from sgl_lim.programs.builtin_problems import BUILTIN, DATA_DIR, HubFile, builtin_problems
 from sgl_lim.programs.cli import main
-from sgl_lim.programs.named import DATA_DIR, NAMED, HubFile, named_problems
 from sgl_lim.programs.problems import ProblemError
 
 TEMPLATE = "{problem}"
@@ -32,30 +32,30 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_holds_a_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = named_problems("aime2024", folder, template=TEMPLATE)
+    found = builtin_problems("aime2024", folder, template=TEMPLATE)
     assert len(found.problems) == 30 and found.problems[3].prompt == "3+1?" and found.spec["file"] == "aime2024.jsonl"
     monkeypatch.setenv(DATA_DIR, str(folder))
-    assert named_problems("aime2024", None, template=TEMPLATE) == found
+    assert builtin_problems("aime2024", None, template=TEMPLATE) == found
 
 
 def test_a_folder_without_it_is_no_reason_to_go_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ProblemError, match=r"--data-dir .* has no math500\.jsonl; download https://.*MATH-500"):
-        named_problems("math500", folder, template=TEMPLATE)
+        builtin_problems("math500", folder, template=TEMPLATE)
     monkeypatch.setenv(DATA_DIR, str(folder))
     with pytest.raises(ProblemError, match=rf"\${DATA_DIR} .* has no aime2025\.jsonl"):
-        named_problems("aime2025", None, template=TEMPLATE)
+        builtin_problems("aime2025", None, template=TEMPLATE)
 
 
 def test_another_number_of_problems_is_another_set(folder: Path) -> None:
     (folder / "aime2024.jsonl").write_text(lines(29))
     with pytest.raises(ProblemError, match="expected 30 problems, got 29"):
-        named_problems("aime2024", folder, template=TEMPLATE)
+        builtin_problems("aime2024", folder, template=TEMPLATE)
 
 
-@pytest.mark.parametrize("name", list(NAMED))
+@pytest.mark.parametrize("name", list(BUILTIN))
 def test_the_hub_is_asked_for_one_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[HubFile] = []
-    source = NAMED[name]
+    source = BUILTIN[name]
     rows = [
         {source.identity: f"x/{n}", "problem": "1+1?", "answer": "2", "solution": "Two."} for n in range(source.count)
     ]
@@ -72,8 +72,8 @@ def test_the_hub_is_asked_for_one_file(name: str, tmp_path: Path, monkeypatch: p
             path.write_text("\n".join(map(json.dumps, rows)))
         return str(path)
 
-    monkeypatch.setattr(named, "_download", download)
-    found = named_problems(name, None, template=TEMPLATE)
+    monkeypatch.setattr(module, "_download", download)
+    found = builtin_problems(name, None, template=TEMPLATE)
     assert asked == [source]
     assert [problem.id for problem in found.problems] == [f"x/{n}" for n in range(source.count)]
     assert found.problems[0].answer == "2" and found.spec["file"] == name
@@ -85,7 +85,7 @@ def test_without_a_hub_the_error_says_what_to_do(
     def offline(file: HubFile) -> str:
         raise ConnectionError("no network\nlong story")
 
-    monkeypatch.setattr(named, "_download", offline)
+    monkeypatch.setattr(module, "_download", offline)
     assert main(["--problems", "aime2025", "--output", str(tmp_path / "o")]) == 2
     err = capsys.readouterr().err
     assert "--problems aime2025: math-ai/aime25 could not be loaded from the hub (no network)" in err

@@ -1,14 +1,13 @@
-"""The flags of a run and the values that they take; what may go together is `options`' business."""
+"""The flags of a run and their defaults; `run_options` says which may go together."""
 
 import argparse
-import math
-from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from sgl_lim.programs.forcing import DEFAULT_END
-from sgl_lim.programs.named import DATA_DIR, NAMED
+from sgl_lim.programs.argument_types import integer, number, top_k
+from sgl_lim.programs.builtin_problems import BUILTIN, DATA_DIR
+from sgl_lim.programs.grading import INSTALL_MATH_VERIFY
 from sgl_lim.programs.problems import DEFAULT_PROMPT_TEMPLATE, PLACEHOLDER
+from sgl_lim.programs.thinking_budget import DEFAULT_END
 from sgl_lim.tasks.chains import MAX_STEPS, NUM_NODES
 
 SOLVE, SELF_CONSISTENCY, TREE, BUDGET_FORCING = "solve", "self-consistency", "tree", "budget-forcing"
@@ -58,7 +57,8 @@ def _add_programs(parser: argparse.ArgumentParser) -> None:
         "--max-thinking",
         type=integer(1),
         metavar="N",
-        help="tokens after which the answer is forced (default: seven eighths of what a generation may have)",
+        help="thinking is cut after N tokens and the answer asked for (default: seven eighths of what a generation may "
+        "have)",
     )
     add("--waits", type=integer(0), metavar="N", help=f"ends to drop, at most (default: {WAITS})")
     add("--wait-text", metavar="TEXT", help=f"in place of a dropped end (default: {WAIT_TEXT!r})")
@@ -77,8 +77,8 @@ def _add_problems(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--problems",
         metavar="NAME|FILE",
-        help=f"{', '.join(NAMED)}, or JSONL with 'problem', 'answer' and optionally 'id', graded by math-verify "
-        "(sgl-lim[math])",
+        help=f"{', '.join(BUILTIN)}, or JSONL with 'problem', 'answer' and optionally 'id', graded by math-verify "
+        f"({INSTALL_MATH_VERIFY})",
     )
     add = parser.add_argument_group("with --chains").add_argument
     add("--facts", type=integer(2, NUM_NODES), metavar="N", help=f"facts in the context (default: {FACTS})")
@@ -127,57 +127,3 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         help=f"default: {TOP_P} with several samples or branches, else 1",
     )
     add("--top-k", type=top_k, default=-1, metavar="N", help="default: -1, no limit")
-
-
-def url(text: str) -> str:
-    """An argument's type: an endpoint, without a trailing slash."""
-    if not text.startswith(("http://", "https://")):
-        raise argparse.ArgumentTypeError(f"must begin with http:// or https://, got {text!r}")
-    try:
-        parts = urlsplit(text)
-        known = parts.hostname and (parts.port is None or parts.port) and not any(map(str.isspace, text))
-    except ValueError:  # brackets that do not match, or a port that is no port
-        known = False
-    if not known:
-        raise argparse.ArgumentTypeError(f"must be such as http://127.0.0.1:30000, got {text!r}")
-    return text.rstrip("/")
-
-
-def integer(low: int, high: int | None = None) -> Callable[[str], int]:
-    """An argument's type: an integer in a range."""
-
-    def convert(text: str) -> int:
-        expected = f"at least {low}" if high is None else f"{low} to {high}"
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be an integer, {expected}, got {text!r}") from None
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"must be {expected}, got {value}")
-        return value
-
-    return convert
-
-
-def top_k(text: str) -> int:
-    """An argument's type: as many tokens, or -1 for all; servers fail every request that has 0."""
-    value = integer(-1)(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("must be at least 1, or -1 for no limit, got 0")
-    return value
-
-
-def number(low: float, high: float, *, or_low: bool = True) -> Callable[[str], float]:
-    """An argument's type: a number in a range, whose lower end is outside without `or_low`."""
-
-    def convert(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or (value == low and not or_low):
-            expected = f"from {low:g}" if or_low else f"above {low:g}, up"
-            raise argparse.ArgumentTypeError(f"must be a number {expected} to {high:g}, got {text!r}")
-        return value
-
-    return convert

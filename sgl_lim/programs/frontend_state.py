@@ -3,7 +3,7 @@
 import sglang as sgl
 from sglang.lang.interpreter import ProgramState
 
-from sgl_lim.programs.records import Generation, dense_reads
+from sgl_lim.programs.run_records import Generation, dense_reads
 
 
 class GenerationError(RuntimeError):

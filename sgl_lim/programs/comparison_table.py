@@ -9,7 +9,7 @@ from typing import Any
 
 from sgl_lim.programs.compare import majority, rate
 from sgl_lim.programs.intervals import paired_difference, paired_ratio
-from sgl_lim.programs.records import Row
+from sgl_lim.programs.run_records import Row
 from sgl_lim.programs.summary import mean_length, number
 
 COLUMNS = (

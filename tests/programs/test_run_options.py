@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from stub_endpoint import StubEndpoint
 
-from sgl_lim.programs.limits import LimitError, max_tokens
-from sgl_lim.programs.options import ForcingOptions, Options, parse
 from sgl_lim.programs.problems import chain_problems, jsonl_problems
+from sgl_lim.programs.run_options import ForcingOptions, Options, parse
+from sgl_lim.programs.token_limits import LimitError, max_tokens
 
 CHAINS = ["--chains", "4", "--output", "o"]
 FILE = ["--problems", "p.jsonl", "--output", "o"]
