@@ -51,7 +51,7 @@ SWEPT = ("d24v40-g5", "d96-g8", "d128-g4")
 def sweep(shapes, swept, precisions):
     """Parameters `shape` and `precision`: fp32 with all shapes, other precisions with the swept ones."""
     names = [(shape, name) for shape in shapes for name in precisions if name == "fp32" or shape in swept]
-    return pytest.mark.parametrize(("shape", "precision"), names, ids="-".join)
+    return pytest.mark.parametrize(("shape", "precision"), names, ids=["-".join(pair) for pair in names])
 
 
 def attend(op, q, k, v, slots, counts, scaling, **how):
