@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from closed_loop import LoadError
-from figures import Figures
+from benchmarks.closed_loop import LoadError
+from benchmarks.figures import Figures
 
 
 def run_bench_serving(

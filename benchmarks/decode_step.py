@@ -23,7 +23,7 @@ prefix, within every budget, with the same weights, tokens, keys and values; its
 to rounding. Beyond the budget they must be finite.
 A backend that fails has no speed. Which tokens a selection picks beyond the budget is not checked here.
 
-    python benchmarks/decode_step.py --model-path M --backends fa3 lessismore:budget=2048,aggregate=max \\
+    python -m benchmarks.decode_step --model-path M --backends fa3 lessismore:budget=2048,aggregate=max \\
         --cases 1x2048 16x32768 1x32768/16x256 --output out/decode_step.csv --sglang-args='--mem-fraction-static 0.85'
 
 One device only.
@@ -44,11 +44,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from decode_step_worker import Outcome, work
-from forest import Forest
-from results_file import append_rows, require_columns
 from torch import Tensor
 
+from benchmarks.decode_step_worker import Outcome, work
+from benchmarks.forest import Forest
+from benchmarks.results_file import append_rows, require_columns
 from sgl_lim.settings.config import ENV, LimConfig
 
 LARGEST_LOGITS_ERROR = 0.05
@@ -113,7 +113,13 @@ def run_worker(backend: Backend, job: dict[str, Any], timeout: float) -> Outcome
     environment = {k: v for k, v in os.environ.items() if k != ENV} | backend.environment
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "outcome.pt")
-        command = [sys.executable, __file__, "--worker", json.dumps({**job, "outcome": str(path)})]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.decode_step",
+            "--worker",
+            json.dumps({**job, "outcome": str(path)}),
+        ]
         try:
             status = subprocess.run(command, env=environment, stdout=sys.stderr, timeout=timeout).returncode
             ending = f"the worker ended with status {status}" if status else ""

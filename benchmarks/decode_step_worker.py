@@ -13,12 +13,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import failures
 import numpy as np
 import torch
-from forest import Forest
-from machine import machine_line
 from torch import Tensor
+
+from benchmarks import failures
+from benchmarks.forest import Forest
+from benchmarks.machine import machine_line
 
 CHECKED_STEPS = 2
 

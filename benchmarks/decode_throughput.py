@@ -5,7 +5,7 @@ when the last request has its first token and the moment when the first request 
 prefill runs. Before any time is taken, each server solves chain problems greedily and its answers are compared with
 the baseline's.
 
-    python benchmarks/decode_throughput.py torch_native=http://127.0.0.1:30000 lessismore=http://127.0.0.1:30001
+    python -m benchmarks.decode_throughput torch_native=http://127.0.0.1:30000 lessismore=http://127.0.0.1:30001
 
 `--server NAME=ARGUMENTS`, as often as wanted, starts servers instead, all before the first is measured.
 """
@@ -24,10 +24,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from machine import machine_line
-from results_file import append_rows
-from targets import add_target_flags, chosen_targets, endpoint, log_folder
-
+from benchmarks.machine import machine_line
+from benchmarks.results_file import append_rows
+from benchmarks.targets import add_target_flags, chosen_targets, endpoint, log_folder
 from sgl_lim.programs.endpoint import request_json
 from sgl_lim.tasks.chains import generate_chains, parse_answer
 

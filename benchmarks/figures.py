@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from closed_loop import Generation, Load
+
+from benchmarks.closed_loop import Generation, Load
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from forest import Forest
-from kernel_operands import Operands, Pool, Shape, full_lens
 from torch import Tensor
 
+from benchmarks.forest import Forest
+from benchmarks.kernel_operands import Operands, Pool, Shape, full_lens
 from lim_kernels import grouped_decode
 from lim_kernels.prefix_groups import PrefixGroups
 

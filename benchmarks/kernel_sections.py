@@ -7,10 +7,12 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from failures import reason
-from forest import Forest
-from kernel_forests import Cascade, attend_in_groups, draw_forest, groups_deviation, stored_tokens
-from kernel_operands import (
+from torch import Tensor
+
+from benchmarks.failures import reason
+from benchmarks.forest import Forest
+from benchmarks.kernel_forests import Cascade, attend_in_groups, draw_forest, groups_deviation, stored_tokens
+from benchmarks.kernel_operands import (
     CACHES,
     COPIED_BYTES,
     SCORE_SLACK,
@@ -30,8 +32,6 @@ from kernel_operands import (
     set_deviation,
     slots_to_positions,
 )
-from torch import Tensor
-
 from lim_kernels import decode_with_scores, find_prefix_groups, sparse_decode
 from lim_kernels.select_tokens import AGGREGATES
 

@@ -22,8 +22,10 @@ def machine_line() -> str:
 
 def machine_line_apart() -> str:
     """The machine line from a process of its own: this one must hold no memory of the device beside the servers."""
-    command = [sys.executable, "-c", "from machine import machine_line; print(machine_line())"]
-    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    command = [sys.executable, "-m", "benchmarks.machine"]
+    return subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def _device(torch) -> str:  # type: ignore[no-untyped-def]

@@ -1,11 +1,11 @@
 """Figures from the benchmarks' CSV files.
 
-    python benchmarks/plot.py decode out/decode_step.csv -o decode.png        # ms a step by context and by batch
-    python benchmarks/plot.py speedup out/decode_step.csv -o speedup.png      # ratio to the first backend, by case
-    python benchmarks/plot.py speedup out/decode_step.csv --column pipelined_ratio -o speedup.png
-    python benchmarks/plot.py throughput out/throughput.csv -o throughput.png # output tokens/s, by workload
-    python benchmarks/plot.py accuracy out/methods.csv -o methods.png         # chains right, by tokens attended
-    python benchmarks/plot.py accuracy out/text.csv --column agreement --methods full,lessismore,window -o text.png
+    python -m benchmarks.plot decode out/decode_step.csv -o decode.png        # ms a step by context and by batch
+    python -m benchmarks.plot speedup out/decode_step.csv -o speedup.png      # ratio to the first backend, by case
+    python -m benchmarks.plot speedup out/decode_step.csv --column pipelined_ratio -o speedup.png
+    python -m benchmarks.plot throughput out/throughput.csv -o throughput.png # output tokens/s, by workload
+    python -m benchmarks.plot accuracy out/methods.csv -o methods.png         # chains right, by tokens attended
+    python -m benchmarks.plot accuracy out/text.csv --column agreement --methods full,lessismore,window -o text.png
 
 Rows with an error are left out; of rows measured twice, the last counts.
 """

@@ -1,6 +1,6 @@
 """What choosing the tokens of a shared prefix together costs: right chains, and overlap with each row's own sets.
 
-    PYTHONPATH=.:kernels:training python benchmarks/prefix_selection.py --output out/prefix_selection.csv
+    PYTHONPATH=training python -m benchmarks.prefix_selection --output out/prefix_selection.csv
 
 Siblings are chains of one context: the chain tracer's shuffled facts are the prefix that they share, and each asks for
 another chain through them, so each needs another fact at every step. All contexts' siblings decode together, a row
@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from chain_tracer.decode import Prefilled, encode, prefill
 from chain_tracer.model import ChainTracer, finish, load_checkpoint, project, rope_table
-from machine import machine_line
-from results_file import append_rows, require_columns
 from torch import Tensor
 
+from benchmarks.machine import machine_line
+from benchmarks.results_file import append_rows, require_columns
 from sgl_lim.methods import Full, LessIsMore, Method, SharedSets
 from sgl_lim.serving.backend import GRANULE
 from sgl_lim.serving.decode import DecodeStep, HeadShare, Scales, attend, begin_step

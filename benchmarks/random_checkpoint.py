@@ -1,6 +1,6 @@
 """Write a checkpoint of random weights in a given shape, so that a real server can be measured without a download.
 
-    python benchmarks/random_checkpoint.py benchmarks/shapes/qwen3-8b /dev/shm/qwen3-8b
+    python -m benchmarks.random_checkpoint benchmarks/shapes/qwen3-8b /dev/shm/qwen3-8b
 
 Weights are as transformers initialises a model for training: norms multiply by 1, so that queries and keys differ from
 token to token and a selection has something to rank. With SGLang's `--load-format dummy` they hardly do, all tokens

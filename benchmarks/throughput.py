@@ -2,18 +2,20 @@
 
 Either against running endpoints, or with servers started here, one after the other:
 
-    python benchmarks/throughput.py dense=http://127.0.0.1:30000 lessismore=http://127.0.0.1:30001
-    python benchmarks/throughput.py --common='--model-path models/chain-tracer --device cpu' \\
+    python -m benchmarks.throughput dense=http://127.0.0.1:30000 lessismore=http://127.0.0.1:30001
+    python -m benchmarks.throughput --common='--model-path models/chain-tracer --device cpu' \\
         --server dense='--attention-backend torch_native' --server lessismore='--attention-backend lessismore'
 
 Starting a server takes long, so several loads can be put on each; a load's rows compare with the first server's:
 
-    python benchmarks/throughput.py dense=http://127.0.0.1:30000 lessismore=http://127.0.0.1:30001 \\
+    python -m benchmarks.throughput dense=http://127.0.0.1:30000 lessismore=http://127.0.0.1:30001 \\
         --load input=3600,output=512 --load input=512,output=2048,concurrency=8,time_limit=60,underway
 
-Before a server is timed, its greedy answers to prompts that stay inside the token budget are compared with the
-baseline's; where too few tokens agree, no speed is given. A load that fails leaves the others. Either makes the exit
-status 1. `steady_tokens_per_s` counts only while all clients have a running request: with one wave of requests no
+Before a server is timed it must decode the same tokens to the same logits as the baseline, within the token budget and
+within what the baseline differs from itself (answer_check.py has the reasons): `logits_error` at most `logits_limit`,
+while over another prompt they would differ by `logits_control`. For the first server `logits_error` is that difference
+from itself. A server that fails has no speed. A load that fails leaves the others. Either makes the exit status 1.
+`steady_tokens_per_s` counts only while all clients have a running request: with one wave of requests no
 prefill falls into it. Servers started here stream increments, because by default each chunk of a stream repeats the
 whole answer.
 """
@@ -27,15 +29,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from answer_check import AnswerCheck, CheckFailed
-from bench_client import run_bench_serving
-from closed_loop import LoadError, random_requests, run_load
-from figures import Figures, figures
-from load_spec import LoadSpec, add_load_flags, chosen_loads, positive
-from machine import machine_line_apart
-from results_file import append_rows, markdown, ratio, require_columns, rounded
-from targets import add_target_flags, chosen_targets, endpoint, flush_cache, log_folder
-
+from benchmarks.answer_check import COLUMNS as CHECKED
+from benchmarks.answer_check import AnswerCheck, CheckFailed, add_check_flags, chosen_check
+from benchmarks.bench_client import run_bench_serving
+from benchmarks.closed_loop import LoadError, random_requests, run_load
+from benchmarks.figures import Figures, figures
+from benchmarks.load_spec import LoadSpec, add_load_flags, chosen_loads
+from benchmarks.machine import machine_line_apart
+from benchmarks.results_file import append_rows, markdown, ratio, require_columns, rounded
+from benchmarks.targets import add_target_flags, chosen_targets, endpoint, flush_cache, log_folder
 from sgl_lim.programs.endpoint import EndpointError, server_info
 from sgl_lim.programs.server_process import ServerFailed
 from sgl_lim.programs.server_stats import attended_fraction, parse_server_info
@@ -47,7 +49,7 @@ LONG_OUTPUT = 2000  # tokens from which on repeated answers cost more than what 
 COLUMNS = (
     *("server", "client", "concurrency", "requests", "done", "complete", "input_len", "output_len", "start"),
     *("mean_output", "kv_pool_tokens", "tokens_per_s", "ratio", "steady_tokens_per_s", "steady_ratio", "steady_s"),
-    *("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "attended", "same_tokens", "same_answers"),
+    *("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "attended", *CHECKED, "same_answers"),
     *("machine", "command"),
 )
 
@@ -60,17 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_columns(args.output, COLUMNS)
     logs = log_folder(args)
     machine = machine_line_apart()
-    check = AnswerCheck(
-        prompts=args.check,
-        length=args.check_len[0],
-        new_tokens=args.check_len[1],
-        token_range=args.token_range,
-        seed=args.seed + 1,
-        threshold=args.check_threshold,
-        chains=args.chains,
-        facts=args.facts,
-        steps=args.steps,
-    )
+    check = AnswerCheck(chosen_check(args, args.token_range), args.chains, args.facts, args.steps)
     baseline: dict[int, Figures] = {}  # of the first server, by the number of the load
     rows: list[list[Row]] = [[] for _ in args.loads]
     for target in args.targets:
@@ -108,7 +100,7 @@ def measure_loads(
         CheckFailed, EndpointError: the server gives no further figures.
     """
     info = server_info(url)
-    answers = {"same_tokens": rounded(check.same_tokens(url, info), 3), "same_answers": check.same_answers(url)}
+    answers = {**check.logits(url, info), "same_answers": check.same_answers(url)}
     for index, load in enumerate(args.loads):
         try:
             result, about = measure(url, info, load, args)
@@ -198,11 +190,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--token-range", type=int, nargs=2, default=(12, 512), metavar=("LO", "HI"), help="HI excluded")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--warmup", type=int, default=1, help="requests before each timing, at once")
-    parser.add_argument("--check", type=int, default=4, help="prompts whose answers are compared (0: none)")
-    parser.add_argument("--check-len", type=positive, nargs=2, default=(96, 32), metavar=("IN", "OUT"), help="tokens")
-    parser.add_argument(
-        "--check-threshold", type=float, default=0.5, help="least fraction of leading tokens that agree"
-    )
+    add_check_flags(parser)
     parser.add_argument("--chains", type=int, default=0, help="chain problems whose answers are compared")
     parser.add_argument("--facts", type=int, default=330)
     parser.add_argument("--steps", type=int, default=24)

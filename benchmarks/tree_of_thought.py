@@ -1,15 +1,15 @@
 """Tree of thought end to end: how fast does each server grow trees over long contexts? The first is the baseline.
 
-    python benchmarks/random_checkpoint.py benchmarks/shapes/qwen3-8b /dev/shm/qwen3-8b
-    python benchmarks/tree_of_thought.py --common='--model-path /dev/shm/qwen3-8b' --trees 1 8 \\
+    python -m benchmarks.random_checkpoint benchmarks/shapes/qwen3-8b /dev/shm/qwen3-8b
+    python -m benchmarks.tree_of_thought --common='--model-path /dev/shm/qwen3-8b' --trees 1 8 \\
         --server fa3='--attention-backend fa3' --server lessismore='--attention-backend lessismore'
-    python benchmarks/tree_of_thought.py dense=http://127.0.0.1:30000 lessismore=http://127.0.0.1:30001 --words v0-399
+    python -m benchmarks.tree_of_thought dense=http://127.0.0.1:30000 lessismore=http://127.0.0.1:30001 --words v0-399
 
 Every tree is a run of `tree_of_thought` from sgl_lim/programs/reasoning.py over random words of its own; all trees of a
 load run at once. All lengths are fixed, ends of text are ignored, and a load that generates anything else has no row.
 `tokens_per_s` is end to end: the contexts' prefill (`prefill_s` of `seconds`), then the trees, all of their branches
 counted; `trees_tokens_per_s` is without that prefill. `cached` is the share of all prompt tokens that the radix cache
-had. A row is of the repeat of median speed. Servers' greedy answers are compared first, as in throughput.py.
+had. A row is of the repeat of median speed. Servers' logits are compared first, as in throughput.py.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from answer_check import AnswerCheck, CheckFailed
-from load_spec import positive
-from machine import machine_line_apart
-from results_file import append_rows, markdown, ratio, require_columns, rounded
-from targets import add_target_flags, chosen_targets, endpoint, flush_cache, log_folder
-
+from benchmarks.answer_check import COLUMNS as CHECKED
+from benchmarks.answer_check import AnswerCheck, CheckFailed, add_check_flags, chosen_check
+from benchmarks.load_spec import positive
+from benchmarks.machine import machine_line_apart
+from benchmarks.results_file import append_rows, markdown, ratio, require_columns, rounded
+from benchmarks.targets import add_target_flags, chosen_targets, endpoint, flush_cache, log_folder
 from sgl_lim.programs.endpoint import EndpointError, count_tokens, server_info
 from sgl_lim.programs.records import Generation
 from sgl_lim.programs.server_process import ServerFailed
@@ -39,10 +39,11 @@ from sgl_lim.programs.tree import TreeShape
 
 Row = dict[str, Any]
 WARMUP_TOKENS = 4
+CHECKED_TOKENS = 12, 512  # ids that any vocabulary has
 COLUMNS = (
     *("server", "trees", "branches", "keep", "depth", "context", "thought_tokens", "answer_tokens", "output_tokens"),
     *("repeats", "prefill_s", "seconds", "tokens_per_s", "lowest", "highest", "ratio", "trees_tokens_per_s"),
-    *("trees_ratio", "attended", "cached", "tokens_shared", "rows_grouped", "same_tokens", "machine", "command"),
+    *("trees_ratio", "attended", "cached", "tokens_shared", "rows_grouped", *CHECKED, "machine", "command"),
 )
 
 
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output:
         require_columns(args.output, COLUMNS)
     machine, logs = machine_line_apart(), log_folder(args)
-    check = AnswerCheck(args.check, 96, 32, (12, 512), args.seed, args.check_threshold, chains=0, facts=0, steps=0)
+    check = AnswerCheck(chosen_check(args, CHECKED_TOKENS))
     rows: list[Row] = []
     baseline: dict[int, Row] = {}  # of the first server, by the number of trees
     for target in args.targets:
@@ -134,11 +135,11 @@ def measure_loads(name: str, url: str, args: argparse.Namespace, check: AnswerCh
     Raises:
         CheckFailed, EndpointError: the server gives no further figures.
     """
-    same = {"same_tokens": rounded(check.same_tokens(url, server_info(url)), 3)}
+    checked = check.logits(url, server_info(url))
     for trees in args.trees:
         load = Load(trees, args.shape, args.answer_tokens)
         try:
-            yield {**measure(url, load, args), **same}
+            yield {**measure(url, load, args), **checked}
         except LoadFailed as error:
             print(f"error: {name}: {trees} trees: {error}", file=sys.stderr)
 
@@ -234,8 +235,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--words", type=Words.parse, default="w0-9999", help="of prompts (default: w0-9999)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=positive, default=3, help="of each load; the one of median speed is shown")
-    parser.add_argument("--check", type=int, default=4, help="prompts whose greedy answers are compared (0: none)")
-    parser.add_argument("--check-threshold", type=float, default=0.5, help="least fraction of tokens that agree")
+    add_check_flags(parser)
     parser.add_argument("--output", type=Path, help="CSV file that grows by a row for each server and load")
     args = parser.parse_args(argv)
     if args.branches % args.keep:

@@ -1,6 +1,6 @@
 """What sets that outlive a step are worth on the small model: recall against fresh sets, right chains, tokens attended.
 
-    PYTHONPATH=.:kernels:training python benchmarks/warm_start.py --output out/warm_start.csv
+    PYTHONPATH=training python -m benchmarks.warm_start --output out/warm_start.csv
 
 `recall` rows: every row chooses afresh at every step and all of it is remembered; the set that it has before it chooses
 is compared with what it chooses. `recall` is the share of the fresh set's ranked tokens that are in the set it has,
@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 from chain_tracer.model import ChainTracer, load_checkpoint
-from machine import machine_line
-from prefix_selection import Pool, forward, siblings
-from results_file import append_rows, require_columns
 from torch import Tensor
 
+from benchmarks.machine import machine_line
+from benchmarks.prefix_selection import Pool, forward, siblings
+from benchmarks.results_file import append_rows, require_columns
 from lim_kernels import decide_acts, keep_sets
 from lim_kernels.acts import EARLY, RECALL, SELECT
 from sgl_lim.methods import LessIsMore, SharedSets

@@ -1,13 +1,9 @@
-"""Benchmarks are scripts beside one another: their folder is on the path as when one of them runs."""
+"""An endpoint for benchmarks to measure."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from streaming_endpoint import StreamingEndpoint
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from typing import Any
 
+from forced_model import ForcedModel
+
 from programs.stub_endpoint import StubEndpoint, _Handler
 
 
@@ -18,7 +20,7 @@ class StreamingEndpoint(StubEndpoint):
     pause: float = 0.002
     per_chunk: int = 1
     length: Callable[[int, int], int] = lambda number, wanted: wanted
-    token: Callable[[int], int] = lambda position: position  # of a greedy answer
+    model: ForcedModel = field(default_factory=ForcedModel)  # of the answers that are not streamed
     status: int = 200
     error: str | None = None  # an event that ends each stream
     info: dict[str, Any] = field(default_factory=dict)
@@ -50,10 +52,9 @@ class StreamingEndpoint(StubEndpoint):
         return [request for request in self.generate_requests if request.get("stream")]
 
     def answers(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """The greedy answers to a batch of prompts."""
+        """The answers to a batch of prompts."""
         self.generate_requests.append(request)
-        count = request["sampling_params"]["max_new_tokens"]
-        return [{"output_ids": [self.token(i) for i in range(count)]} for _ in request["input_ids"]]
+        return self.model.answers(request)
 
     def enter(self, request: dict[str, Any]) -> int:
         """Count a streamed request in, and number it."""

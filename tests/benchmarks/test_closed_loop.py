@@ -5,9 +5,10 @@ import time
 from typing import Any
 
 import pytest
-from closed_loop import ChunkReader, LoadError, random_prompts, random_requests, run_load
-from figures import figures
 from streaming_endpoint import StreamingEndpoint
+
+from benchmarks.closed_loop import ChunkReader, LoadError, random_prompts, random_requests, run_load
+from benchmarks.figures import figures
 
 
 def event(tokens: int, **more: Any) -> bytes:

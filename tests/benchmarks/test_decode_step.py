@@ -3,14 +3,17 @@
 import argparse
 import csv
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
-import decode_step
 import pytest
 import torch
-from decode_step import make_rows, markdown, parse_backend
-from decode_step_worker import Outcome
-from forest import Forest
+
+from benchmarks import decode_step
+from benchmarks.decode_step import make_rows, markdown, parse_backend
+from benchmarks.decode_step_worker import Outcome
+from benchmarks.forest import Forest
 
 CASES = [Forest.parse("1x32512/16x256"), Forest.parse("1x2048")]
 NAMES = list(map(str, CASES))
@@ -193,3 +196,18 @@ def test_a_file_with_other_columns_is_refused_before_anything_runs(
     with pytest.raises(SystemExit, match="other columns"):
         decode_step.main()
     assert output.read_text() == "backend,step_ms\nfa3,1\n"
+
+
+def test_a_worker_is_this_module_and_finds_its_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    run = subprocess.run
+
+    def started_only(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        started.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", started_only)
+    assert decode_step.run_worker(parse_backend("fa3"), {}, timeout=9).error == "the worker ended with status 3"
+    [[*command, worker, job]] = started
+    assert worker == "--worker" and "outcome" in json.loads(job)
+    assert "--backends" in run([*command, "--help"], capture_output=True, text=True, check=True).stdout

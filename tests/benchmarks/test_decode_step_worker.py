@@ -5,11 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import decode_step_worker
 import pytest
 import torch
-from decode_step_worker import Bench, Clock, NoRoom, Outcome
-from forest import Forest
+
+from benchmarks import decode_step_worker
+from benchmarks.decode_step_worker import Bench, Clock, NoRoom, Outcome
+from benchmarks.forest import Forest
 
 
 class Slots:

@@ -4,8 +4,9 @@ from array import array
 from collections.abc import Sequence
 
 import pytest
-from closed_loop import Generation, Load
-from figures import figures, steady_window
+
+from benchmarks.closed_loop import Generation, Load
+from benchmarks.figures import figures, steady_window
 
 
 def generation(begun: float, *chunks: tuple[float, int], ended: float | None = None) -> Generation:

@@ -3,7 +3,8 @@
 import argparse
 
 import pytest
-from forest import Forest
+
+from benchmarks.forest import Forest
 
 
 def test_levels_multiply_requests_and_add_tokens() -> None:

@@ -6,17 +6,17 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import kernel_forests
 import pytest
 import torch
-from forest import Forest
-from kernel_forests import draw_forest, flashinfer_cascades, groups_deviation, level_tables, stored_tokens
-from kernel_operands import Operands, Pool, Shape
-from kernel_sections import Bench, Row
-from test_kernels import CPU, TINY, CountingTimer, dense, of
+from test_kernel_times import CPU, TINY, CountingTimer, dense, of
 from torch import Tensor
 
-from kernels import parse
+from benchmarks import kernel_forests
+from benchmarks.forest import Forest
+from benchmarks.kernel_forests import draw_forest, flashinfer_cascades, groups_deviation, level_tables, stored_tokens
+from benchmarks.kernel_operands import Operands, Pool, Shape
+from benchmarks.kernel_sections import Bench, Row
+from benchmarks.kernel_times import parse
 from lim_kernels import decode_with_scores, find_prefix_groups
 from lim_kernels.attention import attend
 
@@ -95,7 +95,7 @@ def test_a_forest_that_cannot_be_set_up_leaves_the_others(monkeypatch: pytest.Mo
             raise torch.OutOfMemoryError("large")
         return draw_forest(pool, forest)
 
-    monkeypatch.setattr("kernel_sections.draw_forest", draw)
+    monkeypatch.setattr("benchmarks.kernel_sections.draw_forest", draw)
     found = rows()
     assert [(row["op"], row["prefixes"]) for row in of(found, error="out of memory")] == [("grouped", "1x40")]
     assert len(of(found, section="grouped", error="")) == 4

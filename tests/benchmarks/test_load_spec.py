@@ -1,8 +1,9 @@
 """Which load the command line of benchmarks/throughput.py means."""
 
 import pytest
-import throughput
-from load_spec import LoadSpec, fitting_concurrency, parse_load
+
+from benchmarks import throughput
+from benchmarks.load_spec import LoadSpec, fitting_concurrency, parse_load
 
 
 def loads(*argv: str) -> list[LoadSpec]:

@@ -4,8 +4,9 @@ import sys
 from dataclasses import astuple
 from pathlib import Path
 
-import plot
 import pytest
+
+from benchmarks import plot
 
 MACHINE = "NVIDIA H100 80GB HBM3, driver 580.1; Python 3.12.3; torch 2.11.0; triton 3.6.0; sglang 0.5.17; commit abc"
 STEPS = {

@@ -7,8 +7,8 @@ import pytest
 import torch
 from chain_tracer.decode import Policy, prefill, score
 from chain_tracer.model import ChainTracer, load_checkpoint
-from prefix_selection import Compared, Pool, decode, measure, siblings
 
+from benchmarks.prefix_selection import Compared, Pool, decode, measure, siblings
 from sgl_lim.methods import Full, LessIsMore
 from sgl_lim.tasks.chains import make_chain
 

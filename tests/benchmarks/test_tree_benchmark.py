@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tree_of_thought
-from tree_of_thought import Load, Words
+from forced_model import ForcedModel
 
+from benchmarks import tree_of_thought
+from benchmarks.tree_of_thought import Load, Words
 from programs.stub_endpoint import COUNTERS, StubEndpoint, _Handler
 from sgl_lim.programs.tree import TreeShape
 
 SIZES = ["--context", "50", "--branches", "4", "--keep", "2", "--depth", "2", "--thought-tokens", "6"]
-QUICK = [*SIZES, "--answer-tokens", "3", "--check", "2", "--trees", "1", "3"]
+QUICK = [*SIZES, "--answer-tokens", "3", "--check", "2", "--check-len", "12", "4", "--trees", "1", "3"]
 TOKENS = 4 * 2 * 6 + 3
 
 
@@ -22,11 +23,12 @@ class TreeEndpoint(StubEndpoint):
     """Answers every request with as many words as it may have, `missing` aside."""
 
     missing = 0
-    token = 5  # of greedy answers
+    model: ForcedModel
     flushes = 0
 
     def __enter__(self) -> "TreeEndpoint":
         super().__enter__()
+        self.model = ForcedModel()
         self._server.RequestHandlerClass.do_POST = _post  # type: ignore[attr-defined]
         self.finish_reason = {"type": "length"}
         return self
@@ -50,8 +52,7 @@ def _post(handler: _Handler) -> None:
     if handler.path == "/tokenize":
         handler._send(200, {"count": [len(text.split()) for text in request["prompt"]]})
     elif "input_ids" in request:
-        count = request["sampling_params"]["max_new_tokens"]
-        handler._send(200, [{"output_ids": [stub.token] * count}] * len(request["input_ids"]))  # type: ignore[arg-type]
+        handler._send(200, stub.model.answers(request))  # type: ignore[arg-type]
     else:
         handler._send(*stub.generate(request))
 
@@ -79,7 +80,7 @@ def test_a_row_for_each_server_and_number_of_trees(tmp_path: Path, capsys: pytes
         second.counters["tokens_attended"] = second.counters["tokens_dense"] = 0
         arguments = [f"a={first.url}", f"b={second.url}/", *QUICK, "--output", str(output)]
         assert tree_of_thought.main(arguments) == 0
-        assert first.flushes == second.flushes == 2 * 3
+        assert (first.flushes, second.flushes) == (2 * 3 + 3, 2 * 3 + 2)  # before each repeat and way of checking
         # Warm-ups and loads have contexts of their own, the same for both servers.
         assert len(set(prompts(first))) == 2 * (1 + 3) and set(prompts(first)) == set(prompts(second))
         asked = [r["sampling_params"] for r in first.generate_requests if r["sampling_params"]["max_new_tokens"]]
@@ -98,7 +99,7 @@ def test_a_row_for_each_server_and_number_of_trees(tmp_path: Path, capsys: pytes
         assert float(row["lowest"]) <= float(row["tokens_per_s"]) <= float(row["highest"]) and row["repeats"] == "3"
         assert float(row["tokens_per_s"]) == pytest.approx(int(row["output_tokens"]) / float(row["seconds"]), rel=0.05)
         assert (row["context"], row["thought_tokens"], row["answer_tokens"]) == ("50", "6", "3")
-        assert (base["attended"], row["attended"], base["same_tokens"]) == ("1.0", "0.25", "1.0")
+        assert (base["attended"], row["attended"], base["logits_error"] != "") == ("1.0", "0.25", True)
         assert (base["tokens_shared"], row["tokens_shared"], row["rows_grouped"]) == ("", "0", "0")
     table = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert table[2:] == [["| a", "1"], ["| b", "1"], ["| a", "3"], ["| b", "3"]]
@@ -135,10 +136,10 @@ def test_a_server_that_refuses_gives_no_row(capsys: pytest.CaptureFixture[str], 
 
 def test_no_speed_for_a_server_that_answers_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
     with TreeEndpoint() as good, TreeEndpoint() as bad:
-        bad.token = 6
+        bad.model.read = lambda row, step, context: context[1:]
         assert tree_of_thought.main([f"good={good.url}", f"bad={bad.url}", *QUICK]) == 1
         assert not bad.generate_requests
-    assert "bad: 0.000 of the tokens agree" in capsys.readouterr().err
+    assert "bad: its logits are 0." in capsys.readouterr().err
 
 
 def test_a_load_counts_every_branch() -> None:
@@ -172,8 +173,9 @@ def test_wrong_command_lines_are_refused(argv: list[str], said: str, capsys: pyt
 
 
 def test_the_words_of_a_random_checkpoint_are_its_tokens(tmp_path: Path) -> None:
-    from random_checkpoint import write_tokenizer
     from transformers import AutoTokenizer
+
+    from benchmarks.random_checkpoint import write_tokenizer
 
     write_tokenizer(tmp_path, 300, 1000)
     config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 300}

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("safetensors")
 
-import warm_start
+from benchmarks import warm_start
 
 FACTS, CHAINS, STEPS, BUDGET = 60, 2, 3, 64
 

@@ -1,9 +1,9 @@
 """Kernels by themselves on one CUDA device: correctness first, then microseconds and GB/s, FA3's beside ours.
 
-    python benchmarks/kernels.py --output out/kernels.csv
-    python benchmarks/kernels.py --sections layer --cases 16x32768 --quick
-    python benchmarks/kernels.py --sections selection --no-flashinfer
-    python benchmarks/kernels.py --sections grouped --forests 1x32768/16x256 16x32768
+    python -m benchmarks.kernel_times --output out/kernels.csv
+    python -m benchmarks.kernel_times --sections layer --cases 16x32768 --quick
+    python -m benchmarks.kernel_times --sections selection --no-flashinfer
+    python -m benchmarks.kernel_times --sections grouped --forests 1x32768/16x256 16x32768
 
 Sections, on a model layer's shape (Qwen3-8B's by default):
 - sparse_decode: attention over a budget of tokens; FA3 over the same slots.
@@ -33,12 +33,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forest import Forest
-from kernel_forests import CASCADES, Cascade, flashinfer_cascades
-from kernel_operands import Dense, GraphTimer, Shape, TopK, load_fa3, load_flashinfer
-from kernel_sections import COLUMNS, DTYPES, SECTIONS, Bench, Case, Row
-from machine import machine_line
-from results_file import append_rows, require_columns
+
+from benchmarks.forest import Forest
+from benchmarks.kernel_forests import CASCADES, Cascade, flashinfer_cascades
+from benchmarks.kernel_operands import Dense, GraphTimer, Shape, TopK, load_fa3, load_flashinfer
+from benchmarks.kernel_sections import COLUMNS, DTYPES, SECTIONS, Bench, Case, Row
+from benchmarks.machine import machine_line
+from benchmarks.results_file import append_rows, require_columns
 
 QUICK_REPLAYS = 3
 _NAMES = ("section", "op", "implementation", "batch", "context", "prefixes", "aggregate")

@@ -6,16 +6,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import kernel_operands
-import kernel_sections
 import pytest
 import torch
-from kernel_operands import COPIED_BYTES, Operands, Pool, Selection, Shape
-from kernel_sections import COLUMNS, DTYPES, SECTIONS, Bench, Measured, Row, make_row
 from torch import Tensor
 
-import kernels
-from kernels import markdown, parse, parse_case
+from benchmarks import kernel_operands, kernel_sections, kernel_times
+from benchmarks.kernel_operands import COPIED_BYTES, Operands, Pool, Selection, Shape
+from benchmarks.kernel_sections import COLUMNS, DTYPES, SECTIONS, Bench, Measured, Row, make_row
+from benchmarks.kernel_times import markdown, parse, parse_case
 from lim_kernels import choose_tokens, decode_with_scores
 
 CPU = torch.device("cpu")
@@ -304,7 +302,7 @@ def test_rows_reach_the_file_at_once_under_one_header(tmp_path: Path, capsys: py
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            kernels.report(crash(), "M", path)
+            kernel_times.report(crash(), "M", path)
     with path.open(newline="") as file:
         read = list(csv.DictReader(file))
     assert [row["section"] for row in read] == (["copy"] + ["sparse_decode"] * 4) * 2
@@ -323,7 +321,7 @@ def test_the_command_line() -> None:
     args = parse([])
     assert args.cases == [(16, 32768), (64, 8192), (256, 2048), (1, 32768), (4, 131072)]
     assert (args.heads, args.kv_heads, args.dim, args.dtype, args.budget) == (32, 8, 128, "bf16", 2048)
-    assert args.replays >= 9 and parse(["--quick"]).replays == kernels.QUICK_REPLAYS
+    assert args.replays >= 9 and parse(["--quick"]).replays == kernel_times.QUICK_REPLAYS
     assert args.sections == list(SECTIONS)
 
 
@@ -346,7 +344,7 @@ def test_a_missing_baseline_is_named(capsys: pytest.CaptureFixture[str]) -> None
     def missing() -> None:
         raise ImportError("no module\nmore")
 
-    assert kernels.load("FA3", missing) is None
+    assert kernel_times.load("FA3", missing) is None
     assert capsys.readouterr().err == "no FA3: its figures stay blank (ImportError: no module)\n"
 
 
@@ -363,16 +361,18 @@ def test_flashinfer_is_loaded_only_where_it_is_wanted(
     argv: list[str], loaded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(kernels, "load_fa3", lambda shape: asked.append("fa3") or dense)
-    monkeypatch.setattr(kernels, "load_flashinfer", lambda device: asked.append("flashinfer") or top_k)
-    monkeypatch.setattr(kernels, "flashinfer_cascades", lambda shape, names: asked.append("cascades") or {"cascade": 1})
+    monkeypatch.setattr(kernel_times, "load_fa3", lambda shape: asked.append("fa3") or dense)
+    monkeypatch.setattr(kernel_times, "load_flashinfer", lambda device: asked.append("flashinfer") or top_k)
+    monkeypatch.setattr(
+        kernel_times, "flashinfer_cascades", lambda shape, names: asked.append("cascades") or {"cascade": 1}
+    )
     wanted = top_k if "flashinfer" in loaded else None, {"cascade": 1} if "cascades" in loaded else {}
-    assert kernels.load_baselines(parse(argv), CPU) == (dense, *wanted)
+    assert kernel_times.load_baselines(parse(argv), CPU) == (dense, *wanted)
     assert asked == loaded
 
 
 def test_without_cuda_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["kernels.py"])
+    monkeypatch.setattr("sys.argv", ["kernel_times"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no CUDA device"):
-        kernels.main()
+        kernel_times.main()
