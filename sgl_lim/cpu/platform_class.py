@@ -16,9 +16,9 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def apply_server_args_defaults(self, server_args: object) -> None:
         """Let the OpenMP threads of the processes to come sleep while they wait, unless the user chose otherwise.
 
-        By default they spin, and beside other work a thread that spins keeps the core from the one it waits for. SGLang
-        calls this where arguments are read, before it spawns the processes that compute, so the variable is there when
-        they load their OpenMP runtime.
+        By default they spin, and beside other work a thread that spins keeps the core from the one it waits for.
+        SGLang calls this where it resolves arguments, before it spawns the processes that compute, so the variable is
+        there when they load their OpenMP runtime.
         """
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

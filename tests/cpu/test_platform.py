@@ -55,5 +55,7 @@ def test_threads_of_workers_sleep_while_they_wait_unless_the_user_chose(monkeypa
     monkeypatch.setenv("OMP_WAIT_POLICY", own or "to be restored")
     if own is None:
         monkeypatch.delenv("OMP_WAIT_POLICY")
-    ServerArgs(model_path=str(CHAIN_TRACER), device="cpu", attention_backend="torch_native")
+    arguments = ServerArgs(model_path=str(CHAIN_TRACER), device="cpu", attention_backend="torch_native")
+    if hasattr(arguments, "resolve_once"):  # 0.5.23: the launcher calls it before it spawns
+        arguments.resolve_once()
     assert os.environ["OMP_WAIT_POLICY"] == wanted  # the workers, spawned later, inherit it
