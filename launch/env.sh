@@ -1,4 +1,4 @@
-# Sourced by the recipes: virtual environments, and the end of every process they start.
+# Sourced by the recipes: virtual environments.
 # shellcheck shell=bash
 
 LIM_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -49,17 +49,4 @@ install_into() {
         # One environment at a time: a build of this checkout writes into it.
         flock "$LIM_ROOT/pyproject.toml" "$dir/bin/python" -m pip install --quiet --disable-pip-version-check \
         "sglang==$version" -e "$LIM_ROOT${extras:+[$extras]}"
-}
-
-LIM_GROUPS=()
-
-# stop_all: ends the process groups in LIM_GROUPS. Set as the trap of EXIT by whoever starts some.
-stop_all() {
-    local group
-    for group in ${LIM_GROUPS[@]+"${LIM_GROUPS[@]}"}; do kill -TERM -- "-$group" 2>/dev/null || true; done
-    for group in ${LIM_GROUPS[@]+"${LIM_GROUPS[@]}"}; do
-        for _ in {1..50}; do kill -0 -- "-$group" 2>/dev/null || break; sleep 0.1; done
-        kill -KILL -- "-$group" 2>/dev/null || true
-    done
-    LIM_GROUPS=()
 }
