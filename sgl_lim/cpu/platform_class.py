@@ -5,6 +5,10 @@ import os
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.interface import PlatformEnum, SRTPlatform
 
+OPENMP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
+"""How threads wait. Measured on two cores: as fast as without on an idle machine, nearly as fast as 0 spins beside
+other work."""
+
 
 class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """An out-of-tree platform, so that SGLang picks no vendor kernel by name, with the stock memory pools."""
@@ -14,13 +18,16 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     device_type = "cpu"
 
     def apply_server_args_defaults(self, server_args: object) -> None:
-        """Let the OpenMP threads of the processes to come sleep while they wait, unless the user chose otherwise.
+        """Let the OpenMP threads of the processes to come soon sleep while they wait, unless the user chose otherwise.
 
-        By default they spin, and beside other work a thread that spins keeps the core from the one it waits for.
-        SGLang calls this where it resolves arguments, before it spawns the processes that compute, so the variable is
+        By default they spin for long, and beside other work a thread that spins keeps the core from the one it waits
+        for. Threads that sleep at once are slow on an idle machine, because most waits are short. So GNU's runtime,
+        which torch brings, is told to spin a little first; other runtimes know the policy alone.
+        SGLang calls this where it resolves arguments, before it spawns the processes that compute, so the variables are
         there when they load their OpenMP runtime.
         """
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        if OPENMP.keys().isdisjoint(os.environ):
+            os.environ.update(OPENMP)
 
     def get_dispatch_key_name(self) -> str:
         """Custom operators run their torch implementation, `forward_native`."""

@@ -47,15 +47,25 @@ def test_the_class_is_an_out_of_tree_platform_that_runs_native_operators():
     assert not chosen.is_pin_memory_available()
 
 
-@pytest.mark.parametrize(("own", "wanted"), [(None, "passive"), ("active", "active")])
+@pytest.mark.parametrize(
+    ("own", "wanted"),
+    [
+        ({}, ("passive", "10000")),
+        ({"OMP_WAIT_POLICY": "active"}, ("active", None)),
+        ({"GOMP_SPINCOUNT": "7"}, (None, "7")),
+    ],
+    ids=["none", "policy", "spins"],
+)
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="SGLang runs on another platform here")
-def test_threads_of_workers_sleep_while_they_wait_unless_the_user_chose(monkeypatch, own, wanted):
+def test_threads_of_workers_soon_sleep_while_they_wait_unless_the_user_chose(monkeypatch, own, wanted):
     from sglang.srt.server_args import ServerArgs
 
-    monkeypatch.setenv("OMP_WAIT_POLICY", own or "to be restored")
-    if own is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, own.get(name, "to be restored"))
+        if name not in own:
+            monkeypatch.delenv(name)
     arguments = ServerArgs(model_path=str(CHAIN_TRACER), device="cpu", attention_backend="torch_native")
     if hasattr(arguments, "resolve_once"):  # 0.5.23: the launcher calls it before it spawns
         arguments.resolve_once()
-    assert os.environ["OMP_WAIT_POLICY"] == wanted  # the workers, spawned later, inherit it
+    # The workers, spawned later, inherit them.
+    assert (os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT")) == wanted
