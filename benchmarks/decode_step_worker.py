@@ -82,9 +82,21 @@ class Clock:
 
 
 class Bench:
-    """A model runner set up as SGLang's own static benchmark does it, its KV pool filled with noise."""
+    """Decode steps of a model runner.
 
-    def __init__(self, argv: list[str], shuffle_slots: bool) -> None:
+    Args:
+        runner: SGLang's; one_batch: its module `sglang.benchmark.one_batch`, whose classes make batches.
+        device: torch's module of the runner's device, as `torch.get_device_module` gives it.
+        shuffle_slots: whether KV slots are handed out in random order.
+    """
+
+    def __init__(self, runner: Any, one_batch: Any, device: Any, *, shuffle_slots: bool) -> None:
+        self.runner, self.one_batch, self.shuffle_slots = runner, one_batch, shuffle_slots
+        self.synchronize, self.clock = device.synchronize, Clock(device)
+
+    @classmethod
+    def load(cls, argv: list[str], shuffle_slots: bool) -> "Bench":
+        """A model set up as SGLang's own static benchmark does it, its KV pool filled with noise."""
         from sglang.srt.plugins import load_plugins
 
         load_plugins()  # the mains that serve do this; a benchmark must do it itself, before flags are parsed
@@ -100,15 +112,13 @@ class Bench:
         one_batch.initialize_fp4_gemm_config(server_args)
         one_batch.get_tokenizer = lambda *args, **options: None  # `load_model` wants one; we send token ids
         wrapped, _ = one_batch.load_model(server_args, PortArgs.init_new(server_args), gpu_id=0, tp_rank=0)
-        self.one_batch = one_batch
-        self.runner: Any = wrapped.torch_runner
-        self.shuffle_slots = shuffle_slots
-        device = torch.get_device_module(self.runner.device)
-        self.synchronize, self.clock = device.synchronize, Clock(device)
+        runner: Any = wrapped.torch_runner
+        bench = cls(runner, one_batch, torch.get_device_module(runner.device), shuffle_slots=shuffle_slots)
         if server_args.load_format == "dummy":
-            set_norms_to_one(self.runner.model)
-        for buffer in self.kv_buffers():
+            set_norms_to_one(runner.model)
+        for buffer in bench.kv_buffers():
             fill_with_noise(buffer)
+        return bench
 
     def kv_buffers(self) -> list[Tensor]:
         """Keys and values of every layer, each (slot, head, dim)."""
@@ -268,7 +278,7 @@ def work(job: dict[str, Any]) -> None:
     """A worker: check, then time or profile, saving the outcome as it grows."""
     outcome, path = Outcome(), Path(job["outcome"])
     try:
-        bench = Bench(job["argv"], job["shuffle_slots"])
+        bench = Bench.load(job["argv"], job["shuffle_slots"])
         outcome.machine = machine_line()
         if job["profile"]:
             outcome.kernels = bench.kernels(Forest.parse(job["profile"]), job["warmup"])

@@ -55,24 +55,22 @@ def bench(pool: int = 100, shuffle_slots: bool = True, device: Any = torch.cpu) 
     def init_new(**given: Any) -> SimpleNamespace:
         return SimpleNamespace(**given, prepare_for_extend=lambda: None)
 
-    made = Bench.__new__(Bench)
     ranges: list[tuple[int, int]] = []
-    made.ranges = ranges  # type: ignore[attr-defined]
-    made.runner = SimpleNamespace(
+    runner = SimpleNamespace(
         req_to_token_pool=SimpleNamespace(clear=lambda: None, available_size=lambda: 4),
         token_to_kv_pool_allocator=Slots(pool),
         model_config=SimpleNamespace(context_len=60, vocab_size=1000),
         device="cpu",
     )
-    made.one_batch = SimpleNamespace(
+    one_batch = SimpleNamespace(
         ScheduleBatch=SimpleNamespace(init_new=init_new),
         TreeCacheNamespace=SimpleNamespace,
         SpeculativeAlgorithm=SimpleNamespace(NONE=None),
         SamplingParams=SimpleNamespace,
         Req=lambda **given: SimpleNamespace(**given, set_extend_range=lambda *range: ranges.append(range)),
     )
-    made.shuffle_slots = shuffle_slots
-    made.synchronize, made.clock = device.synchronize, Clock(device)
+    made = Bench(runner, one_batch, device, shuffle_slots=shuffle_slots)
+    made.ranges = ranges  # type: ignore[attr-defined]
     return made
 
 
