@@ -17,7 +17,8 @@ SCORES = {
     "random": lambda noise: noise * 2 - 9,
     "ties": lambda noise: noise.round() - 9,
     "flat": lambda noise: noise * 0 - 7,
-    "wide": lambda noise: noise * 20 - 60,
+    # No log-weight over all heads is larger than the logarithm of their number.
+    "wide": lambda noise: (noise * 20 - 60).clamp(max=5.0),
     "masked": lambda noise: torch.where(noise > 1, noise - 5, float("-inf")),
     "recent": lambda noise: noise - 0.05 * torch.arange(noise.shape[1]).flip(0),
     "early": lambda noise: noise - 0.05 * torch.arange(noise.shape[1]),
