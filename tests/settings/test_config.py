@@ -125,7 +125,7 @@ def test_no_value_of_a_wrong_type_is_more_than_refused(monkeypatch, method, valu
             problems = under_test.load().problems()
         except RefusedConfig as refused:
             problems = refused.reasons
-        assert all(name in problem.replace("-", "_") or "--" in problem for problem in problems)
+        assert all("--lim-" in problem or problem.startswith(ENV) for problem in problems)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_what_quest_cannot_do_is_refused(values, reason):
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_what_no_method_takes_is_told_without_a_method(method):
+def test_what_no_method_takes_is_told_without_naming_one(method):
     assert configure(method=method, budget=0).problems() == configure(budget=0).problems()
 
 
