@@ -78,7 +78,7 @@ class Recall:
     def decode(self, pool: Pool, rows: Tensor, slots: Tensor, request_rows: Tensor, words: int, begins: str) -> None:
         """Decode some words of rows of the pool; `slots` [B, L] are what the memory knows their positions by."""
         tenants = torch.ones_like(self.memory.tenants)
-        acts = torch.full((len(rows),), SELECT, dtype=torch.uint8)
+        actions = torch.full((len(rows),), SELECT, dtype=torch.uint8)
         for place in range(words):
             length = pool.prompt + place + 1
             lens = torch.full((len(rows),), length, dtype=torch.int32)
@@ -97,7 +97,7 @@ class Recall:
                 self.shares[layer, begins if place == 0 else "own"] += shares[there].tolist()
                 room = torch.zeros(len(rows), self.method.budget, dtype=torch.int32)
                 extended = torch.cat([room, slots[:, :length]], dim=1)
-                keep_sets(self.memory, layer, request_rows, acts, extended, lens, chosen, self.method.sizes)
+                keep_sets(self.memory, layer, request_rows, actions, extended, lens, chosen, self.method.sizes)
 
 
 def measure_recall(model: ChainTracer, args: argparse.Namespace, budget: int) -> Iterator[dict[str, Any]]:

@@ -143,7 +143,11 @@ def _parser() -> argparse.ArgumentParser:
     chains.add_argument("--steps", type=integer(1, MAX_STEPS), metavar="N", help=f"links to follow (default: {_STEPS})")
     chains.add_argument("--seed", type=integer(0), metavar="N", help="default: 0")
 
-    what = parser.add_argument_group("calibration")
+    _add_calibration(parser.add_argument_group("calibration"))
+    return parser
+
+
+def _add_calibration(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
         "--max-tokens",
         type=integer(2),
@@ -171,4 +175,3 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--concurrency", type=integer(1), default=8, metavar="N", help="prompts in a batch (default: %(default)s)"
     )
-    return parser

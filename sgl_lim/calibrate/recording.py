@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,18 @@ def record(
         info = engine.get_server_info()
     finally:
         engine.shutdown()
-    measured = info["internal_states"][0]["lessismore"]["recording"]
+    return _checked(info["internal_states"][0]["lessismore"]["recording"], budgets, lengths, retracted)
+
+
+def _checked(
+    measured: Mapping[str, Any], budgets: Sequence[int], lengths: Sequence[tuple[int, int]], retracted: int
+) -> Recording:
+    """What the engine's recorder measured, if it is of these budgets and of as many tokens as were decoded.
+
+    Args:
+        measured: as `Recorder.read` gives it.
+        lengths: tokens of prompt and of completion of each request; retracted: how often one was.
+    """
     rows = dict(zip(measured["budgets"], measured["rows"], strict=True))
     if list(rows) != list(budgets):
         raise RecordingError(f"the engine recorded the budgets {list(rows)}, not {list(budgets)}")

@@ -176,8 +176,8 @@ class Method(ABC):
         return [f"--lim-method {self.name} ranks nothing that could be calibrated; leave the flag out"]
 
     def flags_that_follow_writes(self) -> list[str]:
-        """Flags, as typed, that need to see everything that writes KV."""
-        return []
+        """Flags, as typed, that need to see everything that writes KV: bounds of pages are learnt from it."""
+        return [] if self.page == 1 else [f"--lim-method {self.name}"]
 
     @property
     def needs_prefix_groups(self) -> str | None:

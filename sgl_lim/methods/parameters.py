@@ -26,7 +26,7 @@ class Form(ABC):
 
     @abstractmethod
     def parse(self, text: str) -> Any:
-        """The value that a command line's text means. Raises ValueError or argparse.ArgumentTypeError."""
+        """The value that a command line's text means. Raises argparse.ArgumentTypeError with what was expected."""
 
     @abstractmethod
     def problem(self, value: object) -> str | None:
@@ -52,7 +52,10 @@ class Whole(Form):
 
     def parse(self, text: str) -> int:
         """Its text as an integer."""
-        return int(text)
+        try:
+            return int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
 
     def problem(self, value: object) -> str | None:
         """Neither a float nor a truth value is a whole number."""

@@ -39,10 +39,6 @@ class Quest(Budgeted):
         """The last page of a row need not be full."""
         return True
 
-    def flags_that_follow_writes(self) -> list[str]:
-        """Bounds are learnt from the keys that are written."""
-        return [f"--lim-method {self.name}"]
-
     def role(self, layer: int) -> Role:
         """The first two layers are dense, every other chooses for itself."""
         return Role.DENSE if layer < DENSE_LAYERS else Role.OWN

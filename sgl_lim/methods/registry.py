@@ -9,7 +9,7 @@ Entry points rather than calls, because every process that SGLang starts has to 
 """
 
 from collections.abc import Iterator, Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 from sgl_lim.methods.base import Method
 from sgl_lim.methods.full import Full
@@ -34,11 +34,12 @@ class Methods(Mapping[str, type[Method]]):
         if not self._found:
             found = {method.name: method for method in _OWN}
             for point in entry_points(group=GROUP):
-                method = point.load()
-                if not (isinstance(method, type) and issubclass(method, Method)):
-                    raise TypeError(f"entry point {GROUP}: expected a subclass of Method, got {point.value}")
+                method = _load(point)
                 if found.setdefault(method.name, method) is not method:
-                    raise ValueError(f"entry point {GROUP}: {point.value} has the name {method.name!r}, which is taken")
+                    raise ValueError(
+                        f"entry point {GROUP}: {point.value} has the name {method.name!r}, which is taken; "
+                        "give it another or uninstall its package"
+                    )
             self._found = found
         return self._found
 
@@ -61,6 +62,23 @@ class Methods(Mapping[str, type[Method]]):
 
 
 METHODS = Methods()
+
+
+def _load(point: EntryPoint) -> type[Method]:
+    """The method behind an entry point. Raises ImportError or TypeError, which name the entry point and a way out."""
+    try:
+        method = point.load()
+    except Exception as error:
+        raise ImportError(
+            f"entry point {GROUP}: {point.value} cannot be loaded ({type(error).__name__}: {error}); repair or "
+            "uninstall its package"
+        ) from error
+    if not (isinstance(method, type) and issubclass(method, Method) and isinstance(getattr(method, "name", 0), str)):
+        raise TypeError(
+            f"entry point {GROUP}: expected a subclass of Method with a name, got {point.value}; repair or uninstall "
+            "its package"
+        )
+    return method
 
 
 def choices_of(declared: Mapping[str, Parameter]) -> tuple[str, ...] | None:

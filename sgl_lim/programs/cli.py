@@ -18,7 +18,7 @@ from sgl_lim.programs.problems import Problem, ProblemError, ProblemSet, chain_p
 from sgl_lim.programs.progress import Progress
 from sgl_lim.programs.run_options import Options
 from sgl_lim.programs.run_records import Generation, Measurement, RecordError, RecordFile
-from sgl_lim.programs.runner import EndpointLost, Invocation, run_items
+from sgl_lim.programs.runner import Asking, EndpointLost, Invocation, run_items
 from sgl_lim.programs.stop_signals import SignalHandlers
 from sgl_lim.programs.summary import summarize, table
 from sgl_lim.programs.thinking_budget import ThinkingBudget
@@ -191,18 +191,16 @@ def _run(run: Run) -> int:
         _say(f"{run.options.output}: {len(done)} of {len(run.problems)} problems answered before, {len(todo)} to ask")
         if not todo:
             return _sum_up(run, records, Invocation(0, 0, 0.0, stopped=False))
-        ask = _ask(run)
+        asking = Asking(_ask(run), run.options.concurrency, lambda: endpoint.is_alive(run.options.endpoint))
         progress = Progress(len(run.problems), done=len(done), correct=sum(row.correct for row in done))
         try:
             invocation = run_items(
                 todo,
-                ask=ask,
+                asking=asking,
                 grader=run.grader,
                 records=records,
-                concurrency=run.options.concurrency,
                 stop=stop.event,
                 on_row=progress,
-                is_alive=lambda: endpoint.is_alive(run.options.endpoint),
             )
         except (EndpointLost, RecordError) as error:
             raise Exit(FAILED, f"{error}\n{_how_to_resume(run, records)}") from error

@@ -29,6 +29,18 @@ class Invocation:
 
 
 @dataclass(frozen=True)
+class Asking:
+    """How problems are asked."""
+
+    ask: Callable[[str], list[Generation]]
+    """Answers a prompt; runs in several threads."""
+    concurrency: int
+    """So many problems at a time."""
+    is_alive: Callable[[], bool]
+    """Whether the endpoint still answers; asked when a problem failed."""
+
+
+@dataclass(frozen=True)
 class _Asked:
     generations: list[Generation]
     seconds: float
@@ -37,37 +49,35 @@ class _Asked:
 def run_items(
     problems: Sequence[Problem],
     *,
-    ask: Callable[[str], list[Generation]],
+    asking: Asking,
     grader: Grader,
     records: RecordFile,
-    concurrency: int,
     stop: threading.Event,
     on_row: Callable[[Row], None],
-    is_alive: Callable[[], bool],
 ) -> Invocation:
-    """Ask `problems`, `concurrency` at a time, and append a row for each as soon as it is answered.
+    """Ask `problems`, some at a time, and append a row for each as soon as it is answered.
 
     An item that fails gets a row with its error, and the run goes on. Grading happens in the calling thread. When
     `stop` is set, answered items are recorded and the rest, those in flight included, are left: threads that wait
     for the server outlive this call then.
 
     Raises:
-        EndpointLost: an item failed and `is_alive()` is false; nothing is recorded for it.
+        EndpointLost: an item failed and the endpoint is not alive; nothing is recorded for it.
     """
     remaining = iter(problems)
     pending: dict[Future[_Asked], Problem] = {}
     items = output_tokens = 0
     started = finished = time.monotonic()
-    executor = ThreadPoolExecutor(concurrency, thread_name_prefix="ask")
+    executor = ThreadPoolExecutor(asking.concurrency, thread_name_prefix="ask")
     try:
         while not stop.is_set():
-            while len(pending) < concurrency and (problem := next(remaining, None)) is not None:
-                pending[executor.submit(_timed, ask, problem.prompt)] = problem
+            while len(pending) < asking.concurrency and (problem := next(remaining, None)) is not None:
+                pending[executor.submit(_timed, asking.ask, problem.prompt)] = problem
             if not pending:
                 break
             for future in wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED).done:
                 finished = time.monotonic()
-                row = _row(pending[future], future, grader, records.settings, is_alive)
+                row = _row(pending[future], future, grader, records.settings, asking.is_alive)
                 records.append(row)
                 del pending[future]
                 items += 1

@@ -38,22 +38,13 @@ def summarize(
     """
     graded = [row for row in rows if row.error is None]
     samples = [sample for row in graded for sample in row.samples]
-    single = _pass_at_1(graded, settings)
-    voted = _majority(graded, settings)
-    votes_count = voted is not None and settings.get("program") == "self_consistency"
-    headline = voted if votes_count and voted is not None else single
     return {
         "server": server.describe(),
         "settings": dict(settings),
         "problems": problems,
         "answered": len(graded),
         "errors": len(rows) - len(graded),
-        "accuracy": headline["accuracy"],
-        "accuracy_interval": headline["interval"],
-        "accuracy_of": f"maj@{settings['samples']}" if votes_count else "pass@1",
-        "correct": headline["correct"],
-        "pass_at_1": single,
-        "majority": voted,
+        **_accuracies(graded, settings),
         **_chain_rates(samples),
         "generation_tokens": _lengths(graded, samples),
         "other_branch_tokens": sum(sample.other_tokens for sample in samples),
@@ -121,6 +112,21 @@ def mean_length(lengths: Mapping[str, Any]) -> str:
 def number(value: float | None, form: str) -> str:
     """A value for people; "-" for none."""
     return "-" if value is None else format(value, form)
+
+
+def _accuracies(graded: Sequence[Row], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of samples and of votes, and which of them is the program's."""
+    single, voted = _pass_at_1(graded, settings), _majority(graded, settings)
+    votes_count = voted is not None and settings.get("program") == "self_consistency"
+    headline = voted if votes_count and voted is not None else single
+    return {
+        "accuracy": headline["accuracy"],
+        "accuracy_interval": headline["interval"],
+        "accuracy_of": f"maj@{settings['samples']}" if votes_count else "pass@1",
+        "correct": headline["correct"],
+        "pass_at_1": single,
+        "majority": voted,
+    }
 
 
 def _pass_at_1(graded: Sequence[Row], settings: Mapping[str, Any]) -> dict[str, Any]:

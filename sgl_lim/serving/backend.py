@@ -91,7 +91,7 @@ class SparseDecodeMixin(AttentionBackend):
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """The beginning of a captured step."""
         super().init_forward_metadata_in_graph(forward_batch)
-        if decodes(forward_batch):
+        if is_decode_step(forward_batch):
             begin(self.lim, forward_batch)
 
     def forward_extend(
@@ -125,7 +125,7 @@ class SparseDecodeMixin(AttentionBackend):
         return run_layer(lim, q, layer, forward_batch)
 
 
-def decodes(forward_batch: Any) -> bool:
+def is_decode_step(forward_batch: Any) -> bool:
     """Whether this is a decode step with rows in it."""
     return forward_batch.forward_mode.is_decode() and forward_batch.batch_size > 0
 
@@ -140,7 +140,7 @@ def observe(lim: LimState, forward_batch: Any, *, captured: bool) -> bool:
         Whether this is a decode step.
     """
     lim.plan = None
-    if decodes(forward_batch):
+    if is_decode_step(forward_batch):
         lim.snapshot.take(forward_batch, captured=captured)
         lim.counters.learn_generations(lim.rows.req_generation)
         metrics.after_step(lim)

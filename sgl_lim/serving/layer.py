@@ -99,11 +99,12 @@ class LayerDecode:
 def attend(read: Read, layer: LayerInput) -> Tensor:
     """Attention over a read, [B, H, D_v]."""
     if read.groups is not None:
-        return grouped_decode(layer.q, layer.k_cache, layer.v_cache, read.slots, read.ends, read.groups, layer.scaling)[
-            0
-        ]
+        out, _, _ = grouped_decode(
+            layer.q, layer.k_cache, layer.v_cache, read.slots, read.ends, read.groups, layer.scaling
+        )
+        return out
     scaling = layer.scaling
-    return sparse_decode(
+    out, _ = sparse_decode(
         layer.q,
         layer.k_cache,
         layer.v_cache,
@@ -113,7 +114,8 @@ def attend(read: Read, layer: LayerInput) -> Tensor:
         logit_cap=scaling.logit_cap,
         k_scale=scaling.k_scale,
         v_scale=scaling.v_scale,
-    )[0]
+    )
+    return out
 
 
 def attend_with_logits(scored: ScoredRead, layer: LayerInput) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,7 +43,7 @@ class _Published:
         self._dense.labels(self._label).set(totals[NOT_MONOTONE])
 
 
-class _Reading:
+class _PendingTotals:
     """Totals on their way from the device to the host."""
 
     def __init__(self, totals: Tensor) -> None:
@@ -65,7 +65,7 @@ class _State:
     model_name = ""
     enabled = False
     published: _Published | None = None
-    reading: _Reading | None = None
+    pending: _PendingTotals | None = None
     dirty = False
     last = 0.0
 
@@ -128,20 +128,20 @@ def after_step(lim: LimState) -> None:
     _State.dirty = True
     if not _State.enabled:
         return
-    if _State.reading is not None:
-        if _State.reading.ready():
-            _publish(_State.reading.totals)
-            _State.reading = None
+    if _State.pending is not None:
+        if _State.pending.ready():
+            _publish(_State.pending.totals)
+            _State.pending = None
     elif time.monotonic() - _State.last > PUBLISH_EVERY_S:
         _State.last = time.monotonic()
-        _State.reading = _Reading(lim.counters.totals)
+        _State.pending = _PendingTotals(lim.counters.totals)
 
 
 def on_idle() -> None:
     """Publish what changed. The scheduler calls this when no batch runs, so waiting for the device costs nothing."""
     if not (_State.dirty and _State.enabled) or _State.lim is None:
         return
-    _State.dirty, _State.last, _State.reading = False, time.monotonic(), None
+    _State.dirty, _State.last, _State.pending = False, time.monotonic(), None
     _publish(_State.lim.counters.totals)
 
 

@@ -106,7 +106,8 @@ class LimConfig:
             one = declared.get(self.method) if kind is not None else any_method
             problem = (one or any_method).problem(value)
             if problem is not None:
-                found.append(problem if one is None or one is any_method else f"{problem} (--lim-method {self.method})")
+                as_any = one is None or one.form == any_method.form
+                found.append(problem if as_any else f"{problem} (--lim-method {self.method})")
             elif one is None and any_method.is_refused_without(value):
                 found.append(
                     f"{any_method.typed(value)}: --lim-method {self.method} {any_method.missing}; leave the flag out"
@@ -142,6 +143,8 @@ class LimConfig:
 def configure(**values: Any) -> LimConfig:
     """A configuration from values by name: of the record itself, or of any method's parameter.
 
+    A parameter of a method that is None (JSON's null) counts as not given.
+
     Raises:
         RefusedConfig: a name that nothing has.
     """
@@ -150,7 +153,7 @@ def configure(**values: Any) -> LimConfig:
     unknown = sorted(set(values) - known)
     if unknown:
         raise RefusedConfig([f"{ENV} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}"])
-    given = {name: value for name, value in values.items() if name not in general}
+    given = {name: value for name, value in values.items() if name not in general and value is not None}
     return LimConfig(given=given, **{name: value for name, value in values.items() if name in general})
 
 

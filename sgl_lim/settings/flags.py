@@ -92,5 +92,6 @@ def _add(group: Any, declared: Mapping[str, Parameter], only: tuple[str, ...]) -
         choices=choices_of(declared),
         metavar=one.form.metavar,
         default=argparse.SUPPRESS,
-        help=f"{one.help} ({'; '.join(notes)})." if notes else f"{one.help}.",
+        # argparse formats its help by %.
+        help=(f"{one.help} ({'; '.join(notes)})." if notes else f"{one.help}.").replace("%", "%%"),
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sgl_lim.methods import Method
+from sgl_lim.methods.parameters import parameters_of
 
 FORMAT = "sgl-lim-preset/1"
 COMPARED = ("method", "aggregate", "recency", "sinks", "scope")
@@ -43,7 +44,7 @@ class PresetFile:
     architecture: str
     num_layers: int
     entries: tuple[Entry, ...]  # by increasing budget
-    rule: dict[str, Any]  # method, aggregate, recency, sinks, scope
+    rule: dict[str, Any]  # of `COMPARED` the method, and those of the others that it has
     calibration: dict[str, Any] = field(default_factory=dict)  # how it was made: for people
 
     def nearest(self, budget: int) -> Entry:
@@ -71,9 +72,9 @@ class PresetFile:
 
 
 def rule_of(method: Method) -> dict[str, Any]:
-    """What of a method's parameters decides which layers fit it."""
-    values = {"method": method.name, **method.settings()}
-    return {name: values[name] for name in COMPARED if name in values}
+    """What of a method's parameters decides which layers fit it: as asked for, whatever the budget makes of them."""
+    own = parameters_of(type(method))
+    return {"method": method.name, **{name: getattr(method, name) for name in COMPARED if name in own}}
 
 
 def load(path: str) -> PresetFile:

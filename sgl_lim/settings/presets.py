@@ -79,11 +79,12 @@ def resolve_layers(config: LimConfig, model: Any) -> tuple[tuple[int, ...], str]
 
 def resolve_method(config: LimConfig, model: Any) -> tuple[Method, str]:
     """The configured method for a model, and where its selection layers come from. Arguments as `resolve_layers`."""
+    assert config.kind is not None
     ignored = config.ignored()
-    if config.preset is not None and "selection_layers" not in parameters_of(type(config.build())):
+    if config.preset is not None and "selection_layers" not in parameters_of(config.kind):
         ignored.append(flag("preset"))
     if ignored:
-        logger.warning("sgl-lim: %s: nothing that --lim-method %s uses", ", ".join(ignored), config.method)
+        logger.warning("sgl-lim: --lim-method %s does not use %s", config.method, ", ".join(ignored))
     layers, source = resolve_layers(config, model)
     return config.build(selection_layers=layers), source
 

@@ -116,7 +116,7 @@ def test_a_method_without_selection_layers_says_that_it_ignores_them(caplog, nam
         config = configure(method=name, selection_layers=(2, 9), preset="x.json", aggregate="max")
         assert "selection_layers" not in resolve_method(config, model)[0].settings()
     (said,) = [record.getMessage() for record in caplog.records]
-    assert f"--lim-selection-layers, --lim-aggregate, --lim-preset: nothing that --lim-method {name} uses" in said
+    assert f"--lim-method {name} does not use --lim-selection-layers, --lim-aggregate, --lim-preset" in said
 
 
 @pytest.mark.parametrize("depth", range(1, 100))

@@ -10,7 +10,7 @@ from torch import Tensor
 from lim_kernels import bound_pages
 from lim_kernels.page_bounds import PAGE, PageBounds
 from sgl_lim.methods import METHODS, Method, Role
-from support.driven_layers import build_method, decode_of, layer_of, plan_of, scopes_of
+from support.driven_layers import build_method, decode_of, layer_of, plan_of, scopes_of, sizes_of
 from support.fleet import SELECTION_LAYERS
 from support.set_oracle import SetRule
 from support.step_checks import check_row, expected_roles
@@ -22,8 +22,7 @@ CASES = [(name, scope) for name, kind in METHODS.items() for scope in scopes_of(
 
 def rule_of(name: str, scope: str) -> SetRule:
     """The rule by the sizes that the method keeps to, whatever it is given."""
-    sizes = (0.25, 4) if name in ("lessismore", "window") else (0.0, 0)
-    return SetRule(name, BUDGET, *sizes, "max", scope)
+    return SetRule(name, BUDGET, *sizes_of(METHODS[name]), "max", scope)
 
 
 def drawn_rows(generator: torch.Generator, width: int) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,9 @@ def test_its_parameters_are_flags_and_are_checked(outside, monkeypatch, capsys):
     assert flags.load().build().settings() == {"budget": 2048, "stride": 3} and flags.load().problems() == []
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
-    assert "every so many are kept (default 4; methods: every-nth)" in " ".join(capsys.readouterr().out.split())
+    assert "every so many are kept, 25% with 4 (default 4; methods: every-nth)" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,10 +71,42 @@ def test_its_layers_attend_to_its_set(outside):
         torch.testing.assert_close(out[row], torch.einsum("ht,thd->hd", weights, values))
 
 
-def test_a_name_that_is_taken_is_refused(tmp_path, monkeypatch):
+def test_its_pages_need_to_see_what_is_written(outside):
+    class Paged(outside["every-nth"]):
+        page = 16
+
+    assert outside["every-nth"]().flags_that_follow_writes() == []
+    assert Paged().flags_that_follow_writes() == ["--lim-method every-nth"]
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (
+            "from sgl_lim.methods import Full\n\n\nclass Impostor(Full):\n    name = 'quest'\n",
+            ValueError,
+            "impostor:Impostor has the name 'quest', which is taken; give it another",
+        ),
+        (
+            "import a_module_that_is_not_there",
+            ImportError,
+            "impostor:Impostor cannot be loaded .ModuleNotFoundError.*repair or uninstall its package",
+        ),
+        (
+            "from sgl_lim.methods.base import Method\n\n\nclass Impostor(Method):\n    pass\n",
+            TypeError,
+            "expected a subclass of Method with a name, got impostor:Impostor; repair or uninstall",
+        ),
+        ("Impostor = 3", TypeError, "expected a subclass of Method with a name, got impostor:Impostor"),
+    ],
+    ids=["taken", "broken", "nameless", "no-class"],
+)
+def test_what_is_no_method_of_its_own_is_refused(tmp_path, monkeypatch, text, error, message):
     module = tmp_path / "impostor.py"
-    module.write_text("from sgl_lim.methods import Full\n\n\nclass Impostor(Full):\n    name = 'quest'\n")
+    module.write_text(text)
     install(tmp_path / "site", module, GROUP, "impostor:Impostor")
     monkeypatch.syspath_prepend(tmp_path / "site")
-    with pytest.raises(ValueError, match="impostor:Impostor has the name 'quest', which is taken"):
+    monkeypatch.delitem(sys.modules, "impostor", raising=False)
+    with pytest.raises(error, match=message):
         len(Methods())
+    sys.modules.pop("impostor", None)

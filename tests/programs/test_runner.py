@@ -9,7 +9,7 @@ import pytest
 from sgl_lim.programs.grading import Answer, ChainGrader
 from sgl_lim.programs.problems import chain_problems
 from sgl_lim.programs.run_records import Generation, RecordFile, Row
-from sgl_lim.programs.runner import EndpointLost, Invocation, run_items
+from sgl_lim.programs.runner import Asking, EndpointLost, Invocation, run_items
 
 PROBLEMS = chain_problems(6, num_facts=6, num_steps=2, seed=0).problems
 SOLUTION = {problem.prompt: str(problem.solution) for problem in PROBLEMS}
@@ -45,13 +45,11 @@ class Run:
         with RecordFile(self.path, self.settings) as records:
             return run_items(
                 problems,
-                ask=ask,
+                asking=Asking(ask, concurrency, lambda: self.alive),
                 grader=self.grader,
                 records=records,
-                concurrency=concurrency,
                 stop=self.stop,
                 on_row=self.on_row,
-                is_alive=lambda: self.alive,
             )
 
     def on_row(self, row: Row) -> None:

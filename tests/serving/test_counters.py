@@ -28,13 +28,13 @@ def build(name="lessismore"):
     return Counters(method.budget, method.layer_roles(5), num_rows=8, device=torch.device("cpu"))
 
 
-def plan_for(lens, name="lessismore", slots=None, granule=None, acts=None):
-    """The plan of a step of rows of these lengths; `acts` as sets that outlive a step make rows do."""
+def plan_for(lens, name="lessismore", slots=None, granule=None, actions=None):
+    """The plan of a step of rows of these lengths; `actions` as sets that outlive a step make rows do."""
     decode = decode_of(method_of(name), heads=4)
     slots = torch.arange(len(lens) * 60, dtype=torch.int32).view(len(lens), 60) if slots is None else slots
     plan = plan_of(decode, slots, torch.tensor(lens), granule)
-    if acts is not None:
-        plan.kept = SimpleNamespace(actions=torch.tensor(acts, dtype=torch.uint8))
+    if actions is not None:
+        plan.kept = SimpleNamespace(actions=torch.tensor(actions, dtype=torch.uint8))
     return plan
 
 
@@ -59,8 +59,8 @@ def test_hand_count():
 def test_rows_that_keep_their_set_attend_to_it_in_selection_layers_too():
     counters = build()
     counters.learn_generations(torch.ones(8, dtype=torch.int64))
-    acts = [KEEP, SELECT, RECALL, SELECT]
-    counters.record(torch.tensor([1, 2, 3, 4]), plan_for([30, 40, 50, 6], acts=acts))
+    actions = [KEEP, SELECT, RECALL, SELECT]
+    counters.record(torch.tensor([1, 2, 3, 4]), plan_for([30, 40, 50, 6], actions=actions))
     totals = counters.read()
     assert totals["tokens_attended"] == (30 + 4 * 10) + (3 * 40 + 2 * 10) + (50 + 4 * 10) + 5 * 6
     assert (totals["selections"], totals["warm_starts"]) == (2, 1)
@@ -69,8 +69,8 @@ def test_rows_that_keep_their_set_attend_to_it_in_selection_layers_too():
 def test_rows_with_early_sets_attend_to_them_in_dense_layers_too():
     counters = build()
     counters.learn_generations(torch.ones(8, dtype=torch.int64))
-    acts = [EARLY | KEEP, EARLY | SELECT, EARLY | SELECT | RECALL, SELECT]
-    counters.record(torch.tensor([1, 2, 3, 4]), plan_for([30, 40, 50, 6], acts=acts))
+    actions = [EARLY | KEEP, EARLY | SELECT, EARLY | SELECT | RECALL, SELECT]
+    counters.record(torch.tensor([1, 2, 3, 4]), plan_for([30, 40, 50, 6], actions=actions))
     totals = counters.read()
     assert totals["tokens_attended"] == 5 * 10 + (2 * 40 + 3 * 10) + (2 * 50 + 3 * 10) + 5 * 6
     assert (totals["selections"], totals["warm_starts"]) == (4, 1)

@@ -58,7 +58,7 @@ class Driven:
         if len(written):
             self.backend.init_forward_metadata(batch_of([1], [1], mode=EXTEND, written=written.tolist()))
 
-    def expected_act(self, request, slots):
+    def expected_action(self, request, slots):
         length = len(slots)
         if length <= BUDGET:
             return SELECT
@@ -78,8 +78,8 @@ class Driven:
         """The step in which a slot was selected last under its present owner, or None."""
         return self.selected_at.get((slot, int(self.world.filled[slot])))
 
-    def expected_set(self, act, request, slots):
-        if not act & RECALL:
+    def expected_set(self, action, request, slots):
+        if not action & RECALL:
             middle = [slots[position] for position in self.sets[self.tenancy(request)][0]]
         else:
             candidates = slots[SINKS : len(slots) - RECENT]
@@ -99,36 +99,36 @@ class Driven:
             batch_of([request.row for request in requests], lens, written=[slots[-1] for slots in rows])
         )
         plan = self.backend.lim.plan
-        acts = [self.expected_act(request, slots) for request, slots in zip(requests, rows, strict=True)]
-        assert plan.kept.actions.tolist() == acts
+        actions = [self.expected_action(request, slots) for request, slots in zip(requests, rows, strict=True)]
+        assert plan.kept.actions.tolist() == actions
         self.check_memory()
         # Recalled before any layer runs, so nothing that this step selects is in them.
         expected = [
-            self.expected_set(act, request, slots) if act != SELECT else None
-            for act, request, slots in zip(acts, requests, rows, strict=True)
+            self.expected_set(action, request, slots) if action != SELECT else None
+            for action, request, slots in zip(actions, requests, rows, strict=True)
         ]
         if self.early:
-            self.check_early_layer(plan, rows, acts, expected)
+            self.check_early_layer(plan, rows, actions, expected)
         outputs = attention(self.backend, plan, len(requests))
-        self.check_attention(plan, rows, acts, outputs[0])
-        for n, (request, slots, act) in enumerate(zip(requests, rows, acts, strict=True)):
+        self.check_attention(plan, rows, actions, outputs[0])
+        for n, (request, slots, action) in enumerate(zip(requests, rows, actions, strict=True)):
             chosen = whole_rows(plan)[n]
             self.decoding.add(self.tenancy(request))
             if len(slots) <= BUDGET:
                 assert chosen == slots
                 continue
             assert len(chosen) == BUDGET
-            if not act & SELECT:
+            if not action & SELECT:
                 assert chosen == expected[n]
             middle = chosen[SINKS : BUDGET - RECENT]
             tenancy = self.tenancy(request)
-            kept = not act & (SELECT | RECALL)
+            kept = not action & (SELECT | RECALL)
             age = self.sets[tenancy][1] + len(slots) - self.sets[tenancy][2] if kept else 0
             self.sets[tenancy] = [[slots.index(slot) for slot in middle], age, len(slots)]
-            if act & SELECT:
+            if action & SELECT:
                 for slot in middle:
                     self.selected_at[slot, int(self.world.filled[slot])] = self.clock
-        return acts
+        return actions
 
     def check_memory(self):
         """Each slot of a live request remembers its own selections and nobody else's."""
@@ -137,19 +137,20 @@ class Driven:
             slots = self.world.table[request.row, : request.length].tolist()
             assert [int(stamps[slot]) for slot in slots] == [self.when(slot) or 0 for slot in slots]
 
-    def check_attention(self, plan, rows, acts, out):
+    def check_attention(self, plan, rows, actions, out):
         """Rows that do not select attend to their sets, in the selection layer as well."""
         attended = [
-            slots if act & SELECT else plan.chosen.slots[n].tolist()
-            for n, (slots, act) in enumerate(zip(rows, acts, strict=True))
+            slots if action & SELECT else plan.chosen.slots[n].tolist()
+            for n, (slots, action) in enumerate(zip(rows, actions, strict=True))
         ]
         self.check_output(attended, out)
 
-    def check_early_layer(self, plan, rows, acts, expected):
+    def check_early_layer(self, plan, rows, actions, expected):
         """A layer before the first selection layer attends to the set of the step before, or to what slots remember."""
         out = run_role(self.backend, plan, Role.DENSE, len(rows))
         self.check_output(
-            [kept if act & EARLY else slots for kept, slots, act in zip(expected, rows, acts, strict=True)], out
+            [kept if action & EARLY else slots for kept, slots, action in zip(expected, rows, actions, strict=True)],
+            out,
         )
 
     def check_output(self, attended, out):
@@ -226,12 +227,12 @@ def test_a_later_turn_and_a_resumed_request_begin_with_what_is_left_of_theirs():
 def test_tokens_of_mixed_steps_count_towards_the_next_selection():
     """A mixed step is dense, and this backend is not asked to decode its rows."""
     world, driven, (first,) = begin(4, [PROMPT])
-    acts = []
+    actions = []
     for _ in range(6):
-        acts += step(driven, [first])
+        actions += step(driven, [first])
         world.decode([first])
         driven.prefilled()
-    assert acts == [SELECT, KEEP, SELECT, KEEP, SELECT, KEEP]
+    assert actions == [SELECT, KEEP, SELECT, KEEP, SELECT, KEEP]
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 4])
@@ -306,9 +307,9 @@ def test_any_schedule(page, early):
                 done.append(name)
                 grown = [request for request in world.running if before.get(request) == request.length - 1]
                 if name == "decode" and grown:
-                    for act in driven.decoded(grown):
+                    for action in driven.decoded(grown):
                         for bit in seen:
-                            seen[bit] += bool(act & bit) if bit else not act & SELECT
+                            seen[bit] += bool(action & bit) if bit else not action & SELECT
                 else:
                     driven.prefilled()
                 before = {request: request.length for request in world.running}

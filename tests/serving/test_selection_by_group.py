@@ -92,13 +92,13 @@ def test_sets_are_the_rule_s_and_attention_is_over_them(aggregate, sizes):
 def test_what_a_group_chose_is_read_once():
     done = run()
     plan = done.plan
-    followed = plan.shared.in_sets.already_read.tolist()
+    already_read = plan.shared.in_sets.already_read.tolist()
     # The first group's tokens and the second's; the neediest row of each is left its share.
-    assert followed[0] == followed[4] == followed[5] == followed[7] == 0
-    assert min(followed[1], followed[6]) > followed[2] == followed[3] > 0
+    assert already_read[0] == already_read[4] == already_read[5] == already_read[7] == 0
+    assert min(already_read[1], already_read[6]) > already_read[2] == already_read[3] > 0
     done.k[0], done.v[0] = float("nan"), float("nan")
     poisoned = plan.chosen.slots.clone()
-    for row, n in enumerate(followed):
+    for row, n in enumerate(already_read):
         poisoned[row, :n] = 0
     poisoned[7] = 1
     plan.chosen = Read(poisoned, plan.chosen.ends, plan.chosen.groups)
@@ -147,9 +147,9 @@ def test_counters_know_what_sparse_layers_share():
         backend.init_forward_metadata(batch_of([1, 2, 3, 5], [83, 70, 60, 75]))
         totals[selection] = backend.lim.counters.read()
         shared = backend.lim.plan.shared
-    followed, counts = shared.in_sets.already_read, shared.counts
-    assert followed[0] == followed[3] == 0 and followed[1] == followed[2] > 0
-    assert totals["group"]["tokens_shared"] == totals["request"]["tokens_shared"] + int(followed.sum())
+    already_read, counts = shared.in_sets.already_read, shared.counts
+    assert already_read[0] == already_read[3] == 0 and already_read[1] == already_read[2] > 0
+    assert totals["group"]["tokens_shared"] == totals["request"]["tokens_shared"] + int(already_read.sum())
     dense = 2 * (83 + 70 + 60 + 75)
     assert totals["request"]["tokens_attended"] == dense + 4 * 16
     assert totals["group"]["tokens_attended"] == dense + int(counts.sum())

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import math
 
 import pytest
 
-from sgl_lim.methods import Keeping, LessIsMore
+from sgl_lim.methods import METHODS, Keeping, LessIsMore
+from sgl_lim.methods.parameters import parameters_of
 from sgl_lim.settings import flags as under_test
 from sgl_lim.settings.config import ENV, LimConfig, RefusedConfig, configure
 
@@ -91,18 +93,39 @@ def test_unreadable_environment_is_refused(monkeypatch, text, message):
 
 
 @pytest.mark.parametrize(
-    "flag",
+    ("flag", "text", "expected"),
     [
-        ("--lim-budget", "12.5"),
-        ("--lim-selection-layers", "a,b"),
-        ("--lim-method", "x"),
-        ("--lim-prefix-selection", "all"),
+        ("--lim-budget", "12.5", "expected a whole number, got '12.5'"),
+        ("--lim-top-p", "half", "expected a share, got 'half'"),
+        ("--lim-recency", "half", "expected a share or auto, got 'half'"),
+        ("--lim-early-sets", "perhaps", "expected on or off, got 'perhaps'"),
+        ("--lim-selection-layers", "a,b", "expected layer indices separated by commas, got 'a,b'"),
+        ("--lim-method", "x", "invalid choice: 'x'"),
+        ("--lim-prefix-selection", "all", "invalid choice: 'all'"),
     ],
 )
-def test_parser_names_the_flag(flag, capsys):
+def test_parser_names_the_flag_and_what_it_expects(flag, text, expected, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(*flag)
-    assert stop.value.code == 2 and flag[0] in capsys.readouterr().err
+        parse(flag, text)
+    assert stop.value.code == 2 and f"argument {flag}: {expected}" in capsys.readouterr().err
+
+
+def test_null_counts_as_not_given(monkeypatch):
+    monkeypatch.setenv(ENV, '{"selection_layers": null, "scope": null, "top_p": null, "preset": null, "sinks": 2}')
+    assert under_test.load() == configure(sinks=2)
+    assert under_test.load().problems() == []
+
+
+@pytest.mark.parametrize("value", [[], {}, [1], [[1]], "", "x", 0.5, math.nan, -1, 2**40, True, "1,2"], ids=repr)
+@pytest.mark.parametrize("method", [*METHODS, [], None])
+def test_no_value_of_a_wrong_type_is_more_than_refused(monkeypatch, method, value):
+    for name in {*METHODS.parameters(), *parameters_of(LimConfig), "record_budgets"}:
+        monkeypatch.setenv(ENV, json.dumps({"method": method, name: value}))
+        try:
+            problems = under_test.load().problems()
+        except RefusedConfig as refused:
+            problems = refused.reasons
+        assert all("--lim-" in problem or problem.startswith(ENV) for problem in problems)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +229,11 @@ def test_what_quest_cannot_do_is_refused(values, reason):
     assert configure(method="quest").problems() == [] == configure(method="quest", scope="kv_head").problems()
     (problem,) = configure(method="quest", **values).problems()
     assert reason in problem and any(way in problem for way in ("leave the", "take a multiple", "must be"))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_what_no_method_takes_is_told_without_naming_one(method):
+    assert configure(method=method, budget=0).problems() == configure(budget=0).problems()
 
 
 def test_all_reasons_are_told_at_once():

@@ -136,6 +136,18 @@ def test_a_server_that_differs_from_the_calibration_is_told(preset_path, model, 
     assert [text.split("with ")[1] for text in told] == ["aggregate union, not max", "scope global, not kv_head"]
 
 
+def test_the_rule_is_what_was_asked_for_at_every_budget():
+    # The window of so small a budget has no place for sinks.
+    small = configure(budget=8).build()
+    assert small.settings()["sinks"] == 0
+    assert preset_file.rule_of(small) == preset_file.rule_of(configure().build())
+    assert preset_file.rule_of(configure(method="tidaldecode").build()) == {
+        "method": "tidaldecode",
+        "aggregate": "union",
+        "scope": "kv_head",
+    }
+
+
 def test_a_control_is_told_its_method_alone(preset):
     assert preset.differences(configure(method="window", sinks=0).build()) == ["method lessismore, not window"]
 

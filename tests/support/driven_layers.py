@@ -23,6 +23,11 @@ def scopes_of(kind: type[Method]) -> tuple[str, ...]:
     return ("global",) if declared is None else declared.form.choices
 
 
+def sizes_of(kind: type[Method]) -> tuple[float, int]:
+    """Recency and sinks of a method's sets if it is given 0.25 and 4: none where it has no sinks to keep."""
+    return (0.25, 4) if "sinks" in parameters_of(kind) else (0.0, 0)
+
+
 def decode_of(method: Method, heads: int, combine_ranks=None) -> LayerDecode:
     """For a rank that has all heads."""
     return LayerDecode(method, HeadsOfRank(first=0, own=heads, all=heads), combine_ranks)

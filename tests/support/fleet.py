@@ -15,7 +15,7 @@ import torch
 from sgl_lim.methods import METHODS
 from sgl_lim.settings.config import ENV
 from support.agreement import errors
-from support.driven_layers import scopes_of
+from support.driven_layers import scopes_of, sizes_of
 from support.float64_qwen3 import Float64Qwen3
 from support.probe_records import Probe
 from support.server import Answer, ServerPool, ServerSpec
@@ -103,7 +103,7 @@ _GIVEN_CASES = (
 def default_case(method: str) -> LimCase:
     """A case of a method that no case was written for."""
     kind = METHODS[method]
-    return LimCase("gqa", kind.page, SetRule(method, 256, 0.25, 4, "max", scopes_of(kind)[0]))
+    return LimCase("gqa", kind.page, SetRule(method, 256, *sizes_of(kind), "max", scopes_of(kind)[0]))
 
 
 _GIVEN_METHODS = {case.rule.method for case in _GIVEN_CASES}

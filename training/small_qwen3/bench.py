@@ -26,7 +26,8 @@ from .model import SmallQwen3
 ASKED = ("what", "method", "budget", "selection_layers", "recency", "aggregate", "items", "size", "seed")
 CHAINS = ("whole", "whole_low", "whole_high", "tokens")
 COMMON = ("attended", "attended_fraction", "attended_tokens", "recall", "seconds")
-PARAMETERS = ("aggregate", "recency", "scope", "sinks", "top_p", "top_p_floor")
+BY_FLAG = ("budget", "selection_layers")
+"""Parameters that every method of a run has from the run's own flags."""
 WHERE = ("weights_sha256", "device", "torch", "commit")
 
 Scores = Mapping[str, Sequence[float]]
@@ -91,31 +92,31 @@ def half_interval(values: Sequence[float]) -> float:
 
 
 def method_of(spec: str, budget: int, selection: tuple[int, ...], recency: float) -> Method:
-    """A method from `name` or `name:parameter=value:…`; parameters are the fields of a server's configuration.
+    """A method from `name` or `name:parameter=value:…`; parameters are those that methods declare.
 
     Raises:
-        ValueError: a server would refuse this, or has no such parameter.
+        ValueError: a server would refuse this, or has no such parameter, or sets would outlive a step or depend on
+            other rows, whereas each row here is a step of its own.
     """
     name, *settings = spec.split(":")
+    declared = {one: by_method for one, by_method in METHODS.parameters().items() if one not in BY_FLAG}
     given: dict[str, object] = {"budget": budget, "recency": recency, "selection_layers": selection}
     for setting in settings:
         parameter, _, value = setting.partition("=")
-        if parameter not in PARAMETERS:
-            raise ValueError(f"{spec}: no parameter {parameter!r}; there are {', '.join(PARAMETERS)}")
-        given[parameter] = _value(value)
+        if parameter not in declared:
+            raise ValueError(f"{spec}: no parameter {parameter!r}; there are {', '.join(sorted(declared))}")
+        by_method = declared[parameter]
+        try:
+            given[parameter] = by_method.get(name, next(iter(by_method.values()))).form.parse(value)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{spec}: {parameter}: {error}") from error
     config = configure(method=name, **given)
     if problems := config.problems():
         raise RefusedConfig(problems)
-    return config.build()
-
-
-def _value(text: str) -> object:
-    for read in (int, float):
-        try:
-            return read(text)
-        except ValueError:
-            continue
-    return text
+    method = config.build()
+    if method.keeping is not None or method.needs_prefix_groups is not None:
+        raise ValueError(f"{spec}: each row is a step of its own here; measure this on a server")
+    return method
 
 
 def methods_of(

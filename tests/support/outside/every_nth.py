@@ -15,7 +15,7 @@ class EveryNth(Budgeted):
 
     name = "every-nth"
 
-    stride: int = parameter(4, Whole(), "Of the tokens before the recent ones, every so many are kept")
+    stride: int = parameter(4, Whole(), "Of the tokens before the recent ones, every so many are kept, 25% with 4")
 
     def conflicts(self) -> list[str]:
         """Something has to be skipped."""
