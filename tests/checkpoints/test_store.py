@@ -202,6 +202,11 @@ def test_a_killed_process_leaves_nothing_in_the_way(world: World, processes: "li
     os.killpg(processes[0].pid, signal.SIGKILL)
     processes[0].wait()
     world.pip.go_on()
+    world.pip.fail(FIRST, NO_NETWORK)
+    with pytest.raises(Unreachable):
+        world.bring()
+    assert not any(world.folder.parent.glob(half))
+    world.pip.recover(FIRST)
     world.bring()
     assert world.is_complete()
 

@@ -6,8 +6,8 @@ import gguf
 import torch
 
 HEADS, KV_HEADS, HEAD_DIM, WIDTH, MLP, LAYERS = 4, 2, 8, 32, 24, 6
-BYTE_PIECES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abc12ĠĊ", "ab", "Ġab", "ĠĠ"]
-BYTE_MERGES = ["a b", "Ġ ab", "Ġ Ġ"]
+BYTE_PIECES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abc12ĠĊ", "ab", "Ġab", "ĠĠ", "12"]
+BYTE_MERGES = ["a b", "Ġ ab", "Ġ Ġ", "1 2"]
 BYTES = [f"<0x{number:02X}>" for number in range(256)]
 SENTENCE_PIECES = ["<pad>", "<eos>", "<bos>", "<unk>", "\n\n", *BYTES, "▁a", "bc", "▁abc", "ab", *"▁abc12"]
 
