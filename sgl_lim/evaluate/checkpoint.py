@@ -57,7 +57,8 @@ class Checkpoint:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without what the tokenizer puts around it."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        # Not verbose: a text may be longer than the model's context before windows are cut from it.
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     def beginning(self) -> list[int]:
         """Token ids that the tokenizer puts before a text."""

@@ -126,8 +126,9 @@ def _row(suite: Suite, choice: Choice, tally: _Tally) -> Row:
     contexts = [len(item.prompt) + len(item.right) / 2 for item in suite.items]
     read = statistics.fmean(tally.read)
     whole = statistics.fmean(tally.whole)
+    loss = sum(loss * size for loss, size in zip(tally.losses, sizes, strict=True)) / sum(sizes)
     # Tokens of one item are not independent, so they count for as many as their items' spread says.
-    agreed = clustered_interval(tally.agreed, round(statistics.fmean(sizes)))
+    agreed = None if choice == FULL else clustered_interval(tally.agreed, round(statistics.fmean(sizes)))
     return Row(
         suite=suite.name,
         task=suite.task,
@@ -135,7 +136,7 @@ def _row(suite: Suite, choice: Choice, tally: _Tally) -> Row:
         items=len(suite.items),
         tokens=sum(sizes),
         agreement=Share.of(statistics.fmean(tally.agreed), agreed),
-        perplexity=math.exp(statistics.fmean(tally.losses, sizes)),
+        perplexity=math.exp(loss),
         overlap=statistics.fmean(tally.overlaps),
         whole=Share.of(whole, wilson_interval(whole, len(suite.items))),
         right=statistics.fmean(tally.right),

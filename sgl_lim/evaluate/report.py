@@ -95,11 +95,15 @@ class Judged:
     """Share of all tokens that it reads."""
 
 
+def telling(rows: Sequence[Row]) -> list[str]:
+    """Suites of needles and chains that full attention can do."""
+    return [row.suite for row in by_choice(rows)[FULL].values() if row.task != "text" and row.whole.value >= _TELLS]
+
+
 def judge(rows: Sequence[Row]) -> list[Judged]:
     """Every choice but full attention."""
     of_all = by_choice(rows)
-    full = of_all[FULL]
-    tell = [row.suite for row in full.values() if row.task != "text" and row.whole.value >= _TELLS]
+    full, tell = of_all[FULL], telling(rows)
     texts = [row.suite for row in full.values() if row.task == "text"]
     found = []
     for choice, of_choice in of_all.items():
@@ -145,7 +149,8 @@ def verdict(rows: Sequence[Row], points: float) -> str:
     if best.agreement is not None:
         known.append(f"agrees with full attention on {best.agreement:.1%} of tokens or more")
     if best.loss is not None:
-        known.append(f"loses at most {max(0.0, 100 * best.loss):.0f} points of needles and chains")
+        suites = ", ".join(f"{suite} ({by_choice(rows)[FULL][suite].items})" for suite in telling(rows))
+        known.append(f"loses at most {max(0.0, 100 * best.loss):.0f} points of {suites}")
     else:
         known.append("was not tried on any retrieval that full attention can do")
     return f"Set {best.choice.flags()}: of what was tried this is the best, as it {', '.join(known)}."

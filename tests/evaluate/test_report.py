@@ -92,7 +92,7 @@ def test_the_choice_keeps_needles_then_agrees_then_reads_least() -> None:
     rows = rows_of(l2_10=(0.97, 0.5, 0.2), l6_14=(0.940, 1.0, 0.3), l6_18=(0.945, 0.98, 0.4), l2_14=(0.92, 1.0, 0.2))
     assert "--lim-selection-layers 6,14:" in verdict(rows, 3.0)
     assert verdict(rows, 60.0).startswith("Set --lim-method lessismore --lim-budget 64 --lim-selection-layers 2,10:")
-    assert "loses at most 0 points" in verdict(rows, 3.0) and "94.0% of tokens" in verdict(rows, 3.0)
+    assert "loses at most 0 points of needle (20)." in verdict(rows, 3.0) and "94.0% of tokens" in verdict(rows, 3.0)
 
 
 def test_nothing_is_recommended_where_needles_are_lost() -> None:
