@@ -18,7 +18,7 @@ class Prompt:
 
     cache: Any  # transformers' DynamicCache, on the model's device
     length: int
-    logits: Tensor  # float32 [1, vocab]: of the token after it
+    logits: Tensor  # float32 [keep, vocab]: of the tokens after its last ones
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class Checkpoint:
         return self._text.num_hidden_layers
 
     @property
+    def rounds(self) -> bool:
+        """Whether the order of its sums alone changes tokens."""
+        return self.model.dtype != torch.float32
+
+    @property
     def longest(self) -> int:
         """Tokens that the model's positions allow."""
         return self._text.max_position_embeddings
@@ -67,8 +72,8 @@ class Checkpoint:
         return whole[: next(places, 0)]
 
     @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int]) -> Prompt:
-        """Dense causal pass over a prompt.
+    def prefill(self, tokens: Sequence[int], *, keep: int = 1) -> Prompt:
+        """Dense causal pass over a prompt, with the logits of its last `keep` tokens.
 
         Raises:
             UnsupportedModel: the model's attention is not all by transformers' interface.
@@ -77,7 +82,7 @@ class Checkpoint:
 
         dense, cache = PromptPass(), DynamicCache()
         with under_way(dense):
-            logits = self._logits(tokens, cache, first=0, keep=1)
+            logits = self._logits(tokens, cache, first=0, keep=keep)
         if dense.seen != set(range(self.depth)):
             raise UnsupportedModel(
                 f"{type(self.model).__name__}: {len(dense.seen)} of {self.depth} layers attend by transformers' "

@@ -43,6 +43,8 @@ class Choice:
 
 FULL = Choice("full", Full())
 """What all others are compared with."""
+ROUNDING = Choice("full in one pass", Full())
+"""Full attention again, rounded otherwise: how much agreement rounding alone costs."""
 
 
 def method_of(spec: str, budget: int, selection: tuple[int, ...]) -> Method:

@@ -10,7 +10,7 @@ from sgl_lim.evaluate import sources
 from sgl_lim.evaluate.checkpoint import Checkpoint, load, load_config
 from sgl_lim.evaluate.choices import Choice, choices_of
 from sgl_lim.evaluate.items import KEYS, ItemError, Sizes, Suite, chain_suite, needle_suite, text_suite
-from sgl_lim.evaluate.measure import Row, measure
+from sgl_lim.evaluate.measure import Row, measure, measured
 from sgl_lim.evaluate.options import Options, parse
 from sgl_lim.evaluate.plot import draw
 from sgl_lim.evaluate.progress import Progress
@@ -82,6 +82,7 @@ def _suites(options: Options, checkpoint: Checkpoint, texts: dict[str, list[str]
 
 
 def _measure(options: Options, checkpoint: Checkpoint, suites: list[Suite], choices: list[Choice]) -> list[Row]:
+    choices = measured(checkpoint, choices)
     total = len(choices) * sum(len(item.right) - 1 for suite in suites for item in suite.items)
     file, found, progress = CsvFile(options.output, _where(options, checkpoint)), [], Progress(total)
     try:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sgl_lim.evaluate.checkpoint import Checkpoint, Decoded
-from sgl_lim.evaluate.choices import FULL, Choice
+from sgl_lim.evaluate.choices import FULL, ROUNDING, Choice
 from sgl_lim.evaluate.items import DEPTHS, Item, Suite
 from sgl_lim.programs.intervals import Interval, clustered_interval, wilson_interval
 
@@ -86,19 +86,35 @@ def measure(
         rows: decode steps at once.
         done: is told how many tokens were decoded, as they are.
     """
-    choices = [FULL, *(choice for choice in choices if choice != FULL)]
+    choices = measured(checkpoint, choices)
     tallies = [_Tally() for _ in choices]
     for item in suite.items:
         prompt, dense = checkpoint.prefill(item.prompt), None
         for choice, tally in zip(choices, tallies, strict=True):
             begin = time.monotonic()
-            found = checkpoint.decode(prompt, item.right[:-1], choice.method, rows=rows)
+            if choice == ROUNDING:
+                found = _in_one_pass(checkpoint, item)
+            else:
+                found = checkpoint.decode(prompt, item.right[:-1], choice.method, rows=rows)
             logits = torch.cat((prompt.logits, found.logits))[item.scored_from :]
             dense = logits if dense is None else dense
             _add(tally, item, found, logits, dense)
             tally.seconds += time.monotonic() - begin
             done(len(item.right) - 1)
     return [_row(suite, choice, tally) for choice, tally in zip(choices, tallies, strict=True)]
+
+
+def measured(checkpoint: Checkpoint, choices: Sequence[Choice]) -> list[Choice]:
+    """The choices behind full attention, and behind full attention again where rounding changes tokens."""
+    return [FULL, *[ROUNDING] * checkpoint.rounds, *(choice for choice in choices if choice != FULL)]
+
+
+def _in_one_pass(checkpoint: Checkpoint, item: Item) -> Decoded:
+    """All steps of an item as transformers' own dense pass."""
+    fed = item.right[:-1]
+    logits = checkpoint.prefill([*item.prompt, *fed], keep=len(fed)).logits
+    lens = torch.arange(len(item.prompt) + 1, len(item.prompt) + len(fed) + 1, device=logits.device)
+    return Decoded(logits, torch.ones_like(lens, dtype=torch.float32), lens.float())
 
 
 def _add(tally: _Tally, item: Item, found: Decoded, logits: Tensor, dense: Tensor) -> None:

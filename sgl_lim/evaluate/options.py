@@ -80,7 +80,7 @@ def parse(argv: list[str]) -> Options:
         facts=args.facts,
         seed=args.seed,
         device=args.device,
-        dtype=args.dtype,
+        dtype=args.dtype or ("float32" if args.device == "cpu" else "auto"),
         rows=args.rows,
         points=args.points,
         output=args.output,
@@ -118,7 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_items(parser.add_argument_group("what is decoded"))
     how = parser.add_argument_group("how")
     how.add_argument("--device", default="cpu", help="as torch names it (default: %(default)s)")
-    how.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
+    how.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="default: float32 on a CPU, elsewhere auto, which is the checkpoint's own",
+    )
     how.add_argument("--rows", type=integer(1), default=64, help="decode steps at once (default: %(default)s)")
     how.add_argument(
         "--points",

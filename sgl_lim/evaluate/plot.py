@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sgl_lim.evaluate.choices import FULL
+from sgl_lim.evaluate.choices import FULL, ROUNDING
 from sgl_lim.evaluate.measure import Row, Share
 
 # Okabe and Ito's colours, told apart with any colour vision; full attention is grey.
@@ -18,6 +18,8 @@ def lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows of one suite by method and selection layers, by what they read."""
     found: dict[str, list[Row]] = {}
     for row in rows:
+        if row.choice == ROUNDING:
+            continue
         name = " ".join(filter(None, (row.choice.spec, ",".join(map(str, row.choice.layers)))))
         found.setdefault(name, []).append(row)
     return {name: sorted(of_name, key=lambda row: row.attended_fraction) for name, of_name in found.items()}

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sgl_lim.evaluate.choices import FULL, Choice
+from sgl_lim.evaluate.choices import FULL, ROUNDING, Choice
 from sgl_lim.evaluate.items import DEPTHS
 from sgl_lim.evaluate.measure import Row, Share
 
@@ -101,13 +101,13 @@ def telling(rows: Sequence[Row]) -> list[str]:
 
 
 def judge(rows: Sequence[Row]) -> list[Judged]:
-    """Every choice but full attention."""
+    """Every choice but full attention's."""
     of_all = by_choice(rows)
     full, tell = of_all[FULL], telling(rows)
     texts = [row.suite for row in full.values() if row.task == "text"]
     found = []
     for choice, of_choice in of_all.items():
-        if choice != FULL:
+        if choice not in (FULL, ROUNDING):
             loss = max((full[suite].whole.value - of_choice[suite].whole.value for suite in tell), default=None)
             agreement = min((of_choice[suite].agreement.value for suite in texts), default=None)
             read = sum(row.attended_fraction for row in of_choice.values()) / len(of_choice)

@@ -23,6 +23,8 @@ from sgl_lim.serving.reads import Plan, plan_reads
 
 INTERFACE = "sgl_lim_rows"
 """The name of this attention in transformers."""
+GRANULE = 64
+"""The rows share their prompt, which is read once for all, as a server does: in multiples of so many tokens."""
 _BEYOND = {"sliding_window": "a sliding window", "softcap": "capped logits", "s_aux": "attention sinks"}
 
 
@@ -100,7 +102,7 @@ class StepRows:
         self._roles = method.layer_roles(depth)
         self._slots = torch.arange(before + rows, device=device, dtype=torch.int32).repeat(rows, 1)
         lens = torch.arange(before + 1, before + rows + 1, device=device, dtype=torch.int32)
-        self._plan = plan_reads(method, self._slots, lens, own_heads=heads)
+        self._plan = plan_reads(method, self._slots, lens, own_heads=heads, granule=GRANULE)
         self._decode = LayerDecode(method, HeadsOfRank(0, heads, heads))
         self._shares: list[Tensor] = []
 

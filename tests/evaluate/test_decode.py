@@ -24,7 +24,9 @@ from transformers import (
 )
 
 from sgl_lim.evaluate.checkpoint import Checkpoint, check_config, load
-from sgl_lim.evaluate.choices import method_of
+from sgl_lim.evaluate.choices import FULL, ROUNDING, method_of
+from sgl_lim.evaluate.items import Item, Suite
+from sgl_lim.evaluate.measure import measure
 from sgl_lim.evaluate.step_rows import UnsupportedModel
 from sgl_lim.methods import METHODS, Full
 
@@ -105,6 +107,23 @@ def test_steps_at_once_are_steps_one_by_one(checkpoint: Checkpoint, tokens: list
     assert not torch.allclose(one.logits, before.logits, atol=1e-2)
     after = checkpoint.decode(prompt, fed, Full(), rows=30)
     assert torch.equal(before.logits, after.logits), "decode left something in the prompt's cache"
+
+
+def test_one_pass_is_decode_but_for_rounding(tokens: list[int]) -> None:
+    """In float32, where a row of its own is not needed, so that a step too many or too few would show."""
+
+    class Rounds(Checkpoint):
+        rounds = True
+
+    items = tuple(Item(tokens[:n], tokens[n : n + 40], scored_from=1) for n in (70, 100))
+    rows = measure(Rounds(tiny("llama"), None), Suite("s", "text", items), [FULL], rows=32, done=lambda _: None)
+    assert [row.choice for row in rows] == [FULL, ROUNDING]
+    full, again = rows
+    assert again.agreement.value == 1 and again.overlap == pytest.approx(1, abs=1e-4)
+    assert (
+        again.perplexity == pytest.approx(full.perplexity, rel=1e-3) and again.attended_tokens == full.attended_tokens
+    )
+    assert Checkpoint(tiny("llama").bfloat16(), None).rounds and not Checkpoint(tiny("llama"), None).rounds
 
 
 @pytest.mark.parametrize("spec", ["lessismore:aggregate=max", "quest"])

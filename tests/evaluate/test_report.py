@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sgl_lim.evaluate.checkpoint import Decoded, Prompt
-from sgl_lim.evaluate.choices import FULL, Choice, choices_of, method_of
+from sgl_lim.evaluate.choices import FULL, ROUNDING, Choice, choices_of, method_of
 from sgl_lim.evaluate.items import Item, Suite
 from sgl_lim.evaluate.measure import Row, Share, measure, overlap
 from sgl_lim.evaluate.plot import draw
@@ -21,6 +21,8 @@ SPARSE = Choice("window", method_of("window", 64, (2,)))
 
 class Scripted:
     """A checkpoint that predicts token (last + 1) mod 4 under full attention; sparse, 0 at every odd step."""
+
+    rounds = False
 
     def prefill(self, tokens: list[int]) -> Prompt:
         return Prompt(cache=None, length=len(tokens), logits=self._logits([tokens[-1]]))
@@ -100,6 +102,11 @@ def test_nothing_is_recommended_where_needles_are_lost() -> None:
     assert said.startswith("Nothing tried is within 3 points of full attention: ")
     assert "the nearest, lessismore 2,8 K=64, loses 20 points" in said
     assert verdict(rows_of(), 3.0).startswith("Only full attention")
+
+
+def test_full_attention_rounded_otherwise_is_no_choice() -> None:
+    rows = [*rows_of(l2_10=(0.9, 1.0, 0.2)), row(ROUNDING, "english", 0.97, 1.0), row(ROUNDING, "needle", 1.0, 1.0)]
+    assert "--lim-selection-layers 2,10:" in verdict(rows, 3.0) and "full in one pass" in table(rows)
 
 
 def test_needles_that_full_attention_loses_tell_nothing() -> None:
