@@ -149,11 +149,16 @@ def load(path: str, *, device: str, dtype: str) -> Checkpoint:
         dtype: as torch names it, or `auto` for the checkpoint's own.
 
     Raises:
-        UnsupportedModel: transformers cannot load it as a causal language model, or `Checkpoint` refuses it.
+        UnsupportedModel: the device is not there, transformers cannot load a causal language model, or `Checkpoint`
+            refuses it.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _register()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UnsupportedModel(f"--device {device}: {error}") from error
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=INTERFACE)
         tokenizer = AutoTokenizer.from_pretrained(path)

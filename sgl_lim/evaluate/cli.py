@@ -20,7 +20,7 @@ from sgl_lim.settings.presets import selection_layers_for
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; returns the exit code: 2 for what the user can change."""
+    """Run the command; returns the exit code: 2 for what the user can change, 130 after Ctrl-C."""
     options = parse(argv)
     try:
         choices = _choices(options)
@@ -31,7 +31,11 @@ def main(argv: list[str]) -> int:
     except (UnsupportedModel, ItemError, sources.SourceError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rows = _measure(options, checkpoint, suites, choices)
+    try:
+        rows = _measure(options, checkpoint, suites, choices)
+    except KeyboardInterrupt:
+        print(f"stopped; {options.output} has the rows that were done", file=sys.stderr)
+        return 130
     print(table(rows))
     written = [options.output, *draw(rows, options.output.with_suffix(".png"), _title(options))]
     print(f"\nwrote {', '.join(map(str, written))}\n\n{verdict(rows, options.points)}")
@@ -48,7 +52,10 @@ def _choices(options: Options) -> list[Choice]:
 
 
 def _check_output(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {path}: {error.strerror or error}") from error
     if not os.access(path.parent, os.W_OK) or path.is_dir():
         raise ValueError(f"--output {path}: cannot be written")
 

@@ -3,7 +3,7 @@
 import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
@@ -44,6 +44,10 @@ class Item:
     """Place in `right` of the first token that counts: those before it are given."""
     depth: int | None = None
     """One of `DEPTHS`, where a fact is hidden."""
+
+    def __len__(self) -> int:
+        """Tokens at its end."""
+        return len(self.prompt) + len(self.right)
 
 
 @dataclass(frozen=True)
@@ -109,22 +113,20 @@ def _needle(encoder: Encoder, rng: random.Random, keys: int, depth: int, context
     places = [depth, *(rng.randint(5, 95) for _ in others)]
     question = f"\n\nQuestion: What is the access code of the {asked}?\nAnswer:"
     lead = f" The access code of the {asked} is"
-    right = encoder.encode(f"{lead} {numbers[0]}")
     prose = list(islice(filler.sentences(rng), context // _TOKENS_A_SENTENCE))
-    beginning = encoder.beginning()
 
-    def build(count: int) -> list[int]:
+    def build(count: int, number: int) -> Item:
         lines = prose[:count]
         for place, fact in sorted(zip(places, facts, strict=True), reverse=True):
             lines.insert(count * place // 100, fact)
-        return beginning + encoder.encode(" ".join(lines) + question)
+        return _split(encoder, " ".join(lines) + question, f"{lead} {number}")
 
-    count = most_that_fits(lambda n: len(build(n)), context - len(right), len(prose))
+    count = most_that_fits(lambda n: len(build(n, numbers[0])), context, len(prose))
     if count < len(DEPTHS):
         raise ItemError(f"--context {context}: has no room for a hidden fact; raise it")
-    # No digit of this number is the right one.
-    wrong = encoder.encode(f"{lead} {99_999 - numbers[0]}")
-    return Item(build(count), right, scored_from=_common(right, wrong), depth=depth)
+    # No digit of the other number is the right one.
+    item, wrong = build(count, numbers[0]), build(count, 99_999 - numbers[0])
+    return replace(item, scored_from=_common(item.right, wrong.right), depth=depth)
 
 
 def chain_suite(encoder: Encoder, sizes: Sizes) -> Suite:
@@ -136,10 +138,10 @@ def chain_suite(encoder: Encoder, sizes: Sizes) -> Suite:
 
     def problem(index: int, facts: int) -> Item:
         chain = make_chain(random.Random(f"{sizes.seed}/{index}"), num_facts=facts, num_steps=sizes.steps)
-        return Item(encoder.beginning() + encoder.encode(chain.prompt), encoder.encode(f" {chain.solution}"))
+        return _split(encoder, chain.prompt, f" {chain.solution}")
 
     def longest(facts: int) -> int:
-        return max(len(item.prompt) + len(item.right) for item in (problem(i, facts) for i in range(sizes.items)))
+        return max(len(problem(index, facts)) for index in range(sizes.items))
 
     least, facts = max(2, sizes.steps), sizes.facts
     if facts is None:
@@ -159,6 +161,13 @@ def most_that_fits(length: Callable[[int], int], room: int, most: int) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if length(middle) <= room else (low, middle - 1)
     return low
+
+
+def _split(encoder: Encoder, prompt: str, right: str) -> Item:
+    """An item of two texts, encoded as one, so that tokens are those of a text that goes on."""
+    whole = encoder.encode(prompt + right)
+    cut = _common(whole, encoder.encode(prompt))
+    return Item(encoder.beginning() + whole[:cut], whole[cut:])
 
 
 def _common(one: list[int], other: list[int]) -> int:

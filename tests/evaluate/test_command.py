@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sgl_lim.evaluate import cli
 from sgl_lim.evaluate.cli import main
 from support.tiny_model import write_tiny_model
 
@@ -54,6 +55,19 @@ def test_text_and_needles_on_the_source_reader(tmp_path: Path, capsys: pytest.Ca
     assert rows["needle", "full"]["whole_at_10"] != "" == rows["needle", "full"]["whole_at_90"]
 
 
+def test_what_was_done_is_kept_after_ctrl_c(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "measure", stopped)
+    output = tmp_path / "out.csv"
+    command = ["--model-path", str(folder), "--tasks", "chains", "--context", "300", "--items", "1"]
+    assert main([*command, "--output", str(output)]) == 130
+    assert f"stopped; {output} has the rows that were done" in capsys.readouterr().err and output.exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
@@ -61,6 +75,8 @@ def test_text_and_needles_on_the_source_reader(tmp_path: Path, capsys: pytest.Ca
         (["--context", "5000"], "--context 5000: the model has positions for 4096 tokens"),
         (["--selection", "1,9"], "--selection 1,9: the model has the layers 0 to 3"),
         (["--methods", "quest", "--budgets", "33"], "--lim-budget 33: --lim-method quest chooses pages of 16"),
+        (["--device", "cuda:99"], "--device cuda:99: "),
+        (["--output", "/dev/null/out.csv"], "--output /dev/null/out.csv: "),
         (["--model-path", "no/such/model"], "--model-path no/such/model"),
     ],
 )

@@ -95,6 +95,14 @@ def test_scored_tokens_of_any_tokenizer_hold_the_number() -> None:
         assert number.isdigit() and encoder.tokenizer.decode(item.right).endswith(number) and 1 <= len(number) <= 5
 
 
+def test_chains_are_the_tokens_that_our_models_learnt() -> None:
+    encoder = Pieces()
+    item = chain_suite(encoder, SIZES).items[0]
+    prompt, solution = encoder.tokenizer.decode(item.prompt[1:]), encoder.tokenizer.decode(item.right)
+    assert prompt.endswith(" steps 4 :") and " answer " in solution
+    assert item.prompt[1:] == encoder.encode(prompt) and item.right == encoder.encode(solution)
+
+
 def test_chains_hold_as_many_facts_as_fit() -> None:
     suite = chain_suite(Pieces(), SIZES)
     lengths = [len(item.prompt) + len(item.right) for item in suite.items]
