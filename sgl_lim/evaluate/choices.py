@@ -47,14 +47,19 @@ ROUNDING = Choice("full in one pass", Full())
 """Full attention again, rounded otherwise: how much agreement rounding alone costs."""
 
 
-def method_of(spec: str, budget: int, selection: tuple[int, ...]) -> Method:
+def method_of(spec: str, budget: int, selection: tuple[int, ...], recency: float | None = None) -> Method:
     """A method from `name` or `name:parameter=value:…`; parameters are the fields of a server's configuration.
+
+    Args:
+        recency: where the spec has none; None for the default of the method.
 
     Raises:
         ValueError: a server would refuse this, there is no such parameter, or it needs more than one step at a time.
     """
     name, *settings = spec.split(":")
     given: dict[str, object] = {"budget": budget, "selection_layers": selection}
+    if recency is not None:
+        given["recency"] = recency
     for setting in settings:
         parameter, _, value = setting.partition("=")
         given[parameter] = _value(spec, parameter, value)

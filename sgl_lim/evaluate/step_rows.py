@@ -112,11 +112,11 @@ class StepRows:
         if len(keys) != self._slots.shape[1]:
             raise RuntimeError(f"layer {layer} has {len(keys)} tokens in its cache, expected {self._slots.shape[1]}")
         role = self._roles[layer]
-        bounds = _page_bounds(keys, self._slots[0]) if role is Role.OWN else None
+        bounds = page_bounds_of(keys, self._slots[0]) if role is Role.OWN else None
         rows = LayerInput(q[0].transpose(0, 1).contiguous(), keys, values, Scaling(scale), bounds)
         out = self._decode.run(self._plan, role, rows)
         if role in (Role.SPARSE, Role.OWN):
-            self._shares.append(_share(self._plan))
+            self._shares.append(share_read(self._plan))
         return out[None]
 
     def attended(self) -> Tensor:
@@ -131,7 +131,7 @@ class StepRows:
         return self._plan.seq_lens * (1 - missed)
 
 
-def _page_bounds(keys: Tensor, slots: Tensor) -> PageBounds:
+def page_bounds_of(keys: Tensor, slots: Tensor) -> PageBounds:
     """Bounds of all pages. A row's last one may hold later rows' tokens, but no row ranks its last page."""
     sides = (keys.new_empty(-(-len(keys) // PAGE), *keys.shape[1:]) for _ in range(2))
     bounds = PageBounds(*sides)
@@ -139,7 +139,7 @@ def _page_bounds(keys: Tensor, slots: Tensor) -> PageBounds:
     return bounds
 
 
-def _share(plan: Plan) -> Tensor:
+def share_read(plan: Plan) -> Tensor:
     """Share of their context that a layer's rows read, float32 [S]."""
     assert plan.chosen is not None
     counts = plan.chosen.ends.float()

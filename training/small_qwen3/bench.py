@@ -15,10 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sgl_lim.evaluate.choices import method_of
 from sgl_lim.methods import METHODS, Full, Method
 from sgl_lim.methods.parameters import parameters_of
 from sgl_lim.programs.intervals import wilson_interval
-from sgl_lim.settings.config import RefusedConfig, configure
 
 from .decode import Context, Decoded, decode, prefill
 from .model import SmallQwen3
@@ -26,7 +26,6 @@ from .model import SmallQwen3
 ASKED = ("what", "method", "budget", "selection_layers", "recency", "aggregate", "items", "size", "seed")
 CHAINS = ("whole", "whole_low", "whole_high", "tokens")
 COMMON = ("attended", "attended_fraction", "attended_tokens", "recall", "seconds")
-PARAMETERS = ("aggregate", "recency", "scope", "sinks", "top_p", "top_p_floor")
 WHERE = ("weights_sha256", "device", "torch", "commit")
 
 Scores = Mapping[str, Sequence[float]]
@@ -88,34 +87,6 @@ def half_interval(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.nan
     return 1.96 * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def method_of(spec: str, budget: int, selection: tuple[int, ...], recency: float) -> Method:
-    """A method from `name` or `name:parameter=value:…`; parameters are the fields of a server's configuration.
-
-    Raises:
-        ValueError: a server would refuse this, or has no such parameter.
-    """
-    name, *settings = spec.split(":")
-    given: dict[str, object] = {"budget": budget, "recency": recency, "selection_layers": selection}
-    for setting in settings:
-        parameter, _, value = setting.partition("=")
-        if parameter not in PARAMETERS:
-            raise ValueError(f"{spec}: no parameter {parameter!r}; there are {', '.join(PARAMETERS)}")
-        given[parameter] = _value(value)
-    config = configure(method=name, **given)
-    if problems := config.problems():
-        raise RefusedConfig(problems)
-    return config.build()
-
-
-def _value(text: str) -> object:
-    for read in (int, float):
-        try:
-            return read(text)
-        except ValueError:
-            continue
-    return text
 
 
 def methods_of(
