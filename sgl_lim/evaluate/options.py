@@ -130,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
         default=3.0,
         help="of 100 needles or chains, how many the choice that is named may lose (default: %(default)s)",
     )
-    how.add_argument("--output", type=Path, default=Path("evaluation.csv"), metavar="FILE.csv")
+    how.add_argument(
+        "--output", type=Path, default=Path("evaluation.csv"), metavar="FILE.csv", help="default: %(default)s"
+    )
     return parser
 
 
