@@ -12,6 +12,8 @@ from sgl_lim.evaluate.measure import Row, Share
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "s^Dvpxo"
 _GREY = "#444444"
+# Of the legend's font; handles and the gaps beside them are as wide as so many letters.
+_INCHES_A_LETTER, _LETTERS_A_HANDLE = 0.065, 8
 
 
 def lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -38,14 +40,17 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> list[Path]:
         print("no plot: matplotlib is not installed; pip install 'matplotlib>=3.8,<4'", file=sys.stderr)
         return []
     suites = list(dict.fromkeys(row.suite for row in rows))
-    figure = Figure(figsize=(3.6 * max(2, len(suites)), 3.8), dpi=150, layout="constrained")
+    width = 3.6 * max(2, len(suites))
+    figure = Figure(figsize=(width, 3.8), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=9)
     axes = [figure.add_subplot(1, len(suites), place + 1) for place in range(len(suites))]
     for ax, suite in zip(axes, suites, strict=True):
         _panel(ax, lines([row for row in rows if row.suite == suite]))
         ax.set_title(suite, fontsize=9)
     axes[0].set_ylabel("texts: agreement, others: right; %, 95% intervals", fontsize=8)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=7)
+    handles, labels = axes[0].get_legend_handles_labels()
+    columns = max(1, int(width / (_INCHES_A_LETTER * (max(map(len, labels)) + _LETTERS_A_HANDLE))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=7)
     figure.savefig(path)
     return [path]
 

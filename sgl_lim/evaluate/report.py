@@ -87,6 +87,8 @@ class Judged:
     """What the rule looks at of one choice."""
 
     choice: Choice
+    keeps: bool
+    """Whether it has as many needles and chains right as full attention, but for what may be lost."""
     loss: float | None
     """The most that it loses of what full attention has right, over needles and chains; None if no suite tells."""
     agreement: float | None
@@ -100,27 +102,34 @@ def telling(rows: Sequence[Row]) -> list[str]:
     return [row.suite for row in by_choice(rows)[FULL].values() if row.task != "text" and row.whole.value >= _TELLS]
 
 
-def judge(rows: Sequence[Row]) -> list[Judged]:
-    """Every choice but full attention's."""
+def judge(rows: Sequence[Row], points: float) -> list[Judged]:
+    """Every choice but full attention's; `points` of 100 are what one may lose, or one item where that is more."""
     of_all = by_choice(rows)
     full, tell = of_all[FULL], telling(rows)
     texts = [row.suite for row in full.values() if row.task == "text"]
+    allowed = {suite: max(points / 100, 1 / full[suite].items) + 1e-9 for suite in tell}
     found = []
     for choice, of_choice in of_all.items():
-        if choice not in (FULL, ROUNDING):
-            loss = max((full[suite].whole.value - of_choice[suite].whole.value for suite in tell), default=None)
-            agreement = min((of_choice[suite].agreement.value for suite in texts), default=None)
-            read = sum(row.attended_fraction for row in of_choice.values()) / len(of_choice)
-            found.append(Judged(choice, loss, agreement, read))
+        if choice in (FULL, ROUNDING):
+            continue
+        losses = {suite: full[suite].whole.value - of_choice[suite].whole.value for suite in tell}
+        one = Judged(
+            choice,
+            keeps=all(loss <= allowed[suite] for suite, loss in losses.items()),
+            loss=max(losses.values(), default=None),
+            agreement=min((of_choice[suite].agreement.value for suite in texts), default=None),
+            read=sum(row.attended_fraction for row in of_choice.values()) / len(of_choice),
+        )
+        found.append(one)
     return found
 
 
-def choose(judged: Sequence[Judged], points: float) -> Judged | None:
-    """The best choice, None if all lose more than `points` (of 100) in needles or chains.
+def choose(judged: Sequence[Judged]) -> Judged | None:
+    """The best choice, None if none keeps needles and chains.
 
-    Of those that do not, the ones within `ALIKE` of the best agreement; of these, the one that reads least.
+    Of those that do, the ones within `ALIKE` of the best agreement; of these, the one that reads least.
     """
-    kept = [one for one in judged if one.loss is None or one.loss <= points / 100 + 1e-9]
+    kept = [one for one in judged if one.keeps]
     if not kept:
         return None
     best = max(one.agreement or 0.0 for one in kept)
@@ -129,7 +138,7 @@ def choose(judged: Sequence[Judged], points: float) -> Judged | None:
 
 def verdict(rows: Sequence[Row], points: float) -> str:
     """One sentence: what to set, or that nothing does."""
-    judged = judge(rows)
+    judged = judge(rows, points)
     if not judged:
         return "Only full attention was measured: name others with --methods."
     if all(one.loss is None and one.agreement is None for one in judged):
@@ -137,13 +146,14 @@ def verdict(rows: Sequence[Row], points: float) -> str:
             f"Nothing can be said: full attention itself has less than {_TELLS:.0%} of needles and chains right; add "
             "text to --tasks, or take a shorter --context."
         )
-    best = choose(judged, points)
+    best = choose(judged)
     if best is None:
         near = min(judged, key=lambda one: (one.loss or 0.0, one.read))
         lost = 100 * (near.loss or 0.0)
         return (
-            f"Nothing tried is within {points:g} points of full attention: the nearest, {near.choice.name}, loses "
-            f"{lost:.0f} points; try other --selection layers, more of them, or a larger budget."
+            f"Nothing tried is within {points:g} points, or one item, of full attention: the nearest, "
+            f"{near.choice.name}, loses {lost:.0f} points; try "
+            "other --selection layers, more of them, or a larger budget."
         )
     known = [f"reads {best.read:.0%} of all tokens"]
     if best.agreement is not None:
@@ -152,5 +162,5 @@ def verdict(rows: Sequence[Row], points: float) -> str:
         suites = ", ".join(f"{suite} ({by_choice(rows)[FULL][suite].items})" for suite in telling(rows))
         known.append(f"loses at most {max(0.0, 100 * best.loss):.0f} points of {suites}")
     else:
-        known.append("was not tried on any retrieval that full attention can do")
+        known.append("was tried on no needles or chains that full attention can do")
     return f"Set {best.choice.flags()}: of what was tried this is the best, as it {', '.join(known)}."

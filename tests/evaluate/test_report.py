@@ -99,9 +99,15 @@ def test_the_choice_keeps_needles_then_agrees_then_reads_least() -> None:
 
 def test_nothing_is_recommended_where_needles_are_lost() -> None:
     said = verdict(rows_of(l2_10=(0.97, 0.5, 0.2), l2_8=(0.9, 0.8, 0.2)), 3.0)
-    assert said.startswith("Nothing tried is within 3 points of full attention: ")
+    assert said.startswith("Nothing tried is within 3 points, or one item, of full attention: ")
     assert "the nearest, lessismore 2,8 K=64, loses 20 points" in said
     assert verdict(rows_of(), 3.0).startswith("Only full attention")
+
+
+def test_one_item_is_forgiven_but_not_two() -> None:
+    assert "--lim-selection-layers 6,14:" in verdict(rows_of(l6_14=(0.9, 0.95, 0.3)), 3.0)
+    assert verdict(rows_of(l6_14=(0.9, 0.90, 0.3)), 3.0).startswith("Nothing tried")
+    assert "--lim-selection-layers 6,14:" in verdict(rows_of(l6_14=(0.9, 0.90, 0.3)), 10.0)
 
 
 def test_full_attention_rounded_otherwise_is_no_choice() -> None:
@@ -112,7 +118,7 @@ def test_full_attention_rounded_otherwise_is_no_choice() -> None:
 def test_needles_that_full_attention_loses_tell_nothing() -> None:
     rows = rows_of(l2_10=(0.9, 0.1, 0.2))
     rows[1] = row(FULL, "needle", 0.4, 1.0)
-    assert "was not tried on any retrieval" in verdict(rows, 3.0)
+    assert "tried on no needles or chains that full attention can do" in verdict(rows, 3.0)
 
 
 def test_rows_are_on_disk_as_they_come(tmp_path: Path) -> None:
