@@ -89,7 +89,7 @@ def test_methods_take_their_parameters_from_a_spec() -> None:
         "dense": "--lim-method must be one of",
         "lessismore:top_p=0.9": "--lim-aggregate union ranks by place",
         "lessismore:heads=2": "no parameter 'heads'; there are aggregate",
-        "lessismore:budget=64": "no parameter 'budget'; there are aggregate",
+        "lessismore:budget=64": "give budget with --budgets",
         "lessismore:sinks=x": "sinks: expected a whole number, got 'x'",
         "lessismore:early_sets=on": "measure this on a server",
         "lessismore:selection_interval=2": "measure this on a server",

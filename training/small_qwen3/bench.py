@@ -15,10 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sgl_lim.evaluate.choices import method_of
 from sgl_lim.methods import METHODS, Full, Method
 from sgl_lim.methods.parameters import parameters_of
 from sgl_lim.programs.intervals import wilson_interval
-from sgl_lim.settings.config import RefusedConfig, configure
 
 from .decode import Context, Decoded, decode, prefill
 from .model import SmallQwen3
@@ -26,8 +26,6 @@ from .model import SmallQwen3
 ASKED = ("what", "method", "budget", "selection_layers", "recency", "aggregate", "items", "size", "seed")
 CHAINS = ("whole", "whole_low", "whole_high", "tokens")
 COMMON = ("attended", "attended_fraction", "attended_tokens", "recall", "seconds")
-BY_FLAG = ("budget", "selection_layers")
-"""Parameters that every method of a run has from the run's own flags."""
 WHERE = ("weights_sha256", "device", "torch", "commit")
 
 Scores = Mapping[str, Sequence[float]]
@@ -89,34 +87,6 @@ def half_interval(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.nan
     return 1.96 * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def method_of(spec: str, budget: int, selection: tuple[int, ...], recency: float) -> Method:
-    """A method from `name` or `name:parameter=value:…`; parameters are those that methods declare.
-
-    Raises:
-        ValueError: a server would refuse this, or has no such parameter, or sets would outlive a step or depend on
-            other rows, whereas each row here is a step of its own.
-    """
-    name, *settings = spec.split(":")
-    declared = {one: by_method for one, by_method in METHODS.parameters().items() if one not in BY_FLAG}
-    given: dict[str, object] = {"budget": budget, "recency": recency, "selection_layers": selection}
-    for setting in settings:
-        parameter, _, value = setting.partition("=")
-        if parameter not in declared:
-            raise ValueError(f"{spec}: no parameter {parameter!r}; there are {', '.join(sorted(declared))}")
-        by_method = declared[parameter]
-        try:
-            given[parameter] = by_method.get(name, next(iter(by_method.values()))).form.parse(value)
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(f"{spec}: {parameter}: {error}") from error
-    config = configure(method=name, **given)
-    if problems := config.problems():
-        raise RefusedConfig(problems)
-    method = config.build()
-    if method.keeping is not None or method.needs_prefix_groups is not None:
-        raise ValueError(f"{spec}: each row is a step of its own here; measure this on a server")
-    return method
 
 
 def methods_of(

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lim_kernels import Scaling, bound_pages, decode_with_scores
-from lim_kernels.page_bounds import PAGE, PageBounds
+from lim_kernels import Scaling, decode_with_scores
+from sgl_lim.evaluate.step_rows import page_bounds_of, share_read
 from sgl_lim.methods import HeadsOfRank, Method, Role
 from sgl_lim.serving.layer import LayerDecode, LayerInput
 from sgl_lim.serving.reads import Plan, plan_reads
@@ -101,11 +101,11 @@ def _decode_rows(
         q, k, v = (t[0].transpose(0, 1).contiguous() for t in project(x, w, cos, sin, shape, model.dtype))
         keys.append(torch.cat((context.keys[i], k)))
         values.append(torch.cat((context.values[i], v)))
-        bounds = _bounds(keys[i], slots[0]) if role is Role.OWN else None
+        bounds = page_bounds_of(keys[i], slots[0]) if role is Role.OWN else None
         layer = LayerInput(q, keys[i], values[i], scaling, bounds)
         out = layers.run(plan, role, layer)
         if role in (Role.SPARSE, Role.OWN):
-            shares.append(_share(plan))
+            shares.append(share_read(plan))
             if recall:
                 recalls.append(_recall(plan, layer))
         x = finish(x, out.transpose(0, 1)[None], w, shape, model.dtype)
@@ -113,21 +113,6 @@ def _decode_rows(
     read = plan.seq_lens * (1 - (1 - attended) * len(shares) / shape.layers)
     found = Decoded(model.logits(x[0]), attended, read, torch.stack(recalls).mean(0) if recalls else None)
     return replace(context, keys=keys, values=values, last=x[0, -1:]), found
-
-
-def _bounds(keys: Tensor, slots: Tensor) -> PageBounds:
-    """Bounds of all pages. A row's last one may hold later rows' tokens, but no row ranks its last page."""
-    sides = (keys.new_empty(-(-len(keys) // PAGE), *keys.shape[1:]) for _ in range(2))
-    bounds = PageBounds(*sides)
-    bound_pages(bounds, keys, slots)
-    return bounds
-
-
-def _share(plan: Plan) -> Tensor:
-    """Share of their context that a layer's rows read, float32 [S]."""
-    assert plan.chosen is not None
-    counts = plan.chosen.ends.float()
-    return (counts if counts.dim() == 1 else counts.mean(1)) / plan.seq_lens
 
 
 def _recall(plan: Plan, layer: LayerInput) -> Tensor:
