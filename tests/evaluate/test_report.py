@@ -170,8 +170,8 @@ def test_choices_are_every_method_budget_and_choice_of_layers_once() -> None:
         ("lessismore:recency=many", "expected a share or auto, got 'many'"),
         ("lessismore:budget=64", "give budget with --budgets"),
         ("lessismore:top_p=0.9", "--lim-aggregate union ranks by place"),
-        ("lessismore:selection_interval=4", "sets that outlive a step"),
-        ("lessismore:prefix_selection=group:aggregate=max", "belong to several requests"),
+        ("lessismore:selection_interval=4", "measure this on a server"),
+        ("lessismore:prefix_selection=group:aggregate=max", "measure this on a server"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(spec: str, reason: str) -> None:
