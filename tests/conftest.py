@@ -10,11 +10,13 @@ UNGROUPED = "kernels"
 
 
 def pytest_configure() -> None:
-    """Let SIGTERM do what Ctrl-C does. (pytest takes `SystemExit` for the failure of one test, and goes on.)
+    """Let SIGTERM do what Ctrl-C does, and let Ctrl-C do it. (pytest takes `SystemExit` for the failure of one test, and goes on.)
 
-    So fixtures stop the servers they started.
+    So fixtures stop the servers they started. A shell starts what it runs in the background with SIGINT ignored, which
+    programs under test would inherit; what has a handler here is as usual for them.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

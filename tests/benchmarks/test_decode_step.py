@@ -36,7 +36,7 @@ def test_backend_specs() -> None:
     assert (plain.name, plain.lim, plain.environment) == ("fa3", None, {})
     sparse = parse_backend("lessismore:budget=1024,aggregate=max,selection_layers=2-12,recency=0.5")
     assert sparse.name == "lessismore" and sparse.lim is not None
-    assert sparse.lim.given == {"budget": 1024, "aggregate": "max", "selection_layers": (2, 12)}
+    assert sparse.lim.given == {"budget": 1024, "aggregate": "max", "selection_layers": (2, 12), "recency": 0.5}
     assert json.loads(sparse.environment["LESSISMORE_CONFIG"]) == {
         "budget": 1024,
         "aggregate": "max",

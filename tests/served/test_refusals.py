@@ -79,8 +79,8 @@ LAUNCHES = {
     "values-layers-and-sliding-window": Refusal(
         ("--lim-budget", "3", "--lim-recency", "1.5", "--lim-selection-layers", "2,12", "--kv-cache-dtype", "fp4_e2m1"),
         (
-            r"--lim-budget 3 leaves no token beside --lim-sinks 4; raise the budget",
             r"--lim-recency must be between 0 and 1, or auto, got 1\.5",
+            r"--lim-budget 3 leaves no token beside --lim-sinks 4; raise the budget",
             r"sliding-window .*; serve it with a dense --attention-backend",
             r"--lim-selection-layers 2,12 goes beyond the model's 4 layers; choose among 0 to 3",
             r"--kv-cache-dtype fp4_e2m1: .*; use auto",
