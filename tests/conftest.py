@@ -10,10 +10,10 @@ UNGROUPED = "kernels"
 
 
 def pytest_configure() -> None:
-    """Let SIGTERM do what Ctrl-C does, and let Ctrl-C do it. (pytest takes `SystemExit` for the failure of one test, and goes on.)
+    """Let SIGTERM do what Ctrl-C does, so that fixtures stop the servers they started, and let Ctrl-C do it.
 
-    So fixtures stop the servers they started. A shell starts what it runs in the background with SIGINT ignored, which
-    programs under test would inherit; what has a handler here is as usual for them.
+    (pytest takes `SystemExit` for the failure of one test, and goes on.) A shell starts what it runs in the background
+    with SIGINT ignored, and programs under test would inherit that; a signal that is handled here is as usual for them.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
