@@ -20,7 +20,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,20 @@ def measure(model: ChainTracer, pool: Pool, method: Method) -> dict[str, Any]:
     return {name: f"{float(value):.4f}" for name, value in found.items()} | {"seconds": seconds}
 
 
+def compared_methods(args: argparse.Namespace) -> Iterator[Method]:
+    """Full attention, then each budget with both ways of choosing what is shared."""
+    yield Full()
+    for budget, selection in product(args.budgets, ("request", "group")):
+        yield Compared(
+            budget=budget,
+            recency=RECENCY,
+            sinks=SINKS,
+            aggregate=args.aggregate,
+            selection_layers=args.selection,
+            prefix_selection=selection,
+        )
+
+
 def main() -> None:
     """Measure, row by row; what is there already stays."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,20 +220,7 @@ def main() -> None:
             problems.append(list(islice(siblings(context, siblings_, args.steps, draw), siblings_)))
         pool = Pool(model, problems)
         asked = {"siblings": siblings_, "contexts": contexts, "facts": args.facts, "steps": args.steps}
-        methods: list[Method] = [Full()]
-        for budget in args.budgets:
-            for selection in ("request", "group"):
-                methods.append(
-                    Compared(
-                        budget=budget,
-                        recency=RECENCY,
-                        sinks=SINKS,
-                        aggregate=args.aggregate,
-                        selection_layers=args.selection,
-                        prefix_selection=selection,
-                    )
-                )
-        for method in methods:
+        for method in compared_methods(args):
             row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | asked | {"seed": args.seed, "machine": machine}
             row["prefix_selection"] = method.prefix_selection if isinstance(method, Compared) else "full"
             if isinstance(method, Compared):

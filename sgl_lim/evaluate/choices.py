@@ -21,7 +21,7 @@ class Choice:
     @property
     def budget(self) -> int | None:
         """Tokens that a sparse layer reads; None where nothing is sparse."""
-        return getattr(self.method, "budget", None) if "budget" in parameters_of(type(self.method)) else None
+        return self.method.settings().get("budget")
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ Its fields are its parameters, each declared by `parameter`; it has no others.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -211,10 +210,3 @@ def beside_sinks(budget: int, sinks: int) -> list[str]:
     if budget > sinks:
         return []
     return [f"--lim-budget {budget} leaves no token beside --lim-sinks {sinks}; raise the budget or lower the sinks"]
-
-
-def selecting_role(layer: int, selection_layers: Sequence[int]) -> Role:
-    """Role of a layer where selection layers choose: those before the first are dense, those between sparse."""
-    if layer in selection_layers:
-        return Role.SELECT
-    return Role.DENSE if layer < selection_layers[0] else Role.SPARSE

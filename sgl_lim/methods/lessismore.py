@@ -89,7 +89,7 @@ class LessIsMore(Ranked):
     @property
     def needs_prefix_groups(self) -> str | None:
         """Rows that choose together are those of a prefix group."""
-        return "--lim-prefix-selection group" if self.prefix_selection == "group" else None
+        return next(iter(self._group_flags()), None)
 
     def share_sets(self, slots: Tensor, seq_lens: Tensor, granule: int) -> SharedSets | None:
         """The prefix groups of the rows that have to choose, with prefix selection by group."""
@@ -117,9 +117,7 @@ class LessIsMore(Ranked):
     def conflicts(self) -> list[str]:
         """Sets of one size and for all heads are what outlives a step, and what rows choose together."""
         found = super().conflicts() + beside_sinks(self.budget, self.sinks)
-        interval = [f"--lim-selection-interval {self.selection_interval}"] * (self.selection_interval > 1)
-        early = ["--lim-early-sets on"] * self.early_sets
-        group = ["--lim-prefix-selection group"] * (self.prefix_selection == "group")
+        interval, early, group = self._interval_flags(), self._early_flags(), self._group_flags()
         adaptive = self._adaptive_flags()
         for kept in group:
             found += leave_one_out(adaptive, f"sizes each set by itself, not {kept}")
@@ -140,10 +138,21 @@ class LessIsMore(Ranked):
     def recording_problems(self) -> list[str]:
         """Calibration asks what one selection a layer, step and request would cover."""
         reason = "calibration records what each request selects anew at every step; leave the flag out"
-        flags = [*self.flags_that_follow_writes(), *([self.needs_prefix_groups] if self.needs_prefix_groups else [])]
+        flags = self.flags_that_follow_writes() + self._group_flags()
         return super().recording_problems() + [f"{flag}: {reason}" for flag in flags]
 
     def flags_that_follow_writes(self) -> list[str]:
         """Sets that outlive a step hold positions of slots that nobody may write unseen."""
-        interval = [f"--lim-selection-interval {self.selection_interval}"] * (self.selection_interval > 1)
-        return interval + ["--lim-early-sets on"] * self.early_sets
+        return self._interval_flags() + self._early_flags()
+
+    def _interval_flags(self) -> list[str]:
+        """The flag of an interval above 1, as typed."""
+        return [f"--lim-selection-interval {self.selection_interval}"] * (self.selection_interval > 1)
+
+    def _early_flags(self) -> list[str]:
+        """The flag of early sets, as typed, if they are on."""
+        return ["--lim-early-sets on"] * self.early_sets
+
+    def _group_flags(self) -> list[str]:
+        """The flag by which rows choose together, as typed, if they do."""
+        return ["--lim-prefix-selection group"] * (self.prefix_selection == "group")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lim_kernels import SetSizes, adapt_budgets, choose_tokens, score_tokens
 from lim_kernels.select_tokens import AGGREGATES, MAX_UNION
-from sgl_lim.methods.base import Budgeted, HeadsOfRank, Role, SharedSets, selecting_role
+from sgl_lim.methods.base import Budgeted, HeadsOfRank, Role, SharedSets
 from sgl_lim.methods.parameters import Choice, Share, Whole, parameter
 from sgl_lim.methods.selection_layers import selection_layers_parameter
 
@@ -61,7 +61,9 @@ class Ranked(Budgeted):
 
     def role(self, layer: int) -> Role:
         """Selection layers choose, layers before the first are dense, all others are sparse."""
-        return selecting_role(layer, self.selection_layers)
+        if layer in self.selection_layers:
+            return Role.SELECT
+        return Role.DENSE if layer < self.selection_layers[0] else Role.SPARSE
 
     def score(self, logits: Tensor, seq_lens: Tensor, *, lse: Tensor, kv_heads: int, heads: HeadsOfRank) -> Tensor:
         """See `lim_kernels.score_tokens`; KV heads are ranked as if each were a row of its own."""
