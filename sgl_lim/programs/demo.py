@@ -16,7 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sgl_lim.programs import compare
-from sgl_lim.programs.server_process import Launch, ServerFailed, ServerProcess, launch_command, running_servers
+from sgl_lim.programs.server_process import (
+    Launch,
+    ServerFailed,
+    ServerProcess,
+    end_tree,
+    launch_command,
+    running_servers,
+)
 
 MODEL = Path("models/chain-tracer")
 FACTS = 330
@@ -108,16 +115,22 @@ def _ask(server: ServerProcess, args: argparse.Namespace, folder: Path) -> None:
     command += ["--samples", str(args.samples), "--chains", str(args.problems), "--facts", str(FACTS)]
     command += ["--steps", str(args.steps), "--output", f"{folder / name}.jsonl", "--summary", f"{folder / name}.json"]
     with (folder / f"{name}.txt").open("w+") as printed, _lines(name, lambda: _speed(server)):
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=printed,
             stderr=subprocess.STDOUT,
             env=server.launch.environment,
+            start_new_session=True,
         )
+        try:
+            code = process.wait()
+        finally:
+            # At Ctrl-C, `subprocess.run` waits a quarter of a second for a process that it killed, and goes on.
+            end_tree(process)
         printed.seek(0)
-        if done.returncode:
-            raise DemoFailed(f"{name}: the problems could not be solved ({done.returncode})\n{printed.read()}")
+        if code:
+            raise DemoFailed(f"{name}: the problems could not be solved ({code})\n{printed.read()}")
 
 
 def _speed(server: ServerProcess) -> str:

@@ -247,7 +247,7 @@ def _family(pid: int) -> set[psutil.Process]:
 def _kill(family: set[psutil.Process], group: int) -> None:
     deadline = time.monotonic() + _END_TIMEOUT_S
     # Members may start others until they are gone.
-    while left := {member for member in family | _family(group) if _is_running(member)}:
+    while left := {member for member in family | _family(group) if is_running(member)}:
         if time.monotonic() > deadline:
             pids = ", ".join(str(member.pid) for member in left)
             raise ServerFailed(f"processes {pids} of a server are still there {_END_TIMEOUT_S:.0f} s after SIGKILL")
@@ -257,7 +257,8 @@ def _kill(family: set[psutil.Process], group: int) -> None:
         time.sleep(0.02)
 
 
-def _is_running(process: psutil.Process) -> bool:
+def is_running(process: psutil.Process) -> bool:
+    """Whether a process is there and no zombie."""
     try:
         # Orphans stay zombies where the first process of a container reaps none.
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)

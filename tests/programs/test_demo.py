@@ -45,7 +45,7 @@ def running(folder: Path) -> list[int]:
     """Process ids of the stub servers that run."""
     pids = [int(log.read_text().split()[0]) for log in folder.glob("*/*.log")]
     assert len(pids) == 2
-    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    return [p.pid for p in psutil.process_iter() if p.pid in pids and server_process.is_running(p)]
 
 
 def test_the_demo_compares_two_servers_and_ends_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,7 +94,7 @@ def test_a_signal_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) 
         assert len(tree) == 3 and len(running(tmp_path)) == 2
         process.send_signal(number)
         assert process.wait(60) == 128 + number
-        assert not running(tmp_path) and not any(child.is_running() for child in tree)
+        assert not running(tmp_path) and not any(map(server_process.is_running, tree))
     finally:
         process.kill()
         process.wait()

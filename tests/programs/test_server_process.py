@@ -56,7 +56,7 @@ def running(log: Path) -> list[int]:
     """Which of the processes in the log's first line run."""
     pids = [int(word) for word in log.read_text().splitlines()[0].split()]
     assert pids
-    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    return [p.pid for p in psutil.process_iter() if p.pid in pids and server_process.is_running(p)]
 
 
 def test_a_server_is_ready_and_ends_with_all_its_processes(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
