@@ -20,8 +20,8 @@ SUMS = ("tokens_attended", "tokens_dense", "selections", "requests", "requests_d
 def expected_counts(jobs: Sequence[tuple[list[int], int]], case: LimCase) -> dict[str, int]:
     """Counts by hand.
 
-    Prefill yields a request's first token, so N tokens take N - 1 decode steps, which see P + 1, … tokens. The step
-    more that the overlap scheduler starts, because it learns only afterwards that a request is finished, is not counted.
+    Prefill yields a request's first token, so N tokens take N - 1 decode steps, which see P + 1, … tokens. The overlap
+    scheduler learns only afterwards that a request is finished; the step more that it starts is not counted.
     """
     budget = case.rule.budget
     contexts = [range(len(prompt) + 1, len(prompt) + tokens) for prompt, tokens in jobs]
