@@ -80,14 +80,17 @@ class Ledger:
     @staticmethod
     def empty(num_rows: int, device: torch.device | str) -> "Ledger":
         """Nothing counted yet, for a request pool of so many rows."""
-        int64 = {"dtype": torch.int64, "device": device}
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.int64, device=device)
+
         return Ledger(
-            totals=torch.zeros(len(TOTALS), **int64),
-            pending=torch.zeros(2, len(TOTALS), **int64),
-            steps=torch.zeros(1, **int64),
-            amounts=torch.zeros(num_rows, len(TOTALS), **int64),
-            last_steps=torch.full((num_rows,), -1, **int64),
-            seen=torch.full((num_rows,), -1, **int64),
+            totals=zeros(len(TOTALS)),
+            pending=zeros(2, len(TOTALS)),
+            steps=zeros(1),
+            amounts=zeros(num_rows, len(TOTALS)),
+            last_steps=zeros(num_rows) - 1,
+            seen=zeros(num_rows) - 1,
             sparse=torch.zeros(num_rows, dtype=torch.uint8, device=device),
         )
 
