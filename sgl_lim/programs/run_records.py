@@ -34,6 +34,7 @@ class Generation:
     thinking_tokens: int | None = None  # budget forcing only, as the next two; with the ends that were dropped
     waits: int | None = None  # how often an end was dropped
     forced: bool | None = None  # whether the thinking reached its cap
+    thinking_opened: bool = False  # by the prompt, so that no tag of it stands in the text
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Sample:
     thinking_tokens: int | None = None
     waits: int | None = None
     forced: bool | None = None
+    thinking_opened: bool = False
+    by_spelling: bool = False  # the answer was too costly to compute, and equals nothing but its own spelling
 
     @property
     def context_tokens(self) -> int | None:

@@ -1,0 +1,235 @@
+"""The forms in which models write an answer, put into those that math-verify reads. Each rule says what was reported.
+
+Math-verify reads LaTeX in a few spellings, and compares with fewer of them exactly. All that is ours stands in front
+of it: here for texts, in `math_worker` for the comparison. Numbers refer to issues of huggingface/Math-Verify.
+"""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from fractions import Fraction
+
+# Report: "the answer holds invisible, full-width, bold or other Unicode characters, and counts as wrong".
+_CHARACTERS = str.maketrans(
+    {
+        **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212\ufe63", "-"),
+        **dict.fromkeys("\u2018\u2019\u2032", "'"),
+        **{sign: f" {command} " for sign, command in zip("×·÷√πθ∞≤≥≠∪∩∈±∓", (
+            r"\times \cdot \div \sqrt \pi \theta \infty \le \ge \ne \cup \cap \in \pm \mp".split()
+        ), strict=True)},
+        **{power: f"^{{{digit}}}" for digit, power in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+        **{index: f"_{{{digit}}}" for digit, index in enumerate("₀₁₂₃₄₅₆₇₈₉")},
+        "°": r"^\circ", "、": ",", "…": r"\ldots ", "∶": ":", "∕": "/", "⁄": "/",  # noqa: RUF001
+    }
+)  # fmt: skip
+
+# Report: "bold, coloured or sized answers count as wrong"; what stands in the braces is kept.
+_WRAPPERS = (
+    r"boxed|fbox|framebox|boldsymbol|mathbf|mathbfit|bm|pmb|textbf|textit|emph|underline|ensuremath|mathit|mathsf|mathtt|"
+    r"textsf|texttt|mathrm|textrm|textnormal|mathnormal|mbox|hbox|text|operatorname|mathop|textup|mathbin"
+)
+_WRAPPED = re.compile(rf"\\(?:{_WRAPPERS})\*?\s*\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}")
+_WORD_WRAPPERS = re.compile(r"\\(?:text|mathrm|textrm|textnormal|mbox|hbox|operatorname|textup|textit|textbf)\b")
+_COLOUR = re.compile(r"\\(?:textcolor|color|colorbox|definecolor)\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}")
+_SIZES = re.compile(
+    r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|bf|bfseries|rm|it|tiny|small|normalsize|"
+    r"large|Large|LARGE|huge|Huge|centering|mathstrut|strut|nonumber|notag|unicode)(?![A-Za-z])\.?"
+)
+# Report: "spaces in an answer make it another one".
+_SPACES = re.compile(
+    r"(?<!\\)\\[,;:!> ]|~|\\(?:q?quad|thinspace|medspace|thickspace|enspace|nobreak)(?![A-Za-z])"
+    r"|\\h(?:space|phantom)\s*\{[^{}]*\}|\s+"
+)
+_PERCENT = re.compile(r"\s+per\s?cent\b|(?<=\d)\s*%", re.IGNORECASE)
+_FRACTIONS = re.compile(r"\\[dtc]frac(?![A-Za-z])")
+# Report: "1{,}000, 1\\,000 and 1,000 are not 1000"; a comma in brackets parts elements.
+_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\d.])\d{1,3}(?: \d{3})+(?!\d)")
+_JOINED = re.compile(r"(?<=\d)(?:\{,\}\s*|,\\!\s*)(?=\d{3})")
+_PLAIN_WORDS = re.compile(
+    r"(?<![\\A-Za-z])(sqrt|pi|theta|alpha|beta|gamma|lambda|phi|infinity|infty|inf|oo|sin|cos|tan|cot|sec|csc|ln|log)(?![A-Za-z])"
+)
+_COMMAND_OF = {"infinity": "infty", "inf": "infty", "oo": "infty"}
+_MEMBER = re.compile(r"^\s*(?:[A-Za-z]|\\[a-z]+)\s*\\in(?![a-z])\s*")
+_NAMED = re.compile(r"^\s*((?:[A-Za-z]|\\[A-Za-z]+)[\w{}'\\]*(?:\s*\([A-Za-z,\s]*\))?)\s*=\s*([^=<>]*)$")
+_BASED = re.compile(r"\(?([0-9A-Z]+)\)?\s*(?:_\s*\{?\s*(?:base)?\s*([A-Za-z]+|\d+)\s*\}?|\s+(?:in\s+)?base[\s-]+(\w+))")
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+
+_UNITS = {
+    "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km",
+    "millimeter": "mm", "millimetre": "mm", "inch": "in", "inche": "in", "foot": "ft", "feet": "ft", "mile": "mi",
+    "yard": "yd", "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h", "day": "day", "week": "week",
+    "month": "month", "year": "year", "degree": "degree", "deg": "degree", "radian": "rad", "dollar": "dollar",
+    "usd": "dollar", "cent": "cent", "gram": "g", "kilogram": "kg", "liter": "l", "litre": "l", "mph": "mph",
+    "pound": "lb", "ounce": "oz",
+}  # fmt: skip
+_KNOWN_UNITS = frozenset(_UNITS.values())
+# Report: "a unit behind the number counts as wrong": words, an exponent of them, or a sign, behind a value.
+_UNIT = re.compile(
+    r"(?<=[\d})a-z%])\s*((?:\\?%\s*)?(?:\s|(?<=[\d})]))(?:per\s+|square\s+|cubic\s+|sq\.?\s+|cu\.?\s+)?"
+    r"[A-Za-z]{2,}[A-Za-z .\-/]*?(?:\s*\^\s*\{?[23]\}?)?|\s[mgshl](?:\s*\^\s*\{?[23]\}?)?|\^\s*\{?\\circ\}?(?:\s*[CF])?)\s*$"
+)
+_NO_UNITS = re.compile(r"\b(?:or|and|mod|if|for|where|not|base|to)\b|\\")
+
+
+@dataclass(frozen=True)
+class Form:
+    """An answer as it is compared."""
+
+    text: str
+    """LaTeX for math-verify, without what is not mathematics; also what people read."""
+    unit: str | None = None  # "cm^2", where the answer has one
+    name: str | None = None  # "x" of `x = 5`
+    base: int | None = None  # of a numeral with a subscript; `text` is its digits then
+    number: Fraction | None = None  # the value of a plain number or fraction
+    ulp: Fraction | None = None  # the last place of a `number` with a decimal point, which may be rounded there
+    percent: bool = False
+
+    @property
+    def spelling(self) -> str:
+        """Equal of answers that differ in nothing but spaces and capital letters of words."""
+        letters = re.sub(r"\s|[{}]", "", self.text)
+        return letters.casefold() if re.search(r"[A-Za-z]{3}", self.text) else letters
+
+
+def read(answer: str) -> Form:
+    """The form of an answer; its text is empty if there is nothing in the answer."""
+    text = _mathematics(answer)
+    if based := _BASED.fullmatch(text):
+        base = _base(based.group(2) or based.group(3))
+        if base is not None:
+            digits = based.group(1).lstrip("0") or "0"
+            return Form(digits, base=base) if base != 10 else _plain(Form(digits))
+    name, text = _name(text)
+    unit, text = _unit(text)
+    return _plain(Form(text, unit, name))
+
+
+def _mathematics(answer: str) -> str:
+    """`answer` without dress: characters, wrappers, spaces, final marks, words of mathematics."""
+    text = "".join(map(_character, answer)).translate(_CHARACTERS)
+    text = _SIZES.sub(" ", _COLOUR.sub("", text))
+    text = re.sub(r"\\(?:\(|\)|\[|\])|(?<!\\)\$|\*\*(?=\S)(?!\d)|(?<=\S)\*\*$|`", " ", text)
+    text = _PERCENT.sub(r"\\%", text.replace(r"\$", ""))  # report: "$36 and 36 dollars are not 36"
+    while (bare := _WRAPPED.sub(_unwrap, text)) != text:
+        text = bare
+    text = _FRACTIONS.sub(r"\\frac", text)
+    text = _JOINED.sub("", text)
+    text = _SPACES.sub(" ", text)
+    if not re.search(r"[(\[]|\\\{", text):
+        text = _GROUPED.sub(lambda number: re.sub(r"[^\d]", "", number.group()), text)
+    text = re.sub(r"\{\s*(-?[\w.]+)\s*\}$", r"{\1}", text.strip())
+    text = _final_marks(text)
+    return _plain_words(text)
+
+
+def _character(character: str) -> str:
+    """Nothing for invisible ones, ASCII for digits and letters of other styles."""
+    if unicodedata.category(character) == "Cf":
+        return ""
+    if unicodedata.category(character) == "Nd":
+        return str(unicodedata.digit(character))
+    if 0x1D400 <= ord(character) <= 0x1D7FF:
+        return unicodedata.normalize("NFKC", character)
+    if unicodedata.decomposition(character).startswith("<fraction>"):
+        above, _, below = unicodedata.normalize("NFKC", character).partition("\u2044")
+        return rf"\frac{{{above}}}{{{below}}}"
+    return character
+
+
+def _unwrap(wrapped: re.Match[str]) -> str:
+    """What stands in the braces; words keep a space before and behind them."""
+    content = wrapped.group(1)
+    if _WORD_WRAPPERS.match(wrapped.group()):
+        return f" {content} " if re.search(r"[A-Za-z]{2}", content) else content
+    return content
+
+
+def _final_marks(text: str) -> str:
+    """Report: "a dot or a comma at the end of the box counts as wrong"; also braces and signs around the whole."""
+    previous = None
+    while previous != text:
+        previous = text
+        text = re.sub(r"^(?:[=:]|\\(?:approx|therefore)(?![A-Za-z]))\s*|(?<!\\)\\$|[\s.,;:!?。]+$", "", text.strip())
+        if text.startswith("{") and text.endswith("}") and text.find("}") == len(text) - 1:
+            text = text[1:-1]
+    return text
+
+
+def _plain_words(text: str) -> str:
+    """Report: "pi/2, sqrt(3) and 2*x count as wrong": the commands of mathematics without their backslash."""
+    text = re.sub(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"(?<=\d)(?=(?:sqrt|pi)(?![A-Za-z]))", " ", text)
+    text = _PLAIN_WORDS.sub(lambda word: f"\\{_COMMAND_OF.get(word.group(), word.group())} ", text)
+    text = re.sub(r"\*\*|\^\^", "^", text)
+    text = text.replace("*", r" \cdot ").replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
+    text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
+    text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", r" \\cup ", text)
+    text = re.sub(r"\s*,?\s+(?:and|or)\s+", ", ", text)  # report: "19, 46 and 82 equals 21, 36 and 82" (#14)
+    text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)
+    return _MEMBER.sub("", re.sub(r"\s+", " ", text).strip())
+
+
+_SCIENTIFIC = re.compile(r"^([-+]?(?:\d+\.?\d*|\.\d+))[eE]([-+]?\d+)$")
+
+
+def _name(text: str) -> tuple[str | None, str]:
+    """Report: "x = 5 is not 5", and "n = 2, 3 equals n = 1, 2" (#14): the name before the value, and the value."""
+    named = _NAMED.match(text)
+    return (None, text) if named is None else (re.sub(r"\s", "", named.group(1)), named.group(2).strip())
+
+
+def _unit(text: str) -> tuple[str | None, str]:
+    found = _UNIT.search(text)
+    if found is None or _NO_UNITS.search(found.group(1).replace(r"\circ", "").replace(r"\%", "")):
+        return None, text
+    words = re.sub(r"[{}\s.]+", " ", found.group(1)).strip().lower()
+    if words.startswith("^"):
+        return "degree", text[: found.start()].strip()
+    power = "^2" if re.search(r"square|sq\b|\^ ?2", words) else "^3" if re.search(r"cubic|cu\b|\^ ?3", words) else ""
+    word = re.sub(r"square|cubic|\bsq\b|\bcu\b|\^ ?\d", "", words).strip()
+    word = _UNITS.get(word) or _UNITS.get(word.removesuffix("s")) or word
+    return (word + power if word in _KNOWN_UNITS else None), text[: found.start()].strip()
+
+
+def _base(text: str) -> int | None:
+    """Report: "4210_6 equals 4210_5": the base that a subscript names."""
+    if text.isdecimal():
+        return int(text) if 2 <= int(text) <= 36 else None
+    word = text.lower()
+    return _NUMBER_WORDS.index(word) if word in _NUMBER_WORDS[2:] else None
+
+
+_DECIMAL = re.compile(
+    r"([-+]?)\s*(\d*\.?\d+|\d+\.)\s*(?:(?:\\times|\\cdot)\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?)?\s*(\\?%)?"
+)
+_RATIO = re.compile(
+    r"([-+]?)\s*(?:\\frac\s*(?:\{\s*([-+]?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))|(\d+)\s*/\s*(\d+))"
+)
+_LONGEST_NUMBER = 4000  # digits; Python refuses to read longer ones
+
+
+def _plain(form: Form) -> Form:
+    """Report: "1/2^99 equals 1/2^98", "0.0000001 equals 0.0000002" (#14): plain numbers are compared exactly."""
+    text = form.text
+    if len(text) > _LONGEST_NUMBER:
+        return form
+    if found := _DECIMAL.fullmatch(text):
+        return _decimal(form, *found.groups())
+    if found := _RATIO.fullmatch(text):
+        sign, *parts = found.groups()
+        above, below = [part for part in parts if part is not None]
+        if int(below):
+            number = Fraction(int(above), int(below))
+            return Form(text, form.unit, form.name, number=-number if sign == "-" else number)
+    return form
+
+
+def _decimal(form: Form, sign: str, digits: str, exponent: str | None, percent: str | None) -> Form:
+    number, text = Fraction(f"{sign}{digits}e{exponent or 0}"), form.text
+    if digits.isdecimal() and not exponent:
+        text = f"{number}{percent or ''}"  # without leading zeros
+    places = Fraction(10) ** (int(exponent or 0) - len(digits.partition(".")[2]))
+    ulp = places if "." in digits else None
+    return Form(text, form.unit, form.name, number=number, ulp=ulp, percent=bool(percent))

@@ -1,0 +1,73 @@
+"""Which answers are one, as far as their forms decide it without math-verify."""
+
+import re
+from fractions import Fraction
+
+from sgl_lim.programs.answer_forms import Form, read
+
+_ROUNDED_DIGITS = 6  # that a decimal needs, and needs behind its point, to stand for a number that no decimal is
+_WORD = re.compile(r"[A-Za-z][A-Za-z' -]{3,}")
+
+
+def plainly_same(one: Form, other: Form) -> bool | None:
+    """Whether two answers are one, whichever is the right one; None if math-verify has to say."""
+    if _differ(one.unit, other.unit) or _differ(one.name, other.name):
+        return False
+    if one.base is not None or other.base is not None:
+        return one.base == other.base and one.text == other.text
+    if one.spelling == other.spelling:
+        return True
+    if one.number is not None and other.number is not None:
+        return _same_number(one, other)
+    if r"\ldots" in one.text + other.text:
+        return False  # report: "1, 2, ..., n equals 1, 3, ..., 2n - 1" (#14)
+    if ":" in one.text + other.text:
+        return _same_parts(one.text.split(":"), other.text.split(":"))
+    if _WORD.fullmatch(one.text) or _WORD.fullmatch(other.text):
+        return False
+    return None
+
+
+def _differ(one: str | None, other: str | None) -> bool:
+    """Whether both answers have a unit, or a name, and not the same."""
+    return one is not None and other is not None and one != other
+
+
+def _same_parts(one: list[str], other: list[str]) -> bool | None:
+    """Report: "12:00 equals 1:00" (#14): ratios and times part by part."""
+    if len(one) != len(other):
+        return False
+    verdicts = [plainly_same(read(a), read(b)) for a, b in zip(one, other, strict=True)]
+    return all(verdicts) if None not in verdicts else False
+
+
+def _same_number(one: Form, other: Form) -> bool:
+    assert one.number is not None and other.number is not None
+    if one.number == other.number:
+        return True  # also 12% of 12: per cent were asked for
+    values = [form.number / 100 if form.percent else form.number for form in (one, other) if form.number is not None]
+    if values[0] == values[1]:
+        return True
+    if (one.ulp is None) == (other.ulp is None):
+        return False
+    decimal, exact = (one, other) if one.ulp is not None else (other, one)
+    return _is_rounding(decimal, exact)
+
+
+def _is_rounding(decimal: Form, exact: Form) -> bool:
+    """Whether a decimal has enough digits of a number without an end: 0.333333 of 1/3, but not 0.333."""
+    assert decimal.number is not None and exact.number is not None and decimal.ulp is not None
+    if _ends(exact.number) or decimal.ulp > Fraction(1, 10**_ROUNDED_DIGITS):
+        return False
+    return abs(decimal.number) >= decimal.ulp * 10 ** (_ROUNDED_DIGITS - 1) and (
+        abs(decimal.number - exact.number) <= decimal.ulp
+    )
+
+
+def _ends(number: Fraction) -> bool:
+    """Whether a fraction is a decimal."""
+    below = number.denominator
+    for prime in (2, 5):
+        while below % prime == 0:
+            below //= prime
+    return below == 1

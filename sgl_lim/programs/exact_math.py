@@ -1,0 +1,181 @@
+"""Numbers of sympy, compared exactly and within bounds; imported by `math_worker` alone, because it imports sympy."""
+
+import math
+from typing import Any
+
+import math_verify.grader as library
+from sympy import (
+    Add,
+    Basic,
+    Expr,
+    Float,
+    Integer,
+    Mul,
+    Pow,
+    Rational,
+    binomial,
+    exp,
+    factorial,
+    log,
+    nan,
+    oo,
+    zoo,
+)
+from sympy.concrete.expr_with_limits import ExprWithLimits
+from sympy.matrices import MatrixBase
+
+_MOST_BITS = 1 << 20  # of a number that is computed
+_MOST_TERMS = 10_000  # of a sum or a product
+_MOST_EXPANDED = 100  # power of a sum with variables
+_DIGITS = 60  # to which different numbers are told apart before anything is simplified
+_ROUNDED_DIGITS = 6  # that a decimal needs, and needs behind its point, to stand for a number that no decimal is
+
+
+class TooLarge(Exception):
+    """An expression that nobody should compute: a tower of powers, a factorial of a factorial."""
+
+
+def compare_exactly() -> None:
+    """Make math-verify's comparison of numbers exact.
+
+    Symptom: 1/2^98 equals 1/2^99, and 1/2004! equals 1/2006! (Math-Verify #14). Cause: their difference is rounded to
+    15 decimals, and decimals to 6. Fix: `equal_numbers` in place of its `sympy_numeric_eq`, in this process only; what
+    it says is no number goes on to the library's symbolic comparison. Remove when the library compares relatively.
+    """
+    library.sympy_numeric_eq = equal_numbers
+
+
+def equal_numbers(one: Any, other: Any, float_rounding: int, numeric_precision: int) -> bool:
+    """Whether two expressions are one number; False also for those that are none. The roundings are not used."""
+    if isinstance(one, MatrixBase) and isinstance(other, MatrixBase):
+        return one.shape == other.shape and all(
+            library.sympy_expr_eq(a, b, float_rounding, numeric_precision)
+            for a, b in zip(one.flat(), other.flat(), strict=True)
+        )
+    if not isinstance(one, Expr) or not isinstance(other, Expr):
+        return False
+    parts = [library.get_pct_val(side) for side in (one, other)]
+    if (parts[0] is None) != (parts[1] is None):  # 12% is 12 where per cent are asked for
+        bare = [side if part is None else part for part, side in zip(parts, (one, other), strict=True)]
+        if _equal(*bare):
+            return True
+    return _equal(library.safe_sympy_doit(one), library.safe_sympy_doit(other))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if one.free_symbols or other.free_symbols or not (one.is_number and other.is_number):
+        return bool(one == other)
+    if one in (nan, zoo, oo, -oo) or other in (nan, zoo, oo, -oo):
+        return bool(one == other)
+    if isinstance(one, Float) != isinstance(other, Float):
+        decimal, number = (one, other) if isinstance(one, Float) else (other, one)
+        return _is_decimal_of(decimal, _exact(number))
+    return _equal_exactly(_exact(one), _exact(other))
+
+
+def _equal_exactly(one: Any, other: Any) -> bool:
+    if one.is_Rational and other.is_Rational:
+        return bool(one == other)
+    near, far = one.evalf(_DIGITS), other.evalf(_DIGITS)
+    if abs(near - far) > Float(10) ** (10 - _DIGITS) * max(abs(near), abs(far)):
+        return False
+    proven = (one - other).equals(0)
+    return True if proven is None else bool(proven)
+
+
+def _is_decimal_of(decimal: Any, number: Any) -> bool:
+    """Whether a decimal is a number, or a rounding of one that has no end: 0.333333 of 1/3, but not 0.333."""
+    text = str(decimal)
+    value = Rational(text)
+    if number.is_Rational and _ends(number):
+        return bool(value == number)
+    digits, _, exponent = text.partition("e")
+    whole, _, behind = digits.partition(".")
+    places = len(behind.rstrip("0")) - int(exponent or 0)
+    significant = len((whole + behind.rstrip("0")).lstrip("-0"))
+    if min(places, significant) < _ROUNDED_DIGITS:
+        return False
+    return bool(abs(number.evalf(_DIGITS) - value) <= Rational(1, 10**places))
+
+
+def _ends(number: Any) -> bool:
+    """Whether a rational number is a decimal."""
+    below = int(number.q)
+    for prime in (2, 5):
+        while below % prime == 0:
+            below //= prime
+    return below == 1
+
+
+def _exact(expression: Any) -> Any:
+    """`expression` with its decimals as the fractions that they say."""
+    return expression.xreplace({decimal: Rational(str(decimal)) for decimal in expression.atoms(Float)})
+
+
+def number_text(expression: Any) -> str | None:
+    """The number that an expression is, to 15 digits; None if it is none, or a decimal or a percentage in it counts."""
+    if not isinstance(expression, Expr) or expression.free_symbols or library.get_pct_val(expression) is not None:
+        return None
+    value = library.safe_sympy_doit(expression).evalf(15)
+    return str(value) if value.is_Float or value.is_Integer or value.is_Rational else None
+
+
+def check_size(expression: Any) -> None:
+    """Whether an expression can be computed.
+
+    Raises:
+        TooLarge: one of its numbers has more bits than `_MOST_BITS`, or it has too many terms.
+    """
+    if isinstance(expression, MatrixBase):
+        for element in expression.flat():
+            check_size(element)
+    elif isinstance(expression, Basic):
+        _bits(expression)
+
+
+def _bits(expression: Basic) -> float:
+    """About how many bits the numbers in an expression have once they are computed, from above."""
+    if isinstance(expression, ExprWithLimits):
+        _check_terms(expression)
+    sizes = [_bits(part) for part in expression.args]
+    bits = max(sizes, default=1.0)
+    if isinstance(expression, Rational):
+        bits = float(max(expression.p.bit_length(), expression.q.bit_length()))
+    elif isinstance(expression, Float):
+        bits = abs(math.log2(abs(expression))) + 53 if expression else 1.0
+    elif isinstance(expression, Pow):
+        bits = _bits_of_power(expression, *sizes)
+    elif isinstance(expression, factorial):
+        bits = 2.0 ** min(sizes[0], 30) * sizes[0]
+    elif isinstance(expression, binomial):
+        bits = 2.0 ** min(sizes[0], 30)
+    elif isinstance(expression, Mul):
+        bits = sum(sizes)
+    elif isinstance(expression, Add):
+        bits += len(sizes)
+    elif isinstance(expression, (exp, log)):
+        bits = 64.0
+    if bits > _MOST_BITS:
+        raise TooLarge
+    return bits
+
+
+def _bits_of_power(power: Pow, base_bits: float, exponent_bits: float) -> float:
+    base, exponent = power.args
+    if exponent.free_symbols or not exponent.is_number:
+        return base_bits + exponent_bits
+    size = abs(int(exponent)) if isinstance(exponent, Integer) else 2.0 ** min(exponent_bits, 60)
+    if isinstance(base, Add) and base.free_symbols and size > _MOST_EXPANDED:
+        raise TooLarge
+    return float(base_bits * min(size, 1 << 60))
+
+
+def _check_terms(expression: Any) -> None:
+    for limits in expression.limits:
+        if len(limits) != 3:
+            continue
+        for bound in limits[1:]:
+            _bits(bound)
+        count = limits[2] - limits[1]
+        if count.is_number and count.is_finite and abs(count) > _MOST_TERMS:
+            raise TooLarge

@@ -1,0 +1,115 @@
+"""Mathematics: what of a generation is its answer, and which answers are one."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from sgl_lim.programs.answer_forms import Form, read
+from sgl_lim.programs.answer_text import answer_text
+from sgl_lim.programs.exact_answers import plainly_same
+from sgl_lim.programs.graders import Answer, Comparison, GradingError
+from sgl_lim.programs.math_process import MathProcess, WorkerLost
+from sgl_lim.programs.problems import Problem
+from sgl_lim.programs.run_records import Generation
+
+INSTALL_MATH_VERIFY = "pip install 'math-verify>=0.9,<1'"  # the extra `math` of pyproject.toml
+_RULES = 2  # changes with what counts as an answer, or as the same one
+
+_READ_SECONDS = 0.5  # of processor time, for one answer
+_SAME_SECONDS = 1.0  # for one comparison
+_PROBLEM_SECONDS = 6.0  # for all of a problem; what is left then is compared by its spelling
+
+
+class MathGrader:
+    """Mathematics, by rules of ours and the `math-verify` library, which runs in a process of its own.
+
+    Raises:
+        GradingError: `math-verify` is not installed.
+    """
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("math_verify") is None:
+            raise GradingError(
+                "grading mathematical answers needs the math-verify library, which does not import here; "
+                f"install it with: {INSTALL_MATH_VERIFY}"
+            )
+        self.name = f"math {_RULES} (math-verify {version('math-verify')})"
+        self._process = MathProcess()
+
+    def extract(self, generation: Generation) -> Answer | None:
+        found = answer_text(
+            generation.text, finish_reason=generation.finish_reason, thinking_opened=generation.thinking_opened
+        )
+        form = None if found is None else read(found)
+        return Answer(form.text, form) if form and form.text else None
+
+    def expected(self, problem: Problem) -> Answer:
+        form = read(problem.answer)
+        if not form.text:
+            raise GradingError(
+                f"problem {problem.id!r}: there is nothing to compare in its answer {problem.answer!r}, so nothing "
+                "could be graded against it; correct the answer or remove the problem"
+            )
+        return Answer(form.text, form)
+
+    def comparison(self, stopped: Callable[[], bool]) -> Comparison:
+        return _MathComparison(self._process, stopped)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    costly: bool
+    number: float | None  # about
+
+
+class _MathComparison:
+    """The answers of one problem. What is costly is bounded, and an answer that is too costly equals its spelling."""
+
+    def __init__(self, process: MathProcess, stopped: Callable[[], bool]) -> None:
+        self._process = process
+        self._stopped = stopped
+        self._left = _PROBLEM_SECONDS
+        self._readings: dict[str, _Reading] = {}
+        self._same: dict[frozenset[Form], bool] = {}
+
+    def same(self, one: Answer, other: Answer) -> bool:
+        pair = frozenset((one.value, other.value))
+        if pair not in self._same:
+            plain = plainly_same(one.value, other.value)
+            self._same[pair] = self._by_library(one.value, other.value) if plain is None else plain
+        return self._same[pair]
+
+    def by_spelling(self, answer: Answer) -> bool:
+        reading = self._readings.get(answer.value.text)
+        return reading is not None and reading.costly
+
+    def _by_library(self, one: Form, other: Form) -> bool:
+        first, second = self._read(one.text), self._read(other.text)
+        if first.costly or second.costly:
+            return False
+        if first.number is not None and second.number is not None and not (one.percent or other.percent):
+            if abs(first.number - second.number) > 1e-3 * max(abs(first.number), abs(second.number)):
+                return False
+        reply = self._ask({"same": sorted((one.text, other.text))}, _SAME_SECONDS)
+        return reply is not None and bool(reply["same"])
+
+    def _read(self, text: str) -> _Reading:
+        if text not in self._readings:
+            reply = self._ask({"read": text}, _READ_SECONDS)
+            number = None if reply is None or reply["number"] is None else float(reply["number"])
+            self._readings[text] = _Reading(reply is None or reply["costly"], number)
+        return self._readings[text]
+
+    def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
+        if self._left <= 0:
+            return None
+        try:
+            reply = self._process.ask(request, seconds, self._stopped)
+        except WorkerLost as error:
+            raise GradingError(
+                f"math-verify does not work here ({error}); install it again with: {INSTALL_MATH_VERIFY}"
+            ) from error
+        self._left -= seconds if reply is None else reply["seconds"]
+        return reply

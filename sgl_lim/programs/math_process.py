@@ -1,0 +1,133 @@
+"""Ask `math_worker`, which reads and compares mathematical answers in a process of its own, within limits."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+_START_SECONDS = 120.0  # for its imports, on a machine that is busy
+_STARVED = 20.0  # a request may take so many times its limit on the clock, where other processes take the processor
+_GRACE_SECONDS = 0.5  # for the request in work when the run is stopped
+_POLL_SECONDS = 0.05
+
+
+class WorkerLost(RuntimeError):
+    """The worker does not start; the message says why."""
+
+
+class GradingStopped(RuntimeError):
+    """The run was stopped while a request was in work."""
+
+
+class MathProcess:
+    """The worker, started at once and waited for at the first request. Ends with its owner, or with the interpreter.
+
+    Not for several threads at a time.
+    """
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(part or os.getcwd() for part in sys.path)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "sgl_lim.programs.math_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for the run, which decides what becomes of the worker
+        )
+        assert self._process.stdout is not None and self._process.stderr is not None
+        self._errors: list[bytes] = []
+        drain = threading.Thread(target=_drain, args=(self._process.stderr, self._errors), daemon=True)
+        drain.start()
+        self._end = weakref.finalize(self, _end, self._process, drain)
+        self._buffer = b""
+        self._is_ready = False
+
+    def close(self) -> None:
+        """End the worker, whatever it does."""
+        self._end()
+
+    def ask(self, request: dict[str, Any], seconds: float, stopped: Callable[[], bool]) -> dict[str, Any] | None:
+        """The worker's reply, or None if it did not come to an end within `seconds` of processor time.
+
+        Raises:
+            WorkerLost: there is no worker.
+            GradingStopped: `stopped()` became true and no reply came soon.
+        """
+        if not self._is_ready:
+            self._wait_ready(stopped)
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({**request, "seconds": seconds}).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise WorkerLost(self._why()) from error
+        reply = self._line(seconds * _STARVED, stopped)
+        if reply is None:
+            self.close()
+            self.__init__()  # type: ignore[misc] # it hangs where no limit of processor time reaches
+            return None
+        if reply.get("ready"):  # of the next worker: the one that was asked is dead
+            return None
+        return reply
+
+    def _wait_ready(self, stopped: Callable[[], bool]) -> None:
+        ready = self._line(_START_SECONDS, stopped)
+        if ready is None:
+            raise WorkerLost(f"it did not start within {_START_SECONDS:.0f} s")
+        self._is_ready = True
+
+    def _line(self, seconds: float, stopped: Callable[[], bool]) -> dict[str, Any] | None:
+        """The next line of the worker; None after `seconds` on the clock."""
+        assert self._process.stdout is not None
+        descriptor, deadline, stop_at = self._process.stdout.fileno(), time.monotonic() + seconds, None
+        while b"\n" not in self._buffer:
+            now = time.monotonic()
+            if stop_at is None and stopped():
+                stop_at = now + _GRACE_SECONDS
+            if stop_at is not None and now > stop_at:
+                self.close()
+                raise GradingStopped("stopped while an answer was compared")
+            if now > deadline:
+                return None
+            if select.select([descriptor], [], [], _POLL_SECONDS)[0]:
+                read = os.read(descriptor, 1 << 16)
+                if not read:
+                    raise WorkerLost(self._why())
+                self._buffer += read
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return dict(json.loads(line))
+
+    def _why(self) -> str:
+        self._process.wait()
+        said = b"".join(self._errors).decode(errors="replace").strip().splitlines()
+        return said[-1] if said else f"it ended with code {self._process.returncode}"
+
+
+def _drain(stream: Any, into: list[bytes]) -> None:
+    """Keep what the worker says last, so that it never waits for a reader."""
+    for line in stream:
+        into.append(line)
+        del into[:-20]
+
+
+def _end(process: "subprocess.Popen[bytes]", drain: threading.Thread) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)  # its session: the worker and who forks it
+    except ProcessLookupError:
+        pass
+    process.wait()
+    drain.join()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            try:
+                stream.close()
+            except OSError:
+                pass  # what it was asked last does not fit into a pipe that nobody reads
