@@ -6,7 +6,7 @@ of it: here for texts, in `math_worker` for the comparison. Numbers refer to iss
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 # Report: "the answer holds invisible, full-width, bold or other Unicode characters, and counts as wrong".
@@ -20,7 +20,7 @@ _CHARACTERS = str.maketrans(
         ), strict=True)},
         **{power: f"^{{{digit}}}" for digit, power in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
         **{index: f"_{{{digit}}}" for digit, index in enumerate("₀₁₂₃₄₅₆₇₈₉")},
-        "°": r"^\circ", "、": ",", "…": r"\ldots ", "∶": ":", "∕": "/", "⁄": "/",  # noqa: RUF001
+        "°": r"^\circ", "∅": r"\emptyset ", "、": ",", "…": r"\ldots ", "∶": ":", "∕": "/", "⁄": "/",  # noqa: RUF001
     }
 )  # fmt: skip
 
@@ -41,7 +41,17 @@ _SPACES = re.compile(
     r"(?<!\\)\\[,;:!> ]|~|\\(?:q?quad|thinspace|medspace|thickspace|enspace|nobreak)(?![A-Za-z])"
     r"|\\h(?:space|phantom)\s*\{[^{}]*\}|\s+"
 )
+_DOLLARS = re.compile(r"\s*\$?\s*\\\$")
+# Report: "a remark in the box counts as wrong": \\text{The answer is } 9, 9 (nine), 9 with a tick.
+_REMARKS = re.compile(
+    r"^\s*(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is)?\s*:?\s+(?=\S)|(?<=\d)\s*\([A-Za-z]{3,}[A-Za-z\s]*(?<!base)\)\s*$"
+    r"|\\(?:checkmark|blacksquare|square|qed)(?![A-Za-z])|[✓✔✅■∎]",
+    re.IGNORECASE,
+)
 _PERCENT = re.compile(r"\s+per\s?cent\b|(?<=\d)\s*%", re.IGNORECASE)
+_BRACKETS = {"langle": "(", "rangle": ")", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]"}
+_BRACKET = re.compile(rf"\\({'|'.join(_BRACKETS)})(?![A-Za-z])")
+_DOTS = re.compile(r"\\[cl]?dots[cob]?(?![A-Za-z])|\.\.\.")
 _FRACTIONS = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 # Report: "1{,}000, 1\\,000 and 1,000 are not 1000"; a comma in brackets parts elements.
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\d.])\d{1,3}(?: \d{3})+(?!\d)")
@@ -52,7 +62,9 @@ _PLAIN_WORDS = re.compile(
 _COMMAND_OF = {"infinity": "infty", "inf": "infty", "oo": "infty"}
 _MEMBER = re.compile(r"^\s*(?:[A-Za-z]|\\[a-z]+)\s*\\in(?![a-z])\s*")
 _NAMED = re.compile(r"^\s*((?:[A-Za-z]|\\[A-Za-z]+)[\w{}'\\]*(?:\s*\([A-Za-z,\s]*\))?)\s*=\s*([^=<>]*)$")
-_BASED = re.compile(r"\(?([0-9A-Z]+)\)?\s*(?:_\s*\{?\s*(?:base)?\s*([A-Za-z]+|\d+)\s*\}?|\s+(?:in\s+)?base[\s-]+(\w+))")
+_BASED = re.compile(
+    r"\(?([0-9A-Z]+)\)?\s*(?:_\s*\{?\s*(?:base)?\s*([A-Za-z]+|\d+)\s*\}?|\s+\(?(?:in\s+)?base[\s-]+(\w+)\)?)"
+)
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 
 _UNITS = {
@@ -60,15 +72,18 @@ _UNITS = {
     "millimeter": "mm", "millimetre": "mm", "inch": "in", "inche": "in", "foot": "ft", "feet": "ft", "mile": "mi",
     "yard": "yd", "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h", "day": "day", "week": "week",
     "month": "month", "year": "year", "degree": "degree", "deg": "degree", "radian": "rad", "dollar": "dollar",
-    "usd": "dollar", "cent": "cent", "gram": "g", "kilogram": "kg", "liter": "l", "litre": "l", "mph": "mph",
-    "pound": "lb", "ounce": "oz",
+    "usd": "dollar", "cent": "cent", "gram": "g", "kilogram": "kg", "liter": "l", "litre": "l", 
+    "pound": "lb", "ounce": "oz", "kph": "km/h", "mph": "mi/h",
 }  # fmt: skip
-_KNOWN_UNITS = frozenset(_UNITS.values())
+_KNOWN_UNITS = frozenset([*_UNITS.values(), "n", "j", "w", "v", "k", "c", "f"])
 # Report: "a unit behind the number counts as wrong": words, an exponent of them, or a sign, behind a value.
 _UNIT = re.compile(
-    r"(?<=[\d})a-z%])\s*((?:\\?%\s*)?(?:\s|(?<=[\d})]))(?:per\s+|square\s+|cubic\s+|sq\.?\s+|cu\.?\s+)?"
-    r"[A-Za-z]{2,}[A-Za-z .\-/]*?(?:\s*\^\s*\{?[23]\}?)?|\s[mgshl](?:\s*\^\s*\{?[23]\}?)?|\^\s*\{?\\circ\}?(?:\s*[CF])?)\s*$"
+    r"(?<=[\d})a-z%])\s*((?:\s|(?<=[\d})]))(?:per\s+|square\s+|cubic\s+|sq\.?\s+|cu\.?\s+)?"
+    r"[A-Za-z]{2,}[A-Za-z .\-/]*?(?:\s*\^\s*\{?[23]\}?)?|\\unit\s*[A-Za-z](?:\s*/\s*(?:\\unit)?\s*[A-Za-z]+)?(?:\s*\^\s*\{?[23]\}?)?"
+    r"|\s(?:m|ft|km|mi|cm|g|kg)\s*/\s*(?:s|h|hr|min|L|l|ml)(?:\s*\^\s*\{?2\}?)?|\s[ms]\s*\^\s*\{?[23]\}?"
+    r"|\^\s*\{?\\circ\}?(?:\s*[CF])?)\s*$"
 )
+_LETTER_UNIT = re.compile(r"(?<=[\d}/])((?:\\[,; ]|~|\s)*)\\(?:text|mathrm|mbox|textrm)\s*\{(?:\\[,; ]|~|\s)*([mgshLlNJWVKCF])\s*\}")
 _NO_UNITS = re.compile(r"\b(?:or|and|mod|if|for|where|not|base|to)\b|\\")
 
 
@@ -80,15 +95,20 @@ class Form:
     """LaTeX for math-verify, without what is not mathematics; also what people read."""
     unit: str | None = None  # "cm^2", where the answer has one
     name: str | None = None  # "x" of `x = 5`
-    base: int | None = None  # of a numeral with a subscript; `text` is its digits then
+    base: int | None = None  # of a numeral with a subscript
     number: Fraction | None = None  # the value of a plain number or fraction
     ulp: Fraction | None = None  # the last place of a `number` with a decimal point, which may be rounded there
     percent: bool = False
 
     @property
+    def as_equation(self) -> str:
+        """LaTeX with its name as the left side."""
+        return self.text if self.name is None else f"{self.name} = {self.text}"
+
+    @property
     def spelling(self) -> str:
         """Equal of answers that differ in nothing but spaces and capital letters of words."""
-        letters = re.sub(r"\s|[{}]", "", self.text)
+        letters = re.sub(r"(?<!\d)\s|\s(?!\d)|[{}]", "", self.text)
         return letters.casefold() if re.search(r"[A-Za-z]{3}", self.text) else letters
 
 
@@ -99,28 +119,31 @@ def read(answer: str) -> Form:
         base = _base(based.group(2) or based.group(3))
         if base is not None:
             digits = based.group(1).lstrip("0") or "0"
-            return Form(digits, base=base) if base != 10 else _plain(Form(digits))
+            return Form(f"{digits}_{{{base}}}", base=base) if base != 10 else _plain(Form(digits))
     name, text = _name(text)
     unit, text = _unit(text)
+    if _DOLLARS.match(answer):
+        unit = unit or "dollar"
     return _plain(Form(text, unit, name))
 
 
 def _mathematics(answer: str) -> str:
     """`answer` without dress: characters, wrappers, spaces, final marks, words of mathematics."""
     text = "".join(map(_character, answer)).translate(_CHARACTERS)
-    text = _SIZES.sub(" ", _COLOUR.sub("", text))
+    text = _LETTER_UNIT.sub(r" \\unit \2", _SIZES.sub(" ", _COLOUR.sub("", text)))
     text = re.sub(r"\\(?:\(|\)|\[|\])|(?<!\\)\$|\*\*(?=\S)(?!\d)|(?<=\S)\*\*$|`", " ", text)
     text = _PERCENT.sub(r"\\%", text.replace(r"\$", ""))  # report: "$36 and 36 dollars are not 36"
     while (bare := _WRAPPED.sub(_unwrap, text)) != text:
         text = bare
-    text = _FRACTIONS.sub(r"\\frac", text)
+    text = text.replace(r"\varnothing", r"\emptyset")
+    text = _DOTS.sub(r"\\ldots ", _FRACTIONS.sub(r"\\frac", text))
+    text = _BRACKET.sub(lambda bracket: _BRACKETS[bracket.group(1)], text)
     text = _JOINED.sub("", text)
     text = _SPACES.sub(" ", text)
     if not re.search(r"[(\[]|\\\{", text):
         text = _GROUPED.sub(lambda number: re.sub(r"[^\d]", "", number.group()), text)
     text = re.sub(r"\{\s*(-?[\w.]+)\s*\}$", r"{\1}", text.strip())
-    text = _final_marks(text)
-    return _plain_words(text)
+    return _plain_words(_final_marks(_REMARKS.sub("", text)))
 
 
 def _character(character: str) -> str:
@@ -150,7 +173,7 @@ def _final_marks(text: str) -> str:
     previous = None
     while previous != text:
         previous = text
-        text = re.sub(r"^(?:[=:]|\\(?:approx|therefore)(?![A-Za-z]))\s*|(?<!\\)\\$|[\s.,;:!?。]+$", "", text.strip())
+        text = re.sub(r"^(?:[=:]|\\(?:approx|therefore)(?![A-Za-z]))\s*|(?<!\\)\\$|[\s.,;:?。]+$", "", text.strip())
         if text.startswith("{") and text.endswith("}") and text.find("}") == len(text) - 1:
             text = text[1:-1]
     return text
@@ -162,6 +185,7 @@ def _plain_words(text: str) -> str:
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<=\d)(?=(?:sqrt|pi)(?![A-Za-z]))", " ", text)
     text = _PLAIN_WORDS.sub(lambda word: f"\\{_COMMAND_OF.get(word.group(), word.group())} ", text)
+    text = re.sub(r"(?<![A-Za-z])\\?exp\s*\(([^()]*)\)", r"e^{\1}", text)
     text = re.sub(r"\*\*|\^\^", "^", text)
     text = text.replace("*", r" \cdot ").replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
     text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
@@ -182,15 +206,15 @@ def _name(text: str) -> tuple[str | None, str]:
 
 def _unit(text: str) -> tuple[str | None, str]:
     found = _UNIT.search(text)
-    if found is None or _NO_UNITS.search(found.group(1).replace(r"\circ", "").replace(r"\%", "")):
+    if found is None or _NO_UNITS.search(found.group(1).replace(r"\circ", "").replace(r"\unit", "")):
         return None, text
-    words = re.sub(r"[{}\s.]+", " ", found.group(1)).strip().lower()
+    words = re.sub(r"[{}\s.]+", " ", found.group(1).replace(r"\unit", "")).strip().lower()
     if words.startswith("^"):
         return "degree", text[: found.start()].strip()
     power = "^2" if re.search(r"square|sq\b|\^ ?2", words) else "^3" if re.search(r"cubic|cu\b|\^ ?3", words) else ""
     word = re.sub(r"square|cubic|\bsq\b|\bcu\b|\^ ?\d", "", words).strip()
     word = _UNITS.get(word) or _UNITS.get(word.removesuffix("s")) or word
-    return (word + power if word in _KNOWN_UNITS else None), text[: found.start()].strip()
+    return (word.replace(" ", "") + power if word in _KNOWN_UNITS or "/" in word else None), text[: found.start()].strip()
 
 
 def _base(text: str) -> int | None:
@@ -204,6 +228,7 @@ def _base(text: str) -> int | None:
 _DECIMAL = re.compile(
     r"([-+]?)\s*(\d*\.?\d+|\d+\.)\s*(?:(?:\\times|\\cdot)\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?)?\s*(\\?%)?"
 )
+_REPEATING = re.compile(r"([-+]?)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
 _RATIO = re.compile(
     r"([-+]?)\s*(?:\\frac\s*(?:\{\s*([-+]?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))|(\d+)\s*/\s*(\d+))"
 )
@@ -217,12 +242,16 @@ def _plain(form: Form) -> Form:
         return form
     if found := _DECIMAL.fullmatch(text):
         return _decimal(form, *found.groups())
+    if found := _REPEATING.fullmatch(text):  # report: "0.333... with a bar is not 1/3"
+        sign, whole, once, again = found.groups()
+        number = Fraction(f"{whole}.{once}0") + Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(once))
+        return replace(form, number=-number if sign == "-" else number)
     if found := _RATIO.fullmatch(text):
         sign, *parts = found.groups()
         above, below = [part for part in parts if part is not None]
         if int(below):
             number = Fraction(int(above), int(below))
-            return Form(text, form.unit, form.name, number=-number if sign == "-" else number)
+            return replace(form, number=-number if sign == "-" else number)
     return form
 
 
@@ -232,4 +261,4 @@ def _decimal(form: Form, sign: str, digits: str, exponent: str | None, percent: 
         text = f"{number}{percent or ''}"  # without leading zeros
     places = Fraction(10) ** (int(exponent or 0) - len(digits.partition(".")[2]))
     ulp = places if "." in digits else None
-    return Form(text, form.unit, form.name, number=number, ulp=ulp, percent=bool(percent))
+    return replace(form, text=text, number=number, ulp=ulp, percent=bool(percent))

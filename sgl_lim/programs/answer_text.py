@@ -87,7 +87,7 @@ def _closing_brace(text: str, opening: int) -> int | None:
 def _tags(text: str) -> list[tuple[int, str | None]]:
     """Position and content of each `<answer>` that holds no box."""
     tags = [(tag.start(), tag.group(1).strip()) for tag in _TAGGED.finditer(text)]
-    return [(start, _value(content) or content) for start, content in tags if content and not _BOX.search(content)]
+    return [(start, _stated(content) or _value(content) or content) for start, content in tags if content and not _BOX.search(content)]
 
 
 def _stated(text: str) -> str | None:
@@ -102,7 +102,7 @@ def _bold(text: str) -> str | None:
     """The last bold value of the last line."""
     lines = text.strip().splitlines()
     spans = [first or second for first, second in _BOLD.findall(lines[-1])] if lines else []
-    values = [value for value in map(_value, spans) if value and _is_value(value)]
+    values = [value for span in spans if _is_value(span) and (value := _value(span))]
     return values[-1] if values else None
 
 
@@ -113,7 +113,7 @@ def _alone(text: str) -> str | None:
         return (display.group(1) or display.group(2)).strip()
     line = block.splitlines()[-1] if block else ""
     value = _value(line)
-    return value if value and _is_value(value) and value in line else None
+    return value if value and _is_value(value) and len(value) >= len(line.strip(" \t.*_`$\\()[]")) else None
 
 
 def _value(text: str) -> str | None:

@@ -23,9 +23,38 @@ def plainly_same(one: Form, other: Form) -> bool | None:
         return False  # report: "1, 2, ..., n equals 1, 3, ..., 2n - 1" (#14)
     if ":" in one.text + other.text:
         return _same_parts(one.text.split(":"), other.text.split(":"))
+    if {_shape(one.text), _shape(other.text)} == {"round", "braces"}:
+        return False  # report: "{1, 2} equals (1, 2)"
     if _WORD.fullmatch(one.text) or _WORD.fullmatch(other.text):
         return False
     return None
+
+
+def for_library(one: Form, other: Form) -> tuple[str, str]:
+    """Two answers as math-verify compares them best.
+
+    With its name as the left side, where the other is an equation: y = 2x + 3 and y - 2x = 3. In the brackets of the
+    other, where one has none: else 1, -2 is the pair (-2, 1), because math-verify sorts what has no brackets.
+    """
+    if (one.name is None) != (other.name is None) and "=" in one.text + other.text:
+        return one.as_equation, other.as_equation
+    shapes = _shape(one.text), _shape(other.text)
+    if shapes == ("round", "bare"):
+        return one.text, f"{one.text[0]}{other.text}{one.text[-1]}"
+    if shapes == ("bare", "round"):
+        return f"{other.text[0]}{one.text}{other.text[-1]}", other.text
+    return one.text, other.text
+
+
+def _shape(text: str) -> str:
+    """Which brackets are around a list."""
+    if text.startswith(r"\{"):
+        return "braces"
+    if "," not in text or r"\begin" in text:
+        return "other"
+    if re.fullmatch(r"[(\[][^()\[\]]*(?:\([^()]*\)[^()\[\]]*)*[)\]]", text):
+        return "round"
+    return "bare" if not re.search(r"[()\[\]]", text) else "other"
 
 
 def _differ(one: str | None, other: str | None) -> bool:

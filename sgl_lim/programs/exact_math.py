@@ -8,9 +8,11 @@ from sympy import (
     Add,
     Basic,
     Expr,
+    FiniteSet,
     Float,
     Integer,
     Mul,
+    Or,
     Pow,
     Rational,
     binomial,
@@ -21,9 +23,11 @@ from sympy import (
     oo,
     zoo,
 )
+from sympy.core.relational import GreaterThan, LessThan, StrictGreaterThan, StrictLessThan
 from sympy.concrete.expr_with_limits import ExprWithLimits
 from sympy.matrices import MatrixBase
 
+_INEQUALITIES = (GreaterThan, LessThan, StrictGreaterThan, StrictLessThan)
 _MOST_BITS = 1 << 20  # of a number that is computed
 _MOST_TERMS = 10_000  # of a sum or a product
 _MOST_EXPANDED = 100  # power of a sum with variables
@@ -112,6 +116,13 @@ def _exact(expression: Any) -> Any:
     return expression.xreplace({decimal: Rational(str(decimal)) for decimal in expression.atoms(Float)})
 
 
+def joined(expression: Any) -> Any:
+    """Report: "x < 2 or x > 3 is not (-oo, 2) u (3, oo)": inequalities in a list are the union of what they allow."""
+    if isinstance(expression, FiniteSet) and all(isinstance(part, _INEQUALITIES) for part in expression.args):
+        return Or(*expression.args).as_set()
+    return expression
+
+
 def number_text(expression: Any) -> str | None:
     """The number that an expression is, to 15 digits; None if it is none, or a decimal or a percentage in it counts."""
     if not isinstance(expression, Expr) or expression.free_symbols or library.get_pct_val(expression) is not None:
@@ -177,5 +188,5 @@ def _check_terms(expression: Any) -> None:
         for bound in limits[1:]:
             _bits(bound)
         count = limits[2] - limits[1]
-        if count.is_number and count.is_finite and abs(count) > _MOST_TERMS:
+        if count.is_number and count.is_finite and abs(float(count)) > _MOST_TERMS:
             raise TooLarge

@@ -8,7 +8,7 @@ from typing import Any
 
 from sgl_lim.programs.answer_forms import Form, read
 from sgl_lim.programs.answer_text import answer_text
-from sgl_lim.programs.exact_answers import plainly_same
+from sgl_lim.programs.exact_answers import for_library, plainly_same
 from sgl_lim.programs.graders import Answer, Comparison, GradingError
 from sgl_lim.programs.math_process import MathProcess, WorkerLost
 from sgl_lim.programs.problems import Problem
@@ -86,13 +86,14 @@ class _MathComparison:
         return reading is not None and reading.costly
 
     def _by_library(self, one: Form, other: Form) -> bool:
-        first, second = self._read(one.text), self._read(other.text)
+        texts = for_library(one, other)
+        first, second = map(self._read, texts)
         if first.costly or second.costly:
             return False
         if first.number is not None and second.number is not None and not (one.percent or other.percent):
             if abs(first.number - second.number) > 1e-3 * max(abs(first.number), abs(second.number)):
                 return False
-        reply = self._ask({"same": sorted((one.text, other.text))}, _SAME_SECONDS)
+        reply = self._ask({"same": sorted(texts)}, _SAME_SECONDS)
         return reply is not None and bool(reply["same"])
 
     def _read(self, text: str) -> _Reading:

@@ -24,7 +24,7 @@ import warnings
 from functools import lru_cache
 from typing import Any
 
-from sgl_lim.programs.exact_math import TooLarge, check_size, compare_exactly, number_text
+from sgl_lim.programs.exact_math import TooLarge, check_size, compare_exactly, joined, number_text
 
 _MEMORY_BYTES = 4 << 30  # of address space
 _LONGEST = 1000  # characters of an answer that is read
@@ -106,14 +106,20 @@ def _parse(text: str) -> list[Any]:
     Raises:
         TooLarge: nobody should compute it.
     """
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
     if len(text) > _LONGEST:
         raise TooLarge
-    found = parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
+    # Without the units of ours already, it would drop the m of 2m.
+    as_it_stands = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
+    )
+    config = LatexExtractionConfig(normalization_config=as_it_stands)
+    found = parse(f"${text}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
     for expression in found:
         check_size(expression)
-    return list(found)
+    return [joined(expression) for expression in found]
 
 
 if __name__ == "__main__":
