@@ -23,6 +23,7 @@ SPACED_FIRST = 2
 SPACED_STEP = 4
 SPACED_ATTENDS = "set"
 CALIBRATION_TAKES = "a minute or two on a GPU, some minutes on a CPU"
+_ATTENDS = {"context": "the whole context", "set": "the sets that they choose"}
 _READS = {"context": 1.0, "set": 0.5}
 """What of its context a selection layer reads: keys and values, or about the keys alone."""
 
@@ -145,8 +146,7 @@ def _unmeasured(config: LimConfig, layers: Layers, command: str, num_layers: int
     listed = ",".join(map(str, layers.selection_layers))
     return [
         "this checkpoint was never measured: it has neither a built-in preset nor a calibration of yours. Layers "
-        f"{listed} select, by the spaced default, and attend to "
-        f"{'the whole context' if attends == 'context' else 'the sets that they choose'}. Beside the sets, a decode step "
+        f"{listed} select, by the spaced default, and attend to {_ATTENDS[attends]}. Beside the sets, a decode step "
         f"reads as much as {read:g} of the model's {num_layers} layers would read densely. To measure which layers fit "
         f"this checkpoint, and what these ones lose, run `{command}`. It takes {CALIBRATION_TAKES}. Later starts find "
         "its result by themselves."

@@ -82,7 +82,7 @@ def test_what_was_given_is_told_as_typed():
         ("{bad", "LESSISMORE_CONFIG must hold a JSON object"),
         ("/no/such/file.json", "LESSISMORE_CONFIG must hold a JSON object"),
         ('{"budgets": 1}', "unknown keys budgets; known are aggregate, budget"),
-        ('{"selection_layers": "2;4"}', "expected layer indices separated by commas"),
+        ('{"selection_layers": "2;4"}', "expected layer indices separated by commas, or default"),
     ],
     ids=["json", "file", "key", "layers"],
 )
