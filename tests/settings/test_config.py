@@ -99,7 +99,7 @@ def test_unreadable_environment_is_refused(monkeypatch, text, message):
         ("--lim-top-p", "half", "expected a share, got 'half'"),
         ("--lim-recency", "half", "expected a share or auto, got 'half'"),
         ("--lim-early-sets", "perhaps", "expected on or off, got 'perhaps'"),
-        ("--lim-selection-layers", "a,b", "expected layer indices separated by commas, got 'a,b'"),
+        ("--lim-selection-layers", "a,b", "expected layer indices separated by commas, or default, got 'a,b'"),
         ("--lim-method", "x", "invalid choice: 'x'"),
         ("--lim-prefix-selection", "all", "invalid choice: 'all'"),
     ],

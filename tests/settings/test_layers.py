@@ -216,7 +216,7 @@ def test_a_later_result_takes_the_place_of_an_earlier_one(measured, preset):
 
 
 def test_what_has_no_weights_cannot_be_kept(preset, tmp_path):
-    with pytest.raises(ValueError, match="no such|neither a folder"):
+    with pytest.raises(ValueError, match="neither a folder"):
         keep(preset, str(tmp_path / "none"))
 
 
