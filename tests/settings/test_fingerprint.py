@@ -77,6 +77,15 @@ def test_config_names_and_shapes_count(plain, tmp_path):
     assert len(set(found)) == len(found)
 
 
+def test_the_whole_header_counts(tmp_path, monkeypatch):
+    """It is longer than a block, and what the names differ in lies between the blocks."""
+    monkeypatch.setattr(under_test, "_BLOCKS", 16)
+    tensors = {f"layer.{i:03}": torch.zeros(1024) for i in range(300)}
+    last = tensors.pop("layer.299")
+    found = {fingerprint(str(write(tmp_path / name, {**tensors, name: last}))) for name in ("layer.299", "layer.399")}
+    assert len(found) == 2
+
+
 def test_what_changes_in_place_changes_the_fingerprint(plain):
     before = fingerprint(str(plain))
     save_file(weights(seed=1), plain / "model.safetensors")
@@ -88,6 +97,9 @@ def test_pickled_weights_and_single_files_have_one(tmp_path):
     pickled.mkdir()
     (pickled / "config.json").write_text("{}")
     (pickled / "pytorch_model.bin").write_bytes(b"weights" * 99)
+    before = fingerprint(str(pickled))
+    (pickled / "training_args.bin").write_bytes(b"no weights")
+    assert fingerprint(str(pickled)) == before
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF" + bytes(99))
     found = [fingerprint(str(path)) for path in (pickled, gguf)]
