@@ -150,11 +150,20 @@ def after_step(lim: LimState) -> None:
 
 
 def on_idle() -> None:
-    """Publish what changed. The scheduler calls this when no batch runs, so waiting for the device costs nothing."""
-    if not (_State.dirty and _State.enabled) or _State.lim is None:
+    """Count and publish what is left. SGLang calls this when no batch runs, so waiting for the device costs nothing."""
+    if _State.lim is None:
+        return
+    _State.lim.counters.settle()
+    if not (_State.dirty and _State.enabled):
         return
     _State.dirty, _State.last, _State.pending = False, time.monotonic(), None
     _publish(_State.lim.counters.totals)
+
+
+def on_discarded(rows: Tensor, places: list[int]) -> None:
+    """SGLang threw away what a decode step computed for some of its rows; as `Counters.discard` takes them."""
+    if _State.lim is not None:
+        _State.lim.counters.discard(rows, places)
 
 
 def _publish(totals: Tensor) -> None:
