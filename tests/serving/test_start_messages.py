@@ -12,7 +12,14 @@ from sgl_lim.serving.state import agreed
 from sgl_lim.settings.layers import Layers
 from support.fake_backend import build
 
-MEASURED = {"agreement": 0.94512, "tokens": 4000, "needles": {"one key": 1.0}, "kept_on": "2026-01-31"}
+MEASURED = {
+    "agreement": 0.94512,
+    "agreement_interval": [0.93, 0.96],
+    "tokens": 4000,
+    "one_key": {"items": 40, "dense_right": 1.0},
+    "beside": {"2,12": {"tokens": 4000}},
+    "kept_on": "2026-01-31",
+}
 LAYERS = Layers((1,), "set", "the calibration kept in x.json", MEASURED, ("first remark", "second remark"))
 
 
@@ -44,8 +51,8 @@ def test_the_first_rank_says_it_once_and_the_others_nothing(lim, monkeypatch, ca
     first, second, line = announced(lim, monkeypatch, caplog, rank=0)
     assert (first, second) == (("WARNING", "sgl-lim: first remark"), ("WARNING", "sgl-lim: second remark"))
     assert line[0] == "INFO" and "selection layers 1, selection attends set" in line[1]
-    said = "selection layers from the calibration kept in x.json (agreement 0.9451, tokens 4000, kept on 2026-01-31)"
-    assert said in line[1]
+    figures = "agreement 0.9451, tokens 4000, one key items 40 dense right 1, kept on 2026-01-31"
+    assert f"selection layers from the calibration kept in x.json ({figures}), layers" in line[1]
 
 
 def test_server_info_has_all_that_was_measured(lim, monkeypatch, caplog):

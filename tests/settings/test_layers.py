@@ -229,10 +229,17 @@ def test_a_checkpoint_that_was_never_measured_is_told_what_to_do(model_of):
     assert "as much as 9 of the model's 30 layers" in told and "attend to the whole context" in told
 
 
-def test_the_command_names_the_revision(model):
-    model.revision = "v2"
+def test_the_command_names_the_folder_of_a_revision(model, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--some--model" / "snapshots" / ("a" * 40)
+    model.revision = "a" * 40
     (told,) = resolve_layers(configure(), model).remarks
-    assert f"--model-path {model.model_path} --revision v2`" in told
+    assert "--model-path some/model`" in told
+    folder.mkdir(parents=True)
+    (told,) = resolve_layers(configure(), model).remarks
+    assert f"--model-path {folder}`" in told
 
 
 @pytest.mark.parametrize("values", [{"selection_layers": (2, 4)}, {"method": "full"}, {"method": "window"}], ids=str)
