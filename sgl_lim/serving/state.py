@@ -15,7 +15,7 @@ from sgl_lim.serving.reads import Plan
 from sgl_lim.serving.recorder import Recorder
 from sgl_lim.serving.snapshot import Snapshot
 from sgl_lim.settings.config import LimConfig
-from sgl_lim.settings.layers import Layers, parameters, resolve_layers
+from sgl_lim.settings.layers import Layers, resolve_layers
 
 GRANULE = 128
 """Shared prefixes are found in multiples of so many tokens: less is not worth a program of its own."""
@@ -82,7 +82,7 @@ def build_state(
     table, recorder = rows.req_to_token, None
     if config.record_budgets is None:
         layers = agreed(resolve_layers(config, runner.model_config, runner.server_args.load_format), heads)
-        method = config.build(**parameters(layers))
+        method = config.build(**layers.parameters)
     else:
         method, layers = Full(), Layers((), "context", "none while recording")
         recorder = Recorder(recorded_rules(config), num_layers, heads, combine_ranks, table.device)

@@ -16,7 +16,8 @@ from sgl_lim.methods.selection_layers import DEFAULT_LAYERS
 from sgl_lim.settings import kept_calibration, preset_file
 from sgl_lim.settings.config import LimConfig
 from sgl_lim.settings.fingerprint import NoCheckpoint, local_path
-from sgl_lim.settings.preset_file import Entry, PresetError, PresetFile
+from sgl_lim.settings.kept_calibration import KEPT_ON, Kept
+from sgl_lim.settings.preset_file import PresetError, PresetFile
 from sgl_lim.settings.presets import find_preset
 
 SPACED = "spaced default"
@@ -42,6 +43,11 @@ class Layers:
     """What calibration found of them, with values that JSON has; None where they are not of a calibration."""
     remarks: tuple[str, ...] = ()
     """What a server has to say at its start, as warnings."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Those of a method that they decide, for `LimConfig.build`."""
+        return {"selection_layers": self.selection_layers, "selection_attends": self.selection_attends}
 
 
 def spaced_layers(num_layers: int) -> tuple[int, ...]:
@@ -107,34 +113,40 @@ def _without_flags(
     if not asked_for_default and load_format != "dummy":
         try:
             kept = kept_calibration.find(model_path, num_layers, revision)
-            if kept is not None:
-                found = _of_preset(config, kept.preset, f"the calibration kept in {kept.path}")
-                dated = {} if kept.kept_on is None else {kept_calibration.KEPT_ON: kept.kept_on}
-                return dataclasses.replace(found, measured={**(found.measured or {}), **dated})
         except PresetError as error:
             remarks = (f"the calibration that was kept for this checkpoint cannot be used: {error}",)
+        else:
+            if kept is not None:
+                return _of_kept(config, kept)
     built_in = find_preset(model_path, num_layers)
     if built_in is not None:
         return Layers(built_in.selection_layers, "context", f"preset {built_in.name}", remarks=remarks)
     layers = Layers(spaced_layers(num_layers), SPACED_ATTENDS, SPACED, remarks=remarks)
     if asked_for_default:
         return layers
-    # The command knows no revisions.
-    measured = model_path if revision is None else _folder_of(model_path, revision)
-    return dataclasses.replace(layers, remarks=(*remarks, *_unmeasured(config, layers, measured, num_layers)))
+    measurable = _to_measure(model_path, revision)
+    return dataclasses.replace(layers, remarks=(*remarks, *_unmeasured(config, layers, measurable, num_layers)))
 
 
-def _folder_of(model_path: str, revision: str) -> str:
+def _to_measure(model_path: str, revision: str | None) -> str:
+    """What to give to the calibration, which knows no revisions: the snapshot folder of one, if it is there."""
     try:
-        return str(local_path(model_path, revision))
+        return model_path if revision is None else str(local_path(model_path, revision))
     except NoCheckpoint:
         return model_path
+
+
+def _of_kept(config: LimConfig, kept: Kept) -> Layers:
+    """The layers of a kept calibration; of what was measured the day is a part."""
+    found = _of_preset(config, kept.preset, f"the calibration kept in {kept.path}")
+    dated = {} if kept.kept_on is None else {KEPT_ON: kept.kept_on}
+    return dataclasses.replace(found, measured={**(found.measured or {}), **dated})
 
 
 def _of_preset(config: LimConfig, preset: PresetFile, source: str) -> Layers:
     """The layers of a file, with what of its rule is not the server's."""
     method = config.build()
-    entry: Entry = preset.nearest(method.budget)
+    entry = preset.nearest(method.budget)
     return Layers(
         entry.selection_layers,
         entry.selection_attends,
@@ -146,7 +158,7 @@ def _of_preset(config: LimConfig, preset: PresetFile, source: str) -> Layers:
 
 def _unmeasured(config: LimConfig, layers: Layers, model_path: str, num_layers: int) -> list[str]:
     """The paragraph for a checkpoint that nobody measured; none where the method selects nothing."""
-    method = config.build(**parameters(layers))
+    method = config.build(**layers.parameters)
     if Role.SELECT not in method.layer_roles(num_layers):
         return []
     attends = config.given.get("selection_attends", layers.selection_attends)
@@ -160,8 +172,3 @@ def _unmeasured(config: LimConfig, layers: Layers, model_path: str, num_layers: 
         f"this checkpoint, and what these ones lose, run `{command}`. It takes {CALIBRATION_TAKES}. Later starts find "
         "its result by themselves."
     ]
-
-
-def parameters(layers: Layers) -> dict[str, Any]:
-    """The parameters of a method that the layers decide, for `LimConfig.build`."""
-    return {"selection_layers": layers.selection_layers, "selection_attends": layers.selection_attends}

@@ -11,7 +11,7 @@ from sgl_lim.methods import Method
 from sgl_lim.methods.parameters import Increasing, flag, parameters_of
 from sgl_lim.settings import preset_file
 from sgl_lim.settings.config import LimConfig, RefusedConfig
-from sgl_lim.settings.layers import parameters, resolve_layers
+from sgl_lim.settings.layers import resolve_layers
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def resolved_problems(config: LimConfig, model: Any, load_format: str) -> list[s
     layers = resolve_layers(config, model, load_format)
     return [
         f"{reason} (the layers are those of {layers.source})"
-        for reason in config.build(**parameters(layers)).conflicts()
+        for reason in config.build(**layers.parameters).conflicts()
     ]
 
 

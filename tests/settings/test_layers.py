@@ -15,7 +15,6 @@ from sgl_lim.settings.layers import (
     SPACED,
     full_reads,
     layers_for,
-    parameters,
     resolve_layers,
     spaced_layers,
 )
@@ -110,14 +109,14 @@ def test_what_the_user_says_that_layers_attend_to_always_wins(measured, preset_p
     ):
         found = resolve_layers(config, served)
         assert found.selection_attends == attends
-        assert config.build(**parameters(found)).selection_attends == attends
+        assert config.build(**found.parameters).selection_attends == attends
 
 
 def test_default_ignores_what_was_kept_and_the_file(measured, preset_path, model_of, preset, tmp_path):
     for config in (configure(selection_layers="default"), configure(selection_layers="default", preset=preset_path)):
         found = resolve_layers(config, measured)
         assert (found.selection_layers, found.source, found.remarks) == ((2, 6, 10), SPACED, ())
-        assert config.build(**parameters(found)).selection_layers == (2, 6, 10)
+        assert config.build(**found.parameters).selection_layers == (2, 6, 10)
         assert config.problems() == [] and model_problems(config, measured) == []
     known = model_of(path=checkpoint(tmp_path / "chain-tracer"))
     keep(preset, known.model_path)
@@ -254,7 +253,7 @@ def test_a_method_without_selection_layers_says_that_it_ignores_them(name):
     assert (found.selection_layers, found.source, found.remarks) == ((), f"method {name} has none", ())
     config = configure(method=name, selection_layers=(2, 9), preset="x.json", aggregate="max")
     found = resolve_layers(config, model)
-    assert "selection_layers" not in config.build(**parameters(found)).settings()
+    assert "selection_layers" not in config.build(**found.parameters).settings()
     (said,) = found.remarks
     assert said == f"--lim-method {name} does not use --lim-selection-layers, --lim-aggregate, --lim-preset"
 
