@@ -54,9 +54,21 @@ def test_spaced_layers_fit_any_depth(depth):
 
 @pytest.mark.parametrize(
     ("depth", "layers"),
-    [(1, (0,)), (2, (0,)), (3, (1,)), (4, (2,)), (7, (2,)), (8, (2, 6)), (12, (2, 6, 10)), (15, (2, 6, 10))],
+    [
+        (1, (0,)),
+        (2, (0,)),
+        (3, (1,)),
+        (4, (1,)),
+        (6, (1, 4)),
+        (12, (1, 4, 7, 10)),
+        (23, (1, 4, 7, 10, 13, 16, 19)),
+        (24, (2, 6, 10, 14, 18, 22)),
+        (30, (2, 7, 12, 17, 22, 27)),
+        (36, (2, 8, 14, 20, 26, 32)),
+        (80, tuple(range(2, 79, 8))),
+    ],
 )
-def test_spaced_layers_are_every_fourth(depth, layers):
+def test_spaced_layers_are_as_the_rule_says(depth, layers):
     assert spaced_layers(depth) == layers
 
 
@@ -94,7 +106,7 @@ def test_the_order(preset_path, preset, tmp_path, model_of):
     Path(model.model_path).rename(tmp_path / "nameless")
     model.model_path = str(tmp_path / "nameless")
     found = resolve_layers(configure(budget=200), model)
-    assert (found.selection_layers, found.selection_attends) == ((2, 6, 10), "set")
+    assert (found.selection_layers, found.selection_attends) == ((1, 4, 7, 10), "set")
     assert (found.source, found.measured) == (SPACED, None)
 
 
@@ -115,8 +127,8 @@ def test_what_the_user_says_that_layers_attend_to_always_wins(measured, preset_p
 def test_default_ignores_what_was_kept_and_the_file(measured, preset_path, model_of, preset, tmp_path):
     for config in (configure(selection_layers="default"), configure(selection_layers="default", preset=preset_path)):
         found = resolve_layers(config, measured)
-        assert (found.selection_layers, found.source, found.remarks) == ((2, 6, 10), SPACED, ())
-        assert config.build(**found.parameters).selection_layers == (2, 6, 10)
+        assert (found.selection_layers, found.source, found.remarks) == ((1, 4, 7, 10), SPACED, ())
+        assert config.build(**found.parameters).selection_layers == (1, 4, 7, 10)
         assert config.problems() == [] and model_problems(config, measured) == []
     known = model_of(path=checkpoint(tmp_path / "chain-tracer"))
     keep(preset, known.model_path)
@@ -175,7 +187,7 @@ def test_a_file_that_cannot_be_used_is_told_once_and_left_out(measured, content)
 def test_a_kept_result_of_another_depth_is_left_out(measured):
     measured.num_hidden_layers = 8
     found = resolve_layers(configure(), measured)
-    assert found.selection_layers == (2, 6) and "made for 12 layers, and this model has 8" in found.remarks[0]
+    assert found.selection_layers == (1, 4) and "made for 12 layers, and this model has 8" in found.remarks[0]
 
 
 def test_a_folder_in_place_of_the_file_is_left_out(measured):
@@ -222,10 +234,10 @@ def test_what_has_no_weights_cannot_be_kept(preset, tmp_path):
 def test_a_checkpoint_that_was_never_measured_is_told_what_to_do(model_of):
     (told,) = resolve_layers(configure(), model_of(path="/models/my model", layers=30)).remarks
     assert "`python -m sgl_lim.calibrate --model-path '/models/my model'`" in told
-    assert "Layers 2,6,10,14,18,22,26 select" in told and "attend to the sets that they choose" in told
-    assert "as much as 5.5 of the model's 30 layers" in told and CALIBRATION_TAKES in told
+    assert "Layers 2,7,12,17,22,27 select" in told and "attend to the sets that they choose" in told
+    assert "as much as 5 of the model's 30 layers" in told and CALIBRATION_TAKES in told
     (told,) = resolve_layers(configure(selection_attends="context"), model_of(path="m", layers=30)).remarks
-    assert "as much as 9 of the model's 30 layers" in told and "attend to the whole context" in told
+    assert "as much as 8 of the model's 30 layers" in told and "attend to the whole context" in told
 
 
 def test_the_command_names_the_folder_of_a_revision(model, monkeypatch, tmp_path):
