@@ -150,15 +150,16 @@ def merge_parts(
     """Add the partial results at `places`, where `there`, to a query head's."""
     dims_v = tl.arange(0, BLOCK_DIM_V)
     lse = tl.load(partial_lse_ptr + places, mask=there, other=-float("inf"))
-    new_peak = tl.maximum(peak, tl.max(lse, axis=0))
-    weights = tl.exp(lse - new_peak)
-    rescale = tl.exp(peak - new_peak)
     if DIM_V > 0:
         parts = tl.load(
             partial_ptr + places[:, None] * DIM_V + dims_v[None, :],
             mask=there[:, None] & (dims_v < DIM_V)[None, :],
             other=0.0,
         )
+    new_peak = tl.maximum(peak, tl.max(lse, axis=0))
+    weights = tl.exp(lse - new_peak)
+    rescale = tl.exp(peak - new_peak)
+    if DIM_V > 0:
         acc = acc * rescale + tl.sum(parts * weights[:, None], axis=0)
     return acc, new_peak, norm * rescale + tl.sum(weights, axis=0)
 
