@@ -352,13 +352,14 @@ def empty_results(q: Tensor, dim_v: int) -> tuple[Tensor, Tensor]:
 def launch_for(q: Tensor, kv_heads: int, dim_v: int) -> Launch:
     """Launch parameters by head size and number of rows. A table: nothing is tuned at run time.
 
-    Measured at 256-byte keys on an H200; other sizes keep the bytes of an iteration, and so do keys alone.
+    Measured at 256-byte keys on an H200; other sizes keep the bytes of an iteration.
     """
     row_bytes = max(q.shape[2], dim_v) * q.element_size()
     programs, room = q.shape[0] * kv_heads, multiprocessors(q.device)
     # Whether the rows alone keep the device busy, uncut.
     busy = programs >= room * 0.9
-    slots = (64 if busy else 128) * (2 if dim_v == 0 else 1)
+    # Keys alone: twice as many slots for the bytes of an iteration.
+    slots = 64 if busy and dim_v > 0 else 128
     block = max(16, min(256, slots * 256 // triton.next_power_of_2(row_bytes)))
     if dim_v == 0:
         return Launch(block, warps=4, stages=3, programs_per_sm=2, waves=8, chunk=1024)
