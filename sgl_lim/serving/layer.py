@@ -70,7 +70,7 @@ class LayerDecode:
         outs, scores = [], []
         for scored in plan.select:
             if to_set:
-                lse, logits = score(scored, layer)
+                lse, logits = score_keys(scored, layer)
             else:
                 out, lse, logits = attend_with_logits(scored, layer)
                 outs.append(out)
@@ -143,7 +143,7 @@ def attend_with_logits(scored: ScoredRead, layer: LayerInput) -> tuple[Tensor, T
     return out, lse, logits[:, :, scored.set_places :]
 
 
-def score(scored: ScoredRead, layer: LayerInput) -> tuple[Tensor, Tensor]:
+def score_keys(scored: ScoredRead, layer: LayerInput) -> tuple[Tensor, Tensor]:
     """The keys of a read of some rows: lse float32 [b, H], logits float32 [b, H, L] by position."""
     read = scored.read
     lse, logits = score_context(
