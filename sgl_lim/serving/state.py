@@ -104,6 +104,7 @@ def build_state(
             roles,
             table.shape[0],
             table.device,
+            keys_alone=method.selection_attends == "set",
             overlap=not runner.server_args.disable_overlap_schedule,
         ),
         granule=GRANULE if config.prefix_groups and recorder is None else None,
