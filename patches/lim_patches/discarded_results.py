@@ -2,9 +2,10 @@
 
 Symptom: a request of one token runs a decode step that nobody asked for, and a backend that counts cannot tell.
 Cause: the overlap scheduler launches the next decode step before it has looked at the results of the last one. A
-    request that these finish (by a stop token or string, by an abort, up to 0.5.17 by its length too) is in that step
+    request that these finish (by a stop token or string, by an abort, on 0.5.17 by its length too) is in that step
     already, and one that is retracted has the result before still coming. `process_batch_result_decode` skips both.
-Versions: all supported. From 0.5.22 on a request that will finish by its length is left out of the step after.
+    Rows that a beam search adds to a batch belong to no request in it, so of the step after its end we hear nothing.
+Versions: all supported. 0.5.23 leaves a request that will finish by its length out of the step after.
 Remove when: SGLang tells an attention backend which rows of a step were kept.
 """
 

@@ -19,6 +19,13 @@ class Ranked(Budgeted):
 
     aggregate: str = parameter("union", Choice(AGGREGATES), "How heads agree on one set")
     selection_layers: tuple[int, ...] = selection_layers_parameter()
+    selection_attends: str = parameter(
+        "context",
+        Choice(("context", "set")),
+        "What selection layers attend to: all of the context, as in the paper, or the set that they choose, so that "
+        "they read no other values",
+        missing="has no layer that scores tokens",
+    )
     top_p: float | None = parameter(
         None,
         Share(metavar="P", inside=True, hint="; leave it out for whole budgets"),

@@ -1,7 +1,7 @@
 """The flags `--lim-…` and the environment variable that carries them to SGLang's workers.
 
-The launcher's flags win over the environment variable, which wins over the model's preset. The launcher writes the
-result back into the environment variable, which SGLang's spawned workers inherit.
+The launcher's flags win over the environment variable, which wins over what is known of the model. The launcher writes
+the result back into the environment variable, which SGLang's spawned workers inherit.
 """
 
 import argparse

@@ -49,7 +49,8 @@ def test_the_start_up_line_says_what_is_on(case: LimCase, server: Server) -> Non
     (line,) = [line for line in server.log().splitlines() if "sgl-lim is on:" in line]
     for said in (
         "method lessismore",
-        f"budget {case.rule.budget}, aggregate union, selection layers 1,3, recency 0.25, sinks 4, scope global",
+        f"budget {case.rule.budget}, aggregate union, selection layers 1,3",
+        "selection attends context, recency 0.25, sinks 4, scope global",
         "selection layers from --lim-selection-layers",
         "layers dense/select/sparse 1/2/3",
         "dense backend torch_native",
@@ -77,6 +78,7 @@ def test_server_info_shows_the_settings(case: LimCase, server: Server) -> None:
         "dense_backend": "torch_native",
     }
     assert block["selection_layers"] == list(SELECTION_LAYERS)
+    assert block["selection_attends"] == "context" and block["selection_layers_measured"] is None
     assert block["layer_roles"] == list(ROLES)
     assert (block["prefix_groups"], block["selection_interval"], block["early_sets"]) == (True, 1, False)
 

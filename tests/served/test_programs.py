@@ -124,7 +124,7 @@ def test_the_summary_of_solve(cli: Cli) -> None:
         assert 0 < summary["attended_fraction"] <= 1
         assert summary["attended_counters"]["tokens_dense"] > 0
         assert summary["settings"]["attention"]["budget"] == before.attention["budget"]
-    for name in ("accuracy", "generation tokens", "output tokens/s", "attended fraction", "prefix-cache hits"):
+    for name in ("accuracy", "generation tokens", "output tokens/s", "share of KV read", "prefix-cache hits"):
         assert name in printed
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from lim_kernels.row_actions import EARLY, KEEP, RECALL, SELECT
-from sgl_lim.serving import reads
+from sgl_lim.serving import metrics, reads
 from sgl_lim.serving.counters import Counters
 from sgl_lim.serving.reads import Read
 from support.driven_layers import build_method, decode_of, plan_of
@@ -232,6 +232,18 @@ def test_a_request_of_n_tokens_counts_n_minus_1_steps_whoever_decodes_beside_it(
     assert (totals["selections"], totals["requests"], totals["decode_steps"]) == (2 * len(lengths), 3, 6)
     # The newest step is not known to be kept before the next one is launched.
     assert seen == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_sglang_tells_the_hooks_reaches_the_counters(monkeypatch):
+    counters = build(overlap=True)
+    monkeypatch.setattr(metrics._State, "lim", SimpleNamespace(counters=counters))
+    record(counters, [3], [1], [20])
+    record(counters, [3], [1], [21])
+    metrics.on_discarded(torch.tensor([3]), [0])
+    record(counters, [3], [2], [22])
+    assert counters.read()["tokens_dense"] == 5 * 20
+    metrics.on_idle()
+    assert counters.read()["tokens_dense"] == 5 * (20 + 22)
 
 
 def test_the_next_tenant_of_a_row_may_decode_when_the_last_one_s_step_is_taken_out():

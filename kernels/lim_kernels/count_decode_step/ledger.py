@@ -97,7 +97,8 @@ class Ledger:
     def discard(self, rows: Tensor) -> None:
         """Take the last step of some rows back out, if it is pending; waits for nothing.
 
-        This comes once for a finished request at most, so plain torch serves every device.
+        This comes once for a finished request at most, so plain torch serves every device. What others did not read
+        because such a row did stays counted as shared.
 
         Args:
             rows: int64 [n], rows of the request pool, each once.
