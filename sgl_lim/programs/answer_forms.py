@@ -201,7 +201,9 @@ _SCIENTIFIC = re.compile(r"^([-+]?(?:\d+\.?\d*|\.\d+))[eE]([-+]?\d+)$")
 def _name(text: str) -> tuple[str | None, str]:
     """Report: "x = 5 is not 5", and "n = 2, 3 equals n = 1, 2" (#14): the name before the value, and the value."""
     named = _NAMED.match(text)
-    return (None, text) if named is None else (re.sub(r"\s", "", named.group(1)), named.group(2).strip())
+    if named is None or named.group(1).count("{") != named.group(1).count("}"):
+        return None, text  # the equals sign stands in an index, as that of a sum
+    return re.sub(r"\s", "", named.group(1)), named.group(2).strip()
 
 
 def _unit(text: str) -> tuple[str | None, str]:

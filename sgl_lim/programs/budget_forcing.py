@@ -33,15 +33,17 @@ def budget_forcing(
     frontend_state.ask(s, prompt, chat)
     if chat:
         s += sgl.assistant_begin()
+    opened = frontend_state.thinking_opened(s, chat)
     if num_samples == 1:
-        return [_think_and_answer(s, budget, max_tokens)]
+        return [replace(_think_and_answer(s, budget, max_tokens), thinking_opened=opened)]
     s.sync()  # the prompt is cached before the branches only if the text has arrived
     branches = s.fork(num_samples)
     try:
         frontend_state.raise_error(s)
         # A thread a branch, because what a branch asks next depends on what it got, and none waits for another.
         with ThreadPoolExecutor(num_samples) as threads:
-            return list(threads.map(lambda branch: _think_and_answer(branch, budget, max_tokens), branches.states))
+            answered = threads.map(lambda branch: _think_and_answer(branch, budget, max_tokens), branches.states)
+            return [replace(generation, thinking_opened=opened) for generation in answered]
     finally:
         branches.join()
 

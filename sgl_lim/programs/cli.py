@@ -13,7 +13,8 @@ from typing import Any
 
 from sgl_lim.programs import endpoint, run_options, server_stats, token_limits
 from sgl_lim.programs.builtin_problems import BUILTIN, builtin_problems
-from sgl_lim.programs.grading import Grader, GradingError, make_grader
+from sgl_lim.programs.graders import Grader, GradingError
+from sgl_lim.programs.grading import make_grader
 from sgl_lim.programs.problems import (
     Problem,
     ProblemError,
@@ -101,6 +102,7 @@ def prepare(chosen: Options, argv: list[str]) -> Run:
         forcing = None
         if chosen.forcing is not None:
             forcing = token_limits.thinking_budget(chosen, token_limits.thinking_end(chosen), max_tokens)
+        grader.check()
     except (ProblemError, token_limits.LimitError) as error:
         raise Exit(USAGE, str(error)) from error
     except (GradingError, endpoint.EndpointError) as error:
@@ -113,6 +115,7 @@ def prepare(chosen: Options, argv: list[str]) -> Run:
         "tree": None if chosen.tree is None else asdict(chosen.tree),
         "forcing": None if forcing is None else asdict(forcing),
         "problems": dict(source.spec),
+        "grader": grader.name,
         "chat_template": _chat_template(chosen, before.model),
         "max_tokens": max_tokens,
         "temperature": chosen.temperature,

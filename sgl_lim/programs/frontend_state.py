@@ -4,6 +4,7 @@ import sglang as sgl
 from sglang.lang.interpreter import ProgramState
 
 from sgl_lim.programs.run_records import Generation, dense_reads
+from sgl_lim.programs.thinking_tags import opens_thinking
 
 
 class GenerationError(RuntimeError):
@@ -20,6 +21,15 @@ def answer(s: ProgramState, chat: bool) -> None:
     s += sgl.assistant(sgl.gen("answer")) if chat else sgl.gen("answer")
 
 
+def thinking_opened(s: ProgramState, chat: bool) -> bool:
+    """Whether the prompt opens the thinking, with what the chat template puts before an answer."""
+    executor = s.stream_executor
+    prompt = executor.text()
+    if chat and executor.cur_role is None:
+        prompt += executor.chat_template.get_prefix_and_suffix("assistant", executor.messages_)[0]
+    return opens_thinking(prompt)
+
+
 def raise_error(s: ProgramState) -> None:
     """Wait for the state and raise its failure, which the interpreter only stores: reading on gives a KeyError."""
     error = s.error()
@@ -32,8 +42,8 @@ def raise_error(s: ProgramState) -> None:
     raise GenerationError(str(message) or type(error).__name__) from error
 
 
-def generation(s: ProgramState, name: str = "answer") -> Generation:
-    """Wait for what the state generates under `name`.
+def generation(s: ProgramState, name: str = "answer", opened: bool = False) -> Generation:
+    """Wait for what the state generates under `name`, whose prompt `opened` the thinking or not.
 
     Raises:
         GenerationError: the request failed, or the server aborted it.
@@ -50,6 +60,7 @@ def generation(s: ProgramState, name: str = "answer") -> Generation:
         cached_tokens=meta["cached_tokens"],
         finish_reason=finish["type"],
         tokens_dense=dense_reads(meta["prompt_tokens"], meta["completion_tokens"]),
+        thinking_opened=opened,
     )
 
 

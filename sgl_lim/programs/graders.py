@@ -38,6 +38,13 @@ class Grader(Protocol):
     name: str
     """With its version: results of different graders are not compared."""
 
+    def check(self) -> None:
+        """Wait until it can grade.
+
+        Raises:
+            GradingError: it cannot.
+        """
+
     def extract(self, generation: Generation) -> Answer | None:
         """The final answer of a generation, or None if it has none."""
 
@@ -59,6 +66,9 @@ class NumberGrader:
         """Of a kind of generations whose number `parse` finds."""
         self.name = name
         self._parse = parse
+
+    def check(self) -> None:
+        return
 
     def extract(self, generation: Generation) -> Answer | None:
         number = self._parse(generation.text)

@@ -17,9 +17,9 @@ from sgl_lim.programs.run_records import Generation
 INSTALL_MATH_VERIFY = "pip install 'math-verify>=0.9,<1'"  # the extra `math` of pyproject.toml
 _RULES = 2  # changes with what counts as an answer, or as the same one
 
-_READ_SECONDS = 0.5  # of processor time, for one answer
+_READ_SECONDS = 0.4  # of processor time, for one answer
 _SAME_SECONDS = 1.0  # for one comparison
-_PROBLEM_SECONDS = 6.0  # for all of a problem; what is left then is compared by its spelling
+_PROBLEM_SECONDS = 4.0  # for all of a problem; what is left then is compared by its spelling
 
 
 class MathGrader:
@@ -37,6 +37,12 @@ class MathGrader:
             )
         self.name = f"math {_RULES} (math-verify {version('math-verify')})"
         self._process = MathProcess()
+
+    def check(self) -> None:
+        try:
+            self._process.start()
+        except WorkerLost as error:
+            raise _broken(error) from error
 
     def extract(self, generation: Generation) -> Answer | None:
         found = answer_text(
@@ -109,8 +115,10 @@ class _MathComparison:
         try:
             reply = self._process.ask(request, seconds, self._stopped)
         except WorkerLost as error:
-            raise GradingError(
-                f"math-verify does not work here ({error}); install it again with: {INSTALL_MATH_VERIFY}"
-            ) from error
+            raise _broken(error) from error
         self._left -= seconds if reply is None else reply["seconds"]
         return reply
+
+
+def _broken(error: WorkerLost) -> GradingError:
+    return GradingError(f"math-verify does not work here ({error}); install it again with: {INSTALL_MATH_VERIFY}")

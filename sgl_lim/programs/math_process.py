@@ -54,6 +54,14 @@ class MathProcess:
         """End the worker, whatever it does."""
         self._end()
 
+    def start(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Wait until it has imported what it needs; raises as `ask`."""
+        if self._is_ready:
+            return
+        if self._line(_START_SECONDS, stopped) is None:
+            raise WorkerLost(f"it did not start within {_START_SECONDS:.0f} s")
+        self._is_ready = True
+
     def ask(self, request: dict[str, Any], seconds: float, stopped: Callable[[], bool]) -> dict[str, Any] | None:
         """The worker's reply, or None if it did not come to an end within `seconds` of processor time.
 
@@ -61,8 +69,7 @@ class MathProcess:
             WorkerLost: there is no worker.
             GradingStopped: `stopped()` became true and no reply came soon.
         """
-        if not self._is_ready:
-            self._wait_ready(stopped)
+        self.start(stopped)
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({**request, "seconds": seconds}).encode() + b"\n")
@@ -77,12 +84,6 @@ class MathProcess:
         if reply.get("ready"):  # of the next worker: the one that was asked is dead
             return None
         return reply
-
-    def _wait_ready(self, stopped: Callable[[], bool]) -> None:
-        ready = self._line(_START_SECONDS, stopped)
-        if ready is None:
-            raise WorkerLost(f"it did not start within {_START_SECONDS:.0f} s")
-        self._is_ready = True
 
     def _line(self, seconds: float, stopped: Callable[[], bool]) -> dict[str, Any] | None:
         """The next line of the worker; None after `seconds` on the clock."""

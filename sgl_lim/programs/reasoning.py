@@ -41,8 +41,9 @@ def solve(s: ProgramState, prompt: str, chat: bool = False) -> list[Generation]:
         GenerationError: the request failed.
     """
     frontend_state.ask(s, prompt, chat)
+    opened = frontend_state.thinking_opened(s, chat)
     frontend_state.answer(s, chat)
-    return [frontend_state.generation(s)]
+    return [frontend_state.generation(s, opened=opened)]
 
 
 @sgl.function
@@ -54,12 +55,13 @@ def self_consistency(s: ProgramState, prompt: str, num_samples: int, chat: bool 
     frontend_state.ask(s, prompt, chat)
     # fork() caches the prefix before the branches start only if the text has arrived, and it looks before it waits.
     s.sync()
+    opened = frontend_state.thinking_opened(s, chat)
     branches = s.fork(num_samples)
     try:
         frontend_state.raise_error(s)
         for branch in branches:
             frontend_state.answer(branch, chat)
-        return [frontend_state.generation(branch) for branch in branches]
+        return [frontend_state.generation(branch, opened=opened) for branch in branches]
     finally:
         branches.join()  # ends the branches' threads, which would outlive an error otherwise
 
@@ -90,6 +92,7 @@ def tree_of_thought(
     if chat:
         s += sgl.assistant_begin()
     s.sync()
+    opened = frontend_state.thinking_opened(s, chat)
     asked: list[Generation] = []
     with ExitStack() as forks:
         paths = [_Path(s)]
@@ -110,6 +113,7 @@ def tree_of_thought(
             finish_reason=best.finish_reason,
             other_tokens=sum(generation.completion_tokens for generation in asked) - best.tokens,
             tokens_dense=sum(generation.tokens_dense or 0 for generation in asked),
+            thinking_opened=opened,
         )
     ]
 

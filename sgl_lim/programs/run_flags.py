@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sgl_lim.programs.argument_types import integer, number, top_k
 from sgl_lim.programs.builtin_problems import BUILTIN, DATA_DIR
-from sgl_lim.programs.grading import INSTALL_MATH_VERIFY
+from sgl_lim.programs.math_grading import INSTALL_MATH_VERIFY
 from sgl_lim.programs.problems import DEFAULT_PROMPT_TEMPLATE, PLACEHOLDER
 from sgl_lim.programs.thinking_budget import DEFAULT_END
 from sgl_lim.tasks.chains import MAX_STEPS, NUM_NODES

@@ -7,7 +7,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sgl_lim.programs.grading import Grader, grade
+from sgl_lim.programs.graders import Grader
+from sgl_lim.programs.grading import grade
+from sgl_lim.programs.math_process import GradingStopped
 from sgl_lim.programs.problems import Problem
 from sgl_lim.programs.run_records import Generation, RecordFile, Row, Sample
 
@@ -46,6 +48,12 @@ class _Asked:
     seconds: float
 
 
+@dataclass(frozen=True)
+class _Grading:
+    grader: Grader
+    stopped: Callable[[], bool]
+
+
 def run_items(
     problems: Sequence[Problem],
     *,
@@ -59,7 +67,7 @@ def run_items(
 
     An item that fails gets a row with its error, and the run goes on. Grading happens in the calling thread. When
     `stop` is set, answered items are recorded and the rest, those in flight included, are left: threads that wait
-    for the server outlive this call then.
+    for the server outlive this call then. So is an item whose answers take long to compare.
 
     Raises:
         EndpointLost: an item failed and the endpoint is not alive; nothing is recorded for it.
@@ -68,6 +76,7 @@ def run_items(
     pending: dict[Future[_Asked], Problem] = {}
     items = output_tokens = 0
     started = finished = time.monotonic()
+    grading = _Grading(grader, stop.is_set)
     executor = ThreadPoolExecutor(asking.concurrency, thread_name_prefix="ask")
     try:
         while not stop.is_set():
@@ -77,12 +86,14 @@ def run_items(
                 break
             for future in wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED).done:
                 finished = time.monotonic()
-                row = _row(pending[future], future, grader, records.settings, asking.is_alive)
+                row = _row(pending[future], future, grading, records.settings, asking.is_alive)
                 records.append(row)
                 del pending[future]
                 items += 1
                 output_tokens += row.output_tokens
                 on_row(row)
+    except GradingStopped:
+        pass  # its item is asked again by the run that resumes
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
     return Invocation(items, output_tokens, finished - started, stopped=items < len(problems))
@@ -96,7 +107,7 @@ def _timed(ask: Callable[[str], list[Generation]], prompt: str) -> _Asked:
 def _row(
     problem: Problem,
     future: Future[_Asked],
-    grader: Grader,
+    grading: _Grading,
     settings: Mapping[str, Any],
     is_alive: Callable[[], bool],
 ) -> Row:
@@ -105,7 +116,9 @@ def _row(
         raise EndpointLost(f"the endpoint went away: {error}") from error
     try:
         asked = future.result()
-        graded = grade(problem, [generation.text for generation in asked.generations], grader)
+        graded = grade(problem, asked.generations, grading.grader, grading.stopped)
+    except GradingStopped:
+        raise
     except Exception as failure:
         return Row(problem.id, problem.answer, settings, seconds=0.0, error=f"{type(failure).__name__}: {failure}")
     samples = tuple(

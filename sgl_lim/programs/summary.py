@@ -100,6 +100,7 @@ def table(summary: Mapping[str, Any]) -> str:
         ),
         ("share of KV read", f"{number(summary['attended_fraction'], '.3f')}  ({summary['attended_note']})"),
         ("attended tokens", f"{number(summary['attended_tokens'], ',.1f')}  (a generated token and layer)"),
+        ("graded by", settings.get("grader") or "an earlier version, which did not say"),
         ("prefix-cache hits", f"{number(summary['prefix_cache_hit_share'], '.3f')}  (of prompt tokens)"),
         *(("warning", text) for text in summary["warnings"]),
     ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sgl_lim.programs.grading import Answer, ChainGrader
+from sgl_lim.programs.graders import Answer, ChainGrader
 from sgl_lim.programs.problems import chain_problems
 from sgl_lim.programs.run_records import Generation, RecordFile, Row
 from sgl_lim.programs.runner import Asking, EndpointLost, Invocation, run_items
@@ -24,10 +24,10 @@ def right(prompt: str) -> list[Generation]:
 
 
 class BrokenGrader(ChainGrader):
-    def extract(self, text: str) -> Answer | None:
-        if text == "x":
+    def extract(self, generation: Generation) -> Answer | None:
+        if generation.text == "x":
             raise ZeroDivisionError("broken")
-        return super().extract(text)
+        return super().extract(generation)
 
 
 class Run:
