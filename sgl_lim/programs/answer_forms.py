@@ -9,18 +9,20 @@ import unicodedata
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from sgl_lim.programs.answer_text import closing_brace
+
 # Report: "the answer holds invisible, full-width, bold or other Unicode characters, and counts as wrong".
 _CHARACTERS = str.maketrans(
     {
         **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},
         **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212\ufe63", "-"),
         **dict.fromkeys("\u2018\u2019\u2032", "'"),
-        **{sign: f" {command} " for sign, command in zip("×·÷√πθ∞≤≥≠∪∩∈±∓", (
-            r"\times \cdot \div \sqrt \pi \theta \infty \le \ge \ne \cup \cap \in \pm \mp".split()
-        ), strict=True)},
+        "×": r" \times ", "·": r" \cdot ", "÷": r" \div ", "√": r" \sqrt ", "π": r" \pi ", "θ": r" \theta ",
+        "∞": r" \infty ", "≤": r" \le ", "≥": r" \ge ", "≠": r" \ne ", "∪": r" \cup ", "∩": r" \cap ",
+        "∈": r" \in ", "±": r" \pm ", "∓": r" \mp ",
         **{power: f"^{{{digit}}}" for digit, power in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
         **{index: f"_{{{digit}}}" for digit, index in enumerate("₀₁₂₃₄₅₆₇₈₉")},
-        "°": r"^\circ", "∅": r"\emptyset ", "、": ",", "…": r"\ldots ", "∶": ":", "∕": "/", "⁄": "/",  # noqa: RUF001
+        "°": r"^\circ", "∅": r"\emptyset ", "、": ",", "…": r"\ldots ", "∶": ":", "∕": "/", "⁄": "/",
     }
 )  # fmt: skip
 
@@ -29,7 +31,7 @@ _WRAPPERS = (
     r"boxed|fbox|framebox|boldsymbol|mathbf|mathbfit|bm|pmb|textbf|textit|emph|underline|ensuremath|mathit|mathsf|mathtt|"
     r"textsf|texttt|mathrm|textrm|textnormal|mathnormal|mbox|hbox|text|operatorname|mathop|textup|mathbin"
 )
-_WRAPPED = re.compile(rf"\\(?:{_WRAPPERS})\*?\s*\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}")
+_WRAPPED = re.compile(rf"\\(?:{_WRAPPERS})\*?\s*(?=\{{)")
 _WORD_WRAPPERS = re.compile(r"\\(?:text|mathrm|textrm|textnormal|mbox|hbox|operatorname|textup|textit|textbf)\b")
 _COLOUR = re.compile(r"\\(?:textcolor|color|colorbox|definecolor)\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}")
 _SIZES = re.compile(
@@ -44,8 +46,8 @@ _SPACES = re.compile(
 _DOLLARS = re.compile(r"\s*\$?\s*\\\$")
 # Report: "a remark in the box counts as wrong": \\text{The answer is } 9, 9 (nine), 9 with a tick.
 _REMARKS = re.compile(
-    r"^\s*(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is)?\s*:?\s+(?=\S)|(?<=\d)\s*\([A-Za-z]{3,}[A-Za-z\s]*(?<!base)\)\s*$"
-    r"|\\(?:checkmark|blacksquare|square|qed)(?![A-Za-z])|[✓✔✅■∎]",
+    r"^\s*(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is)?\s*:?\s+(?=\S)"
+    r"|(?<=\d)\s*(?:\\unit\s*)?\([A-Za-z]{3,}[A-Za-z\s]*\)\s*$|\\(?:checkmark|blacksquare|square|qed)(?![A-Za-z])|[✓✔✅■∎]",
     re.IGNORECASE,
 )
 _PERCENT = re.compile(r"\s+per\s?cent\b|(?<=\d)\s*%", re.IGNORECASE)
@@ -53,38 +55,56 @@ _BRACKETS = {"langle": "(", "rangle": ")", "lbrace": r"\{", "rbrace": r"\}", "lb
 _BRACKET = re.compile(rf"\\({'|'.join(_BRACKETS)})(?![A-Za-z])")
 _DOTS = re.compile(r"\\[cl]?dots[cob]?(?![A-Za-z])|\.\.\.")
 _FRACTIONS = re.compile(r"\\[dtc]frac(?![A-Za-z])")
+_RELATIONS = re.compile(r"\\(le|ge|ne)(?:q|qslant)(?![A-Za-z])")
 # Report: "1{,}000, 1\\,000 and 1,000 are not 1000"; a comma in brackets parts elements.
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\d.])\d{1,3}(?: \d{3})+(?!\d)")
 _JOINED = re.compile(r"(?<=\d)(?:\{,\}\s*|,\\!\s*)(?=\d{3})")
 _PLAIN_WORDS = re.compile(
-    r"(?<![\\A-Za-z])(sqrt|pi|theta|alpha|beta|gamma|lambda|phi|infinity|infty|inf|oo|sin|cos|tan|cot|sec|csc|ln|log)(?![A-Za-z])"
+    r"(?<![\\A-Za-z])(?:sqrt|pi|theta|alpha|beta|gamma|lambda|phi|infinity|infty|inf|oo|sin|cos|tan|cot|sec|csc|ln|log)"
+    r"(?![A-Za-z])"
 )
+_SCIENTIFIC = re.compile(r"^([-+]?(?:\d+\.?\d*|\.\d+))[eE]([-+]?\d+)$")
 _COMMAND_OF = {"infinity": "infty", "inf": "infty", "oo": "infty"}
 _MEMBER = re.compile(r"^\s*(?:[A-Za-z]|\\[a-z]+)\s*\\in(?![a-z])\s*")
 _NAMED = re.compile(r"^\s*((?:[A-Za-z]|\\[A-Za-z]+)[\w{}'\\]*(?:\s*\([A-Za-z,\s]*\))?)\s*=\s*([^=<>]*)$")
 _BASED = re.compile(
-    r"\(?([0-9A-Z]+)\)?\s*(?:_\s*\{?\s*(?:base)?\s*([A-Za-z]+|\d+)\s*\}?|\s+\(?(?:in\s+)?base[\s-]+(\w+)\)?)"
+    r"\(?([0-9A-Z]+)\)?\s*(?:_\s*\{?\s*(?:base)?\s*([A-Za-z]+|\d+)\s*\}?"
+    r"|\s+(?:\\unit\s*)?\(?(?:in\s+)?base[\s-]+(\w+)\)?)"
 )
-_NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+_BASES = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 _UNITS = {
     "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km",
     "millimeter": "mm", "millimetre": "mm", "inch": "in", "inche": "in", "foot": "ft", "feet": "ft", "mile": "mi",
     "yard": "yd", "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h", "day": "day", "week": "week",
     "month": "month", "year": "year", "degree": "degree", "deg": "degree", "radian": "rad", "dollar": "dollar",
-    "usd": "dollar", "cent": "cent", "gram": "g", "kilogram": "kg", "liter": "l", "litre": "l", 
+    "usd": "dollar", "cent": "cent", "gram": "g", "kilogram": "kg", "liter": "l", "litre": "l",
     "pound": "lb", "ounce": "oz", "kph": "km/h", "mph": "mi/h",
 }  # fmt: skip
 _KNOWN_UNITS = frozenset([*_UNITS.values(), "n", "j", "w", "v", "k", "c", "f"])
-# Report: "a unit behind the number counts as wrong": words, an exponent of them, or a sign, behind a value.
+_SHORT_UNITS = r"cm|mm|km|ft|in|kg|mi|yd|lb|oz|mph|hr|min|sec|deg|sq|cu"
+_POWER = r"(?:\s*\^\s*\{?[23]\}?)?"
+# Report: "a unit behind the number counts as wrong": words in a wrapper, known or long words without one, degrees.
 _UNIT = re.compile(
-    r"(?<=[\d})a-z%])\s*((?:\s|(?<=[\d})]))(?:per\s+|square\s+|cubic\s+|sq\.?\s+|cu\.?\s+)?"
-    r"[A-Za-z]{2,}[A-Za-z .\-/]*?(?:\s*\^\s*\{?[23]\}?)?|\\unit\s*[A-Za-z](?:\s*/\s*(?:\\unit)?\s*[A-Za-z]+)?(?:\s*\^\s*\{?[23]\}?)?"
+    r"(?<=[\d})a-z%])\s*("
+    rf"\\unit\s*[A-Za-z][A-Za-z .\-/]*(?:/\s*\\unit\s*[A-Za-z]+)?{_POWER}"
+    rf"|(?:\s|(?<=\d))(?:{_SHORT_UNITS})\b[A-Za-z .\-/]*{_POWER}|\s(?:per\s+)?[A-Za-z]{{4,}}[A-Za-z .\-/]*{_POWER}"
     r"|\s(?:m|ft|km|mi|cm|g|kg)\s*/\s*(?:s|h|hr|min|L|l|ml)(?:\s*\^\s*\{?2\}?)?|\s[ms]\s*\^\s*\{?[23]\}?"
-    r"|\^\s*\{?\\circ\}?(?:\s*[CF])?)\s*$"
+    r"|\^\s*\{?\\circ\}?(?:\s*(?:\\unit)?\s*[CF])?)\s*$"
 )
-_LETTER_UNIT = re.compile(r"(?<=[\d}/])((?:\\[,; ]|~|\s)*)\\(?:text|mathrm|mbox|textrm)\s*\{(?:\\[,; ]|~|\s)*([mgshLlNJWVKCF])\s*\}")
+_BEFORE_UNIT = re.compile(r"[\dA-Za-z})\]%](?:\\[,;:! ]|[\s~])*$")
+_LETTER_UNIT = re.compile(
+    r"(?<=[\d}/])((?:\\[,; ]|~|\s)*)\\(?:text|mathrm|mbox|textrm)\s*\{(?:\\[,; ]|~|\s)*([mgshLlNJWVKCF])\s*\}"
+)
 _NO_UNITS = re.compile(r"\b(?:or|and|mod|if|for|where|not|base|to)\b|\\")
+_DECIMAL = re.compile(
+    r"([-+]?)\s*(\d*\.?\d+|\d+\.)\s*(?:(?:\\times|\\cdot)\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?)?\s*(\\?%)?"
+)
+_REPEATING = re.compile(r"([-+]?)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
+_RATIO = re.compile(
+    r"([-+]?)\s*(?:\\frac\s*(?:\{\s*([-+]?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))|(\d+)\s*/\s*(\d+))"
+)
+_LONGEST = 1000  # characters of an answer that is read; a longer one is compared by its spelling
 
 
 @dataclass(frozen=True)
@@ -108,18 +128,18 @@ class Form:
     @property
     def spelling(self) -> str:
         """Equal of answers that differ in nothing but spaces and capital letters of words."""
-        letters = re.sub(r"(?<!\d)\s|\s(?!\d)|[{}]", "", self.text)
+        letters = re.sub(r"(?<!\d)\s|\s(?!\d)", "", self.text)
         return letters.casefold() if re.search(r"[A-Za-z]{3}", self.text) else letters
 
 
 def read(answer: str) -> Form:
     """The form of an answer; its text is empty if there is nothing in the answer."""
+    if len(answer) > _LONGEST:
+        return Form(" ".join(answer.split()))
     text = _mathematics(answer)
-    if based := _BASED.fullmatch(text):
-        base = _base(based.group(2) or based.group(3))
-        if base is not None:
-            digits = based.group(1).lstrip("0") or "0"
-            return Form(f"{digits}_{{{base}}}", base=base) if base != 10 else _plain(Form(digits))
+    based = _BASED.fullmatch(text)
+    if based and (numeral := _numeral(based.group(1), based.group(2) or based.group(3))):
+        return numeral
     name, text = _name(text)
     unit, text = _unit(text)
     if _DOLLARS.match(answer):
@@ -133,12 +153,11 @@ def _mathematics(answer: str) -> str:
     text = _LETTER_UNIT.sub(r" \\unit \2", _SIZES.sub(" ", _COLOUR.sub("", text)))
     text = re.sub(r"\\(?:\(|\)|\[|\])|(?<!\\)\$|\*\*(?=\S)(?!\d)|(?<=\S)\*\*$|`", " ", text)
     text = _PERCENT.sub(r"\\%", text.replace(r"\$", ""))  # report: "$36 and 36 dollars are not 36"
-    while (bare := _WRAPPED.sub(_unwrap, text)) != text:
-        text = bare
+    text = _unwrap(text)
     text = text.replace(r"\varnothing", r"\emptyset")
     text = _DOTS.sub(r"\\ldots ", _FRACTIONS.sub(r"\\frac", text))
     text = _BRACKET.sub(lambda bracket: _BRACKETS[bracket.group(1)], text)
-    text = _JOINED.sub("", text)
+    text = _JOINED.sub("", _RELATIONS.sub(r"\\\1", text))
     text = _SPACES.sub(" ", text)
     if not re.search(r"[(\[]|\\\{", text):
         text = _GROUPED.sub(lambda number: re.sub(r"[^\d]", "", number.group()), text)
@@ -160,12 +179,20 @@ def _character(character: str) -> str:
     return character
 
 
-def _unwrap(wrapped: re.Match[str]) -> str:
-    """What stands in the braces; words keep a space before and behind them."""
-    content = wrapped.group(1)
-    if _WORD_WRAPPERS.match(wrapped.group()):
-        return f" {content} " if re.search(r"[A-Za-z]{2}", content) else content
-    return content
+def _unwrap(text: str) -> str:
+    """What stands in the braces of wrappers; words behind something are marked, for they may be its unit."""
+    position = 0
+    while wrapper := _WRAPPED.search(text, position):
+        end = closing_brace(text, wrapper.end())
+        if end is None:
+            position = wrapper.end()
+            continue
+        content = text[wrapper.end() + 1 : end]
+        if _WORD_WRAPPERS.match(wrapper.group()) and re.search(r"[A-Za-z]{2}", content):
+            content = f" \\unit {content} " if _BEFORE_UNIT.search(text[: wrapper.start()]) else f" {content} "
+        position = wrapper.start()
+        text = text[:position] + content + text[end + 1 :]
+    return text
 
 
 def _final_marks(text: str) -> str:
@@ -174,7 +201,7 @@ def _final_marks(text: str) -> str:
     while previous != text:
         previous = text
         text = re.sub(r"^(?:[=:]|\\(?:approx|therefore)(?![A-Za-z]))\s*|(?<!\\)\\$|[\s.,;:?。]+$", "", text.strip())
-        if text.startswith("{") and text.endswith("}") and text.find("}") == len(text) - 1:
+        if text.startswith("{") and closing_brace(text, 0) == len(text) - 1:
             text = text[1:-1]
     return text
 
@@ -190,12 +217,11 @@ def _plain_words(text: str) -> str:
     text = text.replace("*", r" \cdot ").replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
     text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
     text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", r" \\cup ", text)
-    text = re.sub(r"\s*,?\s+(?:and|or)\s+", ", ", text)  # report: "19, 46 and 82 equals 21, 36 and 82" (#14)
+    text = re.sub(
+        r"\s*,?\s+(?:\\unit\s+)?(?:and|or)\s+", ", ", text
+    )  # report: "19, 46 and 82 equals 21, 36 and 82" (#14)
     text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)
     return _MEMBER.sub("", re.sub(r"\s+", " ", text).strip())
-
-
-_SCIENTIFIC = re.compile(r"^([-+]?(?:\d+\.?\d*|\.\d+))[eE]([-+]?\d+)$")
 
 
 def _name(text: str) -> tuple[str | None, str]:
@@ -207,41 +233,34 @@ def _name(text: str) -> tuple[str | None, str]:
 
 
 def _unit(text: str) -> tuple[str | None, str]:
+    """The unit, if it is a known one, and the text without it."""
     found = _UNIT.search(text)
-    if found is None or _NO_UNITS.search(found.group(1).replace(r"\circ", "").replace(r"\unit", "")):
-        return None, text
-    words = re.sub(r"[{}\s.]+", " ", found.group(1).replace(r"\unit", "")).strip().lower()
+    words = "" if found is None else found.group(1).replace(r"\circ", "").replace(r"\unit", "")
+    text = text.replace(r"\unit ", "") if found is None or _NO_UNITS.search(words) else text[: found.start()].strip()
+    if found is None or _NO_UNITS.search(words):
+        return None, re.sub(r"\s+", " ", text)
+    words = re.sub(r"[{}\s.]+", " ", words).strip().lower()
     if words.startswith("^"):
-        return "degree", text[: found.start()].strip()
+        return "degree", text
     power = "^2" if re.search(r"square|sq\b|\^ ?2", words) else "^3" if re.search(r"cubic|cu\b|\^ ?3", words) else ""
     word = re.sub(r"square|cubic|\bsq\b|\bcu\b|\^ ?\d", "", words).strip()
-    word = _UNITS.get(word) or _UNITS.get(word.removesuffix("s")) or word
-    return (word.replace(" ", "") + power if word in _KNOWN_UNITS or "/" in word else None), text[: found.start()].strip()
+    word = _UNITS.get(word) or _UNITS.get(word.removesuffix("s")) or word.replace(" ", "")
+    return (word + power if word in _KNOWN_UNITS or "/" in word else None), text
 
 
-def _base(text: str) -> int | None:
-    """Report: "4210_6 equals 4210_5": the base that a subscript names."""
-    if text.isdecimal():
-        return int(text) if 2 <= int(text) <= 36 else None
-    word = text.lower()
-    return _NUMBER_WORDS.index(word) if word in _NUMBER_WORDS[2:] else None
-
-
-_DECIMAL = re.compile(
-    r"([-+]?)\s*(\d*\.?\d+|\d+\.)\s*(?:(?:\\times|\\cdot)\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?)?\s*(\\?%)?"
-)
-_REPEATING = re.compile(r"([-+]?)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
-_RATIO = re.compile(
-    r"([-+]?)\s*(?:\\frac\s*(?:\{\s*([-+]?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))|(\d+)\s*/\s*(\d+))"
-)
-_LONGEST_NUMBER = 4000  # digits; Python refuses to read longer ones
+def _numeral(digits: str, named: str) -> Form | None:
+    """Report: "4210_6 equals 4210_5": a numeral with its base; None if the subscript is another thing."""
+    word = named.lower()
+    base = int(named) if named.isdecimal() and len(named) < 3 else _BASES.index(word) + 2 if word in _BASES else 0
+    if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in digits):
+        return None
+    digits = digits.lstrip("0") or "0"
+    return _plain(Form(digits)) if base == 10 else Form(f"{digits}_{{{base}}}", base=base)
 
 
 def _plain(form: Form) -> Form:
     """Report: "1/2^99 equals 1/2^98", "0.0000001 equals 0.0000002" (#14): plain numbers are compared exactly."""
     text = form.text
-    if len(text) > _LONGEST_NUMBER:
-        return form
     if found := _DECIMAL.fullmatch(text):
         return _decimal(form, *found.groups())
     if found := _REPEATING.fullmatch(text):  # report: "0.333... with a bar is not 1/3"

@@ -13,13 +13,13 @@ _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | 
 _ANNOUNCED = re.compile(r"(?:\bis|\bare|\bbe|=|:|\banswer)[\s*$]*$", re.IGNORECASE)
 _STATED = re.compile(
     r"\banswer\b(?:\s*\*\*)?(?:[^.\n:=]{0,80}?\s(?:is|are|was|equals|will be|must be|should be|comes out to)\b|\s*[:=]"
-    r"|[^.\n:=]{0,60}[:=])(?:\s*\*\*)?\s*:?\s*|\bfinal answer\b\**\s*\n\s*|答案(?:应该)?(?:是|为|[:：])\s*",  # noqa: RUF001
+    r"|[^.\n:=]{0,60}[:=])(?:\s*\*\*)?\s*:?\s*|\bfinal answer\b\**\s*\n\s*|答案(?:应该)?(?:是|为|[:：])\s*",
     re.IGNORECASE,
 )
 _REFUSED = re.compile(r"\b(?:not|no|unknown|unclear|impossible to|cannot|can't|could|couldn't|unable|none of)\b", re.I)
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\$(.+?)\$|\\\((.+?)\\\)", re.DOTALL)
 _BOLD = re.compile(r"\*\*(.+?)\*\*|__(.+?)__")
-_ENDS = re.compile(r"\n|[.!?。](?=\s|$)|,?\s(?:because|since|as|which|where|so|and thus|and hence)\s")
+_ENDS = re.compile(r"\n|(?<!\\)[.!?。](?=\s|$)|,?\s(?:because|since|as|which|where|so|and thus|and hence)\s")
 _LEAD = re.compile(r"(?:therefore|thus|simply|just|exactly|then|equal to|given by|approximately|about)[\s,:]+", re.I)
 _WORDS = re.compile(r"[^\W\d_]{3,}")
 _COMMAND_OR_TEXT = re.compile(r"\\(?:text|mathrm|mbox|textbf|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
@@ -55,20 +55,20 @@ def _boxes(text: str) -> list[tuple[int, str | None]]:
         position = box.end()
         if text[position : position + 1] != "{":
             token = re.compile(r"[0-9A-Za-z]").match(text, position)
-            if token and box.group()[-1].isspace() or token and token.group().isdigit():
+            if (token and box.group()[-1].isspace()) or (token and token.group().isdigit()):
                 found.append((box.start(), token.group()))  # \boxed 7, as TeX reads it
             continue
-        end = _closing_brace(text, position)
+        end = closing_brace(text, position)
         content = None if end is None else text[position + 1 : end].strip()
         if content:
             found.append((box.start(), content))
-        elif content is None or _ANNOUNCED.search(text[: box.start()]):
+        elif content is None or _ANNOUNCED.search(text[max(0, box.start() - 40) : box.start()]):
             found.append((box.start(), None))  # an empty box elsewhere quotes what the prompt asked for
         position = len(text) if end is None else end + 1
     return found
 
 
-def _closing_brace(text: str, opening: int) -> int | None:
+def closing_brace(text: str, opening: int) -> int | None:
     """Position of the brace that closes the one at `opening`; None if none does."""
     depth, position = 0, opening
     while position < len(text):
@@ -87,15 +87,17 @@ def _closing_brace(text: str, opening: int) -> int | None:
 def _tags(text: str) -> list[tuple[int, str | None]]:
     """Position and content of each `<answer>` that holds no box."""
     tags = [(tag.start(), tag.group(1).strip()) for tag in _TAGGED.finditer(text)]
-    return [(start, _stated(content) or _value(content) or content) for start, content in tags if content and not _BOX.search(content)]
+    return [
+        (start, _stated(content) or _value(content) or content)
+        for start, content in tags
+        if content and not _BOX.search(content)
+    ]
 
 
 def _stated(text: str) -> str | None:
     """What the last sentence that states an answer says."""
-    found = None
-    for found in _STATED.finditer(text):
-        pass
-    return None if found is None else _value(text[found.end() :])
+    ends = [statement.end() for statement in _STATED.finditer(text)]
+    return _value(text[ends[-1] :]) if ends else None
 
 
 def _bold(text: str) -> str | None:

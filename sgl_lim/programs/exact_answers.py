@@ -1,11 +1,10 @@
 """Which answers are one, as far as their forms decide it without math-verify."""
 
 import re
-from fractions import Fraction
 
 from sgl_lim.programs.answer_forms import Form, read
+from sgl_lim.programs.decimals import has_end, has_enough_digits
 
-_ROUNDED_DIGITS = 6  # that a decimal needs, and needs behind its point, to stand for a number that no decimal is
 _WORD = re.compile(r"[A-Za-z][A-Za-z' -]{3,}")
 
 
@@ -80,23 +79,7 @@ def _same_number(one: Form, other: Form) -> bool:
     if (one.ulp is None) == (other.ulp is None):
         return False
     decimal, exact = (one, other) if one.ulp is not None else (other, one)
-    return _is_rounding(decimal, exact)
-
-
-def _is_rounding(decimal: Form, exact: Form) -> bool:
-    """Whether a decimal has enough digits of a number without an end: 0.333333 of 1/3, but not 0.333."""
     assert decimal.number is not None and exact.number is not None and decimal.ulp is not None
-    if _ends(exact.number) or decimal.ulp > Fraction(1, 10**_ROUNDED_DIGITS):
+    if has_end(exact.number.denominator) or not has_enough_digits(decimal.number, decimal.ulp):
         return False
-    return abs(decimal.number) >= decimal.ulp * 10 ** (_ROUNDED_DIGITS - 1) and (
-        abs(decimal.number - exact.number) <= decimal.ulp
-    )
-
-
-def _ends(number: Fraction) -> bool:
-    """Whether a fraction is a decimal."""
-    below = number.denominator
-    for prime in (2, 5):
-        while below % prime == 0:
-            below //= prime
-    return below == 1
+    return abs(decimal.number - exact.number) <= decimal.ulp

@@ -1,6 +1,7 @@
 """Numbers of sympy, compared exactly and within bounds; imported by `math_worker` alone, because it imports sympy."""
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import math_verify.grader as library
@@ -23,16 +24,17 @@ from sympy import (
     oo,
     zoo,
 )
-from sympy.core.relational import GreaterThan, LessThan, StrictGreaterThan, StrictLessThan
 from sympy.concrete.expr_with_limits import ExprWithLimits
+from sympy.core.relational import GreaterThan, LessThan, StrictGreaterThan, StrictLessThan
 from sympy.matrices import MatrixBase
+
+from sgl_lim.programs.decimals import has_end, has_enough_digits
 
 _INEQUALITIES = (GreaterThan, LessThan, StrictGreaterThan, StrictLessThan)
 _MOST_BITS = 1 << 20  # of a number that is computed
 _MOST_TERMS = 10_000  # of a sum or a product
 _MOST_EXPANDED = 100  # power of a sum with variables
 _DIGITS = 60  # to which different numbers are told apart before anything is simplified
-_ROUNDED_DIGITS = 6  # that a decimal needs, and needs behind its point, to stand for a number that no decimal is
 
 
 class TooLarge(Exception):
@@ -88,27 +90,14 @@ def _equal_exactly(one: Any, other: Any) -> bool:
 
 
 def _is_decimal_of(decimal: Any, number: Any) -> bool:
-    """Whether a decimal is a number, or a rounding of one that has no end: 0.333333 of 1/3, but not 0.333."""
+    """Whether a decimal is a number, or a rounding of one that no decimal is."""
     text = str(decimal)
-    value = Rational(text)
-    if number.is_Rational and _ends(number):
-        return bool(value == number)
+    value = Fraction(text)
+    if number.is_Rational and has_end(int(number.q)):
+        return bool(Rational(value) == number)
     digits, _, exponent = text.partition("e")
-    whole, _, behind = digits.partition(".")
-    places = len(behind.rstrip("0")) - int(exponent or 0)
-    significant = len((whole + behind.rstrip("0")).lstrip("-0"))
-    if min(places, significant) < _ROUNDED_DIGITS:
-        return False
-    return bool(abs(number.evalf(_DIGITS) - value) <= Rational(1, 10**places))
-
-
-def _ends(number: Any) -> bool:
-    """Whether a rational number is a decimal."""
-    below = int(number.q)
-    for prime in (2, 5):
-        while below % prime == 0:
-            below //= prime
-    return below == 1
+    ulp = Fraction(10) ** (int(exponent or 0) - len(digits.partition(".")[2].rstrip("0")))
+    return has_enough_digits(value, ulp) and bool(abs(number.evalf(_DIGITS) - Rational(value)) <= Rational(ulp))
 
 
 def _exact(expression: Any) -> Any:

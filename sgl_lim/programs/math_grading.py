@@ -1,6 +1,8 @@
 """Mathematics: what of a generation is its answer, and which answers are one."""
 
 import importlib.util
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,9 +19,10 @@ from sgl_lim.programs.run_records import Generation
 INSTALL_MATH_VERIFY = "pip install 'math-verify>=0.9,<1'"  # the extra `math` of pyproject.toml
 _RULES = 2  # changes with what counts as an answer, or as the same one
 
-_READ_SECONDS = 0.4  # of processor time, for one answer
-_SAME_SECONDS = 1.0  # for one comparison
-_PROBLEM_SECONDS = 4.0  # for all of a problem; what is left then is compared by its spelling
+_READ_SECONDS = 0.3  # of processor time, for one answer
+_SAME_SECONDS = 0.7  # for one comparison
+_PROBLEM_SECONDS = 3.0  # for all of a problem; what is left then is compared by its spelling
+_CLOCK_SECONDS = 7.0  # the same on the clock, for problems with an answer that came to no end: others may wait longer
 
 
 class MathGrader:
@@ -69,6 +72,12 @@ class _Reading:
     costly: bool
     number: float | None  # about
 
+    def is_far_from(self, other: "_Reading") -> bool:
+        """Whether both are numbers, and no rounding makes them one."""
+        if self.number is None or other.number is None:
+            return False
+        return abs(self.number - other.number) > 1e-3 * max(abs(self.number), abs(other.number))
+
 
 class _MathComparison:
     """The answers of one problem. What is costly is bounded, and an answer that is too costly equals its spelling."""
@@ -77,6 +86,8 @@ class _MathComparison:
         self._process = process
         self._stopped = stopped
         self._left = _PROBLEM_SECONDS
+        self._end_at = math.inf
+        self._began = time.monotonic()
         self._readings: dict[str, _Reading] = {}
         self._same: dict[frozenset[Form], bool] = {}
 
@@ -96,9 +107,8 @@ class _MathComparison:
         first, second = map(self._read, texts)
         if first.costly or second.costly:
             return False
-        if first.number is not None and second.number is not None and not (one.percent or other.percent):
-            if abs(first.number - second.number) > 1e-3 * max(abs(first.number), abs(second.number)):
-                return False
+        if not (one.percent or other.percent) and first.is_far_from(second):
+            return False
         reply = self._ask({"same": sorted(texts)}, _SAME_SECONDS)
         return reply is not None and bool(reply["same"])
 
@@ -110,13 +120,15 @@ class _MathComparison:
         return self._readings[text]
 
     def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
-        if self._left <= 0:
+        if self._left <= 0 or time.monotonic() > self._end_at:
             return None
         try:
             reply = self._process.ask(request, seconds, self._stopped)
         except WorkerLost as error:
             raise _broken(error) from error
         self._left -= seconds if reply is None else reply["seconds"]
+        if reply is None:
+            self._end_at = self._began + _CLOCK_SECONDS
         return reply
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 _START_SECONDS = 120.0  # for its imports, on a machine that is busy
@@ -33,6 +34,9 @@ class MathProcess:
     """
 
     def __init__(self) -> None:
+        self._launch()
+
+    def _launch(self) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(part or os.getcwd() for part in sys.path)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "sgl_lim.programs.math_worker"],
@@ -42,7 +46,6 @@ class MathProcess:
             env=environment,
             start_new_session=True,  # Ctrl-C is for the run, which decides what becomes of the worker
         )
-        assert self._process.stdout is not None and self._process.stderr is not None
         self._errors: list[bytes] = []
         drain = threading.Thread(target=_drain, args=(self._process.stderr, self._errors), daemon=True)
         drain.start()
@@ -78,8 +81,8 @@ class MathProcess:
             raise WorkerLost(self._why()) from error
         reply = self._line(seconds * _STARVED, stopped)
         if reply is None:
-            self.close()
-            self.__init__()  # type: ignore[misc] # it hangs where no limit of processor time reaches
+            self.close()  # it waits for something, so that no limit of processor time ends it
+            self._launch()
             return None
         if reply.get("ready"):  # of the next worker: the one that was asked is dead
             return None
@@ -120,15 +123,11 @@ def _drain(stream: Any, into: list[bytes]) -> None:
 
 
 def _end(process: "subprocess.Popen[bytes]", drain: threading.Thread) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # its session: the worker and who forks it
-    except ProcessLookupError:
-        pass
     process.wait()
     drain.join()
     for stream in (process.stdin, process.stdout, process.stderr):
         if stream is not None:
-            try:
+            with suppress(OSError):  # what it was asked last may not fit into a pipe that nobody reads
                 stream.close()
-            except OSError:
-                pass  # what it was asked last does not fit into a pipe that nobody reads

@@ -30,8 +30,13 @@ _MEMORY_BYTES = 4 << 30  # of address space
 _LONGEST = 1000  # characters of an answer that is read
 _USUAL = (  # parsed once before the first fork, because the parser learns from each form
     r"\frac{3\sqrt{2}}{4}", r"(-\infty, 2] \cup [3, 5)", r"x^2-2x+1", r"2 < x \le 3", r"\{1\pm\sqrt{5},-2\}",
-    r"\begin{pmatrix} 1 \\ -2 \end{pmatrix}", r"\left[ \frac{\pi^2}{8}, 5 \right]", r"2\sin{x}+\log_2{8}", r"3!+\binom{4}{2}",
-    r"y=-2x+1", r"e^{i\pi}", r"1.25", r"2 \times 10^{-7}", r"12\%", r"(1,-16,-4)", r"\sum_{k=1}^{3} k", "6-5i", r"ab", r"\pi /2",
+    r"\begin{pmatrix} 1 \\ -2 \end{pmatrix}", r"\left[ \frac{\pi^2}{8}, 5 \right]", r"2\sin{x}+\log_2{8}",
+    r"3!+\binom{4}{2}", r"y=-2x+1", r"e^{i\pi}", r"1.25", r"2 \times 10^{-7}", r"12\%", r"(1,-16,-4)",
+    r"\sum_{k=1}^{3} k", "6-5i", r"ab", r"\pi /2",
+)  # fmt: skip
+_USUAL_PAIRS = (
+    (r"\sin{2x}", r"2\sin{x}\cos{x}"), (r"x^2-1", r"(x-1)(x+1)"), ("2x-y=1", "4x-2y=2"), ("(2,3)", "2 < x < 3"),
+    (r"\sqrt{12}", r"2\sqrt{3}"), ("1, 2, 3", "3, 2, 1"), ("0.333333", r"\frac{1}{3}"),
 )  # fmt: skip
 
 
@@ -41,8 +46,9 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     compare_exactly()
     for text in _USUAL:
-        _parse(text)
         _read(text)
+    for one, other in _USUAL_PAIRS:
+        _same(one, other)
     while True:
         worker = os.fork()
         if worker == 0:
@@ -92,9 +98,9 @@ def _same(one: str, other: str) -> bool:
         return False
     for these, those in ((first, second), (second, first)):
         # Report: "an equation equals its right side": 5x - 7y = 0 and 0.
-        if these and isinstance(these[0], Eq) and not is_expr_of_only_symbols(these[0].lhs):
-            if not (those and isinstance(those[0], Relational)):
-                return False
+        is_equation = these and isinstance(these[0], Eq) and not is_expr_of_only_symbols(these[0].lhs)
+        if is_equation and not (those and isinstance(those[0], Relational)):
+            return False
     options: dict[str, Any] = {"allow_set_relation_comp": True, "timeout_seconds": None}
     return verify(first, second, **options) or verify(second, first, **options)
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,6 +80,8 @@ def needle_problems(count: int, *, sentences: int, keys: int, seed: int, chat: b
 def jsonl_problems(path: Path, *, template: str = DEFAULT_PROMPT_TEMPLATE) -> ProblemSet:
     """Read a file of one JSON object a line: `problem`, `answer`, and optionally `id` (default: `line-N`, from 1).
 
+    An answer is a text or a number; a float is kept as it is written, with all its digits.
+
     Blank lines are skipped; other keys are ignored. Every `{problem}` in `template` is replaced, and nothing else in
     it is special.
 
@@ -127,19 +130,19 @@ def _parse_line(line: str, template: str, where: str, *, default_id: str) -> Pro
     except ValueError as error:
         raise ProblemError(f"{where}: {error}") from error
     text = _field(row, "problem", (str,), where)
-    answer = _field(row, "answer", (str, int, float), where)
+    answer = _field(row, "answer", (str, int, Decimal), where)
     identity = _field(row, "id", (str, int), where) if "id" in row else default_id
     return Problem(identity, template.replace(PLACEHOLDER, text), answer, "math")
 
 
 def _field(row: dict[str, Any], key: str, types: tuple[type, ...], where: str) -> str:
     """The value of `key` as non-empty text."""
-    expected = " or ".join(kind.__name__ for kind in types)
+    expected = " or ".join("float" if kind is Decimal else kind.__name__ for kind in types)
     if key not in row:
         raise ProblemError(f"{where}: missing key {key!r} (expected {expected}); the line has {sorted(row)}")
     value = row[key]
     if not isinstance(value, types) or isinstance(value, bool):
-        raise ProblemError(f"{where}: {key!r} must be {expected}, got {type(value).__name__}")
+        raise ProblemError(f"{where}: {key!r} must be {expected}, got {jsonl.type_name(value)}")
     text = str(value).strip()
     if not text:
         raise ProblemError(f"{where}: {key!r} is empty")

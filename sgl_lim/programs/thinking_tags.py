@@ -26,10 +26,7 @@ _SPECIAL = re.compile(r"<\|[^<>|]*\|>|</?s>|<(?:eos|bos|end_of_turn)>", re.IGNOR
 
 def opens_thinking(prompt: str) -> bool:
     """Whether a prompt ends with a tag that opens the thinking, as some models' templates do."""
-    last = None
-    for last in _OPEN.finditer(prompt):
-        pass
-    return last is not None and not prompt[last.end() :].strip()
+    return any(not prompt[tag.end() :].strip() for tag in _OPEN.finditer(prompt))
 
 
 def after_thinking(text: str, *, opened: bool) -> str | None:
@@ -58,13 +55,18 @@ def after_thinking(text: str, *, opened: bool) -> str | None:
     return _without_more_thinking(rest)
 
 
-def _first_opening(text: str) -> re.Match[str] | None:
-    """The first opening tag that begins a line."""
-    return next((tag for tag in _OPEN.finditer(text) if not text[: tag.start()].rpartition("\n")[2].strip()), None)
+def _first_opening(text: str, position: int = 0) -> re.Match[str] | None:
+    """The first opening tag from a position on that begins a line."""
+    for tag in _OPEN.finditer(text, position):
+        if not text[text.rfind("\n", 0, tag.start()) + 1 : tag.start()].strip():
+            return tag
+    return None
 
 
 def _without_more_thinking(text: str) -> str:
     """`text` without further thinking in it: from a tag that begins a line to the one that closes it."""
-    while (opening := _first_opening(text)) and (closing := _CLOSE.search(text, opening.end())):
-        text = text[: opening.start()] + text[closing.end() :]
-    return text
+    kept, position = [], 0
+    while (opening := _first_opening(text, position)) and (closing := _CLOSE.search(text, opening.end())):
+        kept.append(text[position : opening.start()])
+        position = closing.end()
+    return "".join([*kept, text[position:]])

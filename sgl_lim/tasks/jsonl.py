@@ -1,7 +1,8 @@
 """Lines of JSON that people write."""
 
 import json
-from typing import Any
+from decimal import Decimal
+from typing import Any, NoReturn
 
 
 def decode(content: bytes) -> str:
@@ -10,13 +11,13 @@ def decode(content: bytes) -> str:
 
 
 def parse_object(line: str) -> dict[str, Any]:
-    """The JSON object that a line is.
+    """The JSON object that a line is. Its floats are `Decimal`, which keeps them as they are written.
 
     Raises:
         ValueError: it is none; the message says why.
     """
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_float=Decimal, parse_constant=_refuse)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists in lists
@@ -24,3 +25,12 @@ def parse_object(line: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
     return row
+
+
+def type_name(value: Any) -> str:
+    """Name of a value's type, for people."""
+    return "float" if isinstance(value, Decimal) else type(value).__name__
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number")

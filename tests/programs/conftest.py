@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 from stub_endpoint import StubEndpoint
 
+from sgl_lim.programs.math_grading import MathGrader
 from sgl_lim.programs.run_records import Row, Sample
+
+
+@pytest.fixture(scope="session")
+def math_grader() -> MathGrader:
+    pytest.importorskip("math_verify", reason="needs math-verify")
+    return MathGrader()
 
 
 @pytest.fixture

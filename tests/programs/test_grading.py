@@ -2,32 +2,36 @@
 
 import json
 import random
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgl_lim.programs.grading import (
-    ChainGrader,
-    GradingError,
-    MathGrader,
-    NeedleGrader,
-    grade,
-    majority,
-    make_grader,
-)
+from sgl_lim.programs.graders import ChainGrader, GradingError, NeedleGrader
+from sgl_lim.programs.grading import grade, majority, make_grader
+from sgl_lim.programs.math_grading import MathGrader
 from sgl_lim.programs.problems import Problem, jsonl_problems
+from sgl_lim.programs.run_records import Generation
 from sgl_lim.tasks.chains import make_chain
 
 ANSWER_FORMS = Path(__file__).parent / "data" / "answer_forms.jsonl"
 """Answers as AIME and MATH-500 write them, with another spelling of each."""
 
+CASES = [json.loads(line) for line in (ANSWER_FORMS.parent / "grading_cases.jsonl").read_text().splitlines()]
+"""Generations, why they ended, whether the prompt opened the thinking, and whether they give the right answer."""
+
 
 def chain_problem() -> Problem:
     chain = make_chain(random.Random(1), num_facts=12, num_steps=3)
     return Problem("c", chain.prompt, chain.answer, "chain", chain.solution)
+
+
+def said(*texts: str, ended: str = "stop", opened: bool = False) -> list[Generation]:
+    return [Generation(text, 9, 9, 0, ended, thinking_opened=opened) for text in texts]
 
 
 def math_problem(answer: str) -> Problem:
@@ -38,7 +42,8 @@ def math_problem(answer: str) -> Problem:
     ("votes", "winner"),
     [
         (["1", "2", "2"], "2"),
-        (["1", "2"], "1"),
+        (["1", "2"], "2"),  # by its digest
+        (["2", "1"], "2"),
         (["2", "1", "1", "2"], "2"),
         ([None, None, "3"], "3"),
         ([None, None], None),
@@ -58,13 +63,19 @@ def test_no_answer_has_more_votes_than_the_majority(votes: list[str | None]) -> 
 
 
 def test_votes_are_compared_by_meaning() -> None:
-    assert majority(["0.5", "3", "1/2", ".50"], lambda a, b: eval(a) == eval(b)) == "0.5"
+    assert majority(["0.5", "3", "1/2", ".50", ".50"], lambda a, b: eval(a) == eval(b)) == ".50"
+
+
+@given(st.permutations(["1", "1", "a", "b", "c", "c", None, "d"]))
+def test_the_vote_does_not_depend_on_the_order_of_samples(votes: list[str | None]) -> None:
+    # "b" joins "a" and "c", which are not the same by themselves.
+    assert majority(votes, lambda a, b: a == b or {a, b} in ({"a", "b"}, {"b", "c"})) == "c"
 
 
 def test_a_right_chain() -> None:
     problem = chain_problem()
     assert problem.solution is not None
-    graded = grade(problem, [problem.solution], ChainGrader())
+    graded = grade(problem, said(problem.solution), ChainGrader())
     (sample,) = graded.samples
     assert graded.correct and sample.correct and sample.whole_chain
     assert graded.answer == problem.answer
@@ -76,21 +87,21 @@ def test_a_right_answer_after_a_wrong_step_is_right_but_no_whole_chain() -> None
     assert problem.solution is not None
     words = problem.solution.split()
     words[0] = "v399" if words[0] != "v399" else "v398"
-    (sample,) = grade(problem, [" ".join(words)], ChainGrader()).samples
+    (sample,) = grade(problem, said(" ".join(words)), ChainGrader()).samples
     assert sample.correct and not sample.whole_chain
     assert sample.words_matching == len(words) - 1
 
 
 def test_a_chain_that_goes_on_is_no_whole_chain() -> None:
     problem = chain_problem()
-    (sample,) = grade(problem, [f"{problem.solution} ;"], ChainGrader()).samples
+    (sample,) = grade(problem, said(f"{problem.solution} ;"), ChainGrader()).samples
     assert sample.correct and not sample.whole_chain
 
 
 def test_a_chain_that_was_cut_off_has_no_answer() -> None:
     problem = chain_problem()
     assert problem.solution is not None
-    graded = grade(problem, [problem.solution.rpartition("answer")[0]], ChainGrader())
+    graded = grade(problem, said(problem.solution.rpartition("answer")[0]), ChainGrader())
     assert graded.answer is None and not graded.correct and graded.samples[0].answer is None
 
 
@@ -98,9 +109,11 @@ def test_the_vote_decides_and_the_samples_keep_their_own_grades() -> None:
     problem = chain_problem()
     wrong = str((int(problem.answer) + 1) % 100)
     texts = [f"answer {n}" for n in (wrong, problem.answer, problem.answer)]
-    graded = grade(problem, texts, ChainGrader())
+    graded = grade(problem, said(*texts), ChainGrader())
     assert graded.correct and [sample.correct for sample in graded.samples] == [False, True, True]
-    assert not grade(problem, [f"answer {wrong}", f"answer {problem.answer}"], ChainGrader()).correct
+    assert not grade(
+        problem, said(f"answer {wrong}", f"answer {wrong}", f"answer {problem.answer}"), ChainGrader()
+    ).correct
 
 
 def test_a_needle_is_the_first_number() -> None:
@@ -108,7 +121,7 @@ def test_a_needle_is_the_first_number() -> None:
     grader = make_grader("needle")
     assert isinstance(grader, NeedleGrader)
     texts = [" The access code is 48213. That of the teapot is 5.", "48214", "No idea."]
-    graded = grade(problem, texts, grader)
+    graded = grade(problem, said(*texts), grader)
     assert [sample.correct for sample in graded.samples] == [True, False, False]
     assert [sample.answer for sample in graded.samples] == ["48213", "48214", None]
 
@@ -118,12 +131,6 @@ def test_without_math_verify_the_way_out_is_named(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(GradingError, match=r"pip install 'math-verify>=0\.9,<1'"):
         make_grader("math")
     make_grader("chain")
-
-
-@pytest.fixture(scope="module")
-def math_grader() -> MathGrader:
-    pytest.importorskip("math_verify", reason="needs math-verify")
-    return MathGrader()
 
 
 @pytest.mark.parametrize(
@@ -141,12 +148,12 @@ def math_grader() -> MathGrader:
     ],
 )
 def test_mathematics(math_grader: MathGrader, answer: str, text: str, correct: bool) -> None:
-    assert grade(math_problem(answer), [text], math_grader).correct is correct
+    assert grade(math_problem(answer), said(text), math_grader).correct is correct
 
 
 def test_equal_mathematical_answers_vote_together(math_grader: MathGrader) -> None:
     texts = ["\\boxed{3}", "\\boxed{\\frac{1}{2}}", "\\boxed{3}", "\\boxed{0.5}", "\\boxed{\\frac{2}{4}}"]
-    graded = grade(math_problem("1/2"), texts, math_grader)
+    graded = grade(math_problem("1/2"), said(*texts), math_grader)
     assert graded.correct
     assert graded.samples[0].whole_chain is None and graded.samples[0].words_total is None
 
@@ -161,5 +168,32 @@ def test_every_form_of_answer_is_read_in_either_spelling_and_equals_no_other(mat
     spellings = [json.loads(line)["also"] for line in ANSWER_FORMS.read_text().splitlines()]
     for problem, other, also in zip(problems, problems[1:] + problems[:1], spellings, strict=True):
         for text, right in ((problem.answer, True), (also, True), (other.answer, False)):
-            graded = grade(problem, [f"Thus \\boxed{{{text}}}."], math_grader)
+            graded = grade(problem, said(f"Thus \\boxed{{{text}}}."), math_grader)
             assert graded.correct is right, (problem.answer, text)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
+def test_a_case_is_graded_right(math_grader: MathGrader, case: dict[str, Any]) -> None:
+    generations = said(case["text"], ended=case["ended"], opened=case.get("opened", False))
+    assert grade(math_problem(case["expected"]), generations, math_grader).correct is case["right"]
+
+
+def test_the_answer_is_shown_as_people_read_it(math_grader: MathGrader) -> None:
+    texts = ["There are **73** of them.", "\\boxed{0204.}", "\\boxed{4210_6}", "\\boxed{\\textbf{Evelyn}}"]
+    graded = grade(math_problem("1"), said(*texts), math_grader)
+    assert [sample.answer for sample in graded.samples] == ["73", "204", "4210_{6}", "Evelyn"]
+
+
+def test_the_order_of_samples_changes_no_vote(math_grader: MathGrader) -> None:
+    texts = [f"\\boxed{{{text}}}" for text in ("(2,3)", "2<x<3", "7", "7.0", "x \\in (2,3)", "1/3", "0.333333", "8")]
+    votes = {
+        (graded.answer, graded.correct)
+        for seed in range(10)
+        for graded in [grade(math_problem("(2,3)"), said(*random.Random(seed).sample(texts, 8)), math_grader)]
+    }
+    assert votes == {("(2,3)", True)}
+
+
+def test_the_grader_says_its_name_and_version(math_grader: MathGrader) -> None:
+    assert re.fullmatch(r"math \d+ \(math-verify \d+\.\d+.*\)", math_grader.name)
+    assert (make_grader("chain").name, make_grader("needle").name) == ("chain 1", "needle 1")
