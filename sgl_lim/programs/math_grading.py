@@ -1,7 +1,6 @@
 """Mathematics: what of a generation is its answer, and which answers are one."""
 
 import importlib.util
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,10 +18,12 @@ from sgl_lim.programs.run_records import Generation
 INSTALL_MATH_VERIFY = "pip install 'math-verify>=0.9,<1'"  # the extra `math` of pyproject.toml
 _RULES = 2  # changes with what counts as an answer, or as the same one
 
-_READ_SECONDS = 0.3  # of processor time, for one answer
-_SAME_SECONDS = 0.7  # for one comparison
-_PROBLEM_SECONDS = 3.0  # for all of a problem; what is left then is compared by its spelling
-_CLOCK_SECONDS = 7.0  # the same on the clock, for problems with an answer that came to no end: others may wait longer
+# Seconds of processor time. Every request is tried for a moment, which is enough for most; those that need more share
+# what is left for a problem. So what is costly takes nothing from the rest.
+_MOMENT, _READ, _COMPARE = 0.06, 0.3, 0.7  # for one request: at first, then to read an answer, or to compare two
+_MOMENTS, _MORE = 3.0, 2.5  # for all requests of one problem: at first, and then
+# Seconds on the clock since a problem was begun, once one of its requests came to no end: for moments, and for more.
+_MOMENTS_CLOCK, _MORE_CLOCK = 8.0, 3.0
 
 
 class MathGrader:
@@ -85,8 +86,8 @@ class _MathComparison:
     def __init__(self, process: MathProcess, stopped: Callable[[], bool]) -> None:
         self._process = process
         self._stopped = stopped
-        self._left = _PROBLEM_SECONDS
-        self._end_at = math.inf
+        self._purses = [_Purse(_MOMENTS, _MOMENTS_CLOCK, _MOMENT), _Purse(_MORE, _MORE_CLOCK, None)]
+        self._is_costly = False
         self._began = time.monotonic()
         self._readings: dict[str, _Reading] = {}
         self._same: dict[frozenset[Form], bool] = {}
@@ -109,27 +110,37 @@ class _MathComparison:
             return False
         if not (one.percent or other.percent) and first.is_far_from(second):
             return False
-        reply = self._ask({"same": sorted(texts)}, _SAME_SECONDS)
+        reply = self._ask({"same": sorted(texts)}, _COMPARE)
         return reply is not None and bool(reply["same"])
 
     def _read(self, text: str) -> _Reading:
         if text not in self._readings:
-            reply = self._ask({"read": text}, _READ_SECONDS)
+            reply = self._ask({"read": text}, _READ)
             number = None if reply is None or reply["number"] is None else float(reply["number"])
             self._readings[text] = _Reading(reply is None or reply["costly"], number)
         return self._readings[text]
 
     def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
-        if self._left <= 0 or time.monotonic() > self._end_at:
-            return None
-        try:
-            reply = self._process.ask(request, seconds, self._stopped)
-        except WorkerLost as error:
-            raise _broken(error) from error
-        self._left -= seconds if reply is None else reply["seconds"]
-        if reply is None:
-            self._end_at = self._began + _CLOCK_SECONDS
-        return reply
+        for purse in self._purses:
+            if purse.left <= 0 or (self._is_costly and time.monotonic() - self._began > purse.clock):
+                continue
+            limit = purse.most or seconds
+            try:
+                reply = self._process.ask(request, limit, self._stopped)
+            except WorkerLost as error:
+                raise _broken(error) from error
+            purse.left -= limit if reply is None else reply["seconds"]
+            if reply is not None:
+                return reply
+            self._is_costly = True
+        return None
+
+
+@dataclass
+class _Purse:
+    left: float  # seconds of processor time
+    clock: float  # seconds
+    most: float | None  # at a time; None for what the request may take
 
 
 def _broken(error: WorkerLost) -> GradingError:

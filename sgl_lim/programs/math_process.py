@@ -15,7 +15,7 @@ from typing import Any
 
 _START_SECONDS = 120.0  # for its imports, on a machine that is busy
 _STARVED = 20.0  # a request may take so many times its limit on the clock, where other processes take the processor
-_GRACE_SECONDS = 0.5  # for the request in work when the run is stopped
+_GRACE_SECONDS = 0.5  # for all that is still to compare when the run is stopped
 _POLL_SECONDS = 0.05
 
 
@@ -24,7 +24,7 @@ class WorkerLost(RuntimeError):
 
 
 class GradingStopped(RuntimeError):
-    """The run was stopped while a request was in work."""
+    """The run was stopped while answers were compared."""
 
 
 class MathProcess:
@@ -34,6 +34,7 @@ class MathProcess:
     """
 
     def __init__(self) -> None:
+        self._stop_at: float | None = None  # on the clock
         self._launch()
 
     def _launch(self) -> None:
@@ -70,7 +71,7 @@ class MathProcess:
 
         Raises:
             WorkerLost: there is no worker.
-            GradingStopped: `stopped()` became true and no reply came soon.
+            GradingStopped: `stopped()` became true some time ago.
         """
         self.start(stopped)
         assert self._process.stdin is not None
@@ -88,17 +89,20 @@ class MathProcess:
             return None
         return reply
 
+    def _check_stop(self, stopped: Callable[[], bool], now: float) -> None:
+        if self._stop_at is None and stopped():
+            self._stop_at = now + _GRACE_SECONDS
+        if self._stop_at is not None and now > self._stop_at:
+            self.close()
+            raise GradingStopped("stopped while answers were compared")
+
     def _line(self, seconds: float, stopped: Callable[[], bool]) -> dict[str, Any] | None:
         """The next line of the worker; None after `seconds` on the clock."""
         assert self._process.stdout is not None
-        descriptor, deadline, stop_at = self._process.stdout.fileno(), time.monotonic() + seconds, None
+        descriptor, deadline = self._process.stdout.fileno(), time.monotonic() + seconds
         while b"\n" not in self._buffer:
             now = time.monotonic()
-            if stop_at is None and stopped():
-                stop_at = now + _GRACE_SECONDS
-            if stop_at is not None and now > stop_at:
-                self.close()
-                raise GradingStopped("stopped while an answer was compared")
+            self._check_stop(stopped, now)
             if now > deadline:
                 return None
             if select.select([descriptor], [], [], _POLL_SECONDS)[0]:

@@ -47,7 +47,7 @@ def test_towers_cost_next_to_nothing_and_equal_their_own_spelling(math_grader: M
 
 
 def test_what_is_costly_in_any_way_leaves_the_other_samples_their_grades(math_grader: MathGrader) -> None:
-    graded = grade(problem(r"\frac{1}{2}"), boxes([*COSTLY, "0.5", r"\frac{2}{4}"]), math_grader)
+    graded = grade(problem(r"\frac{\pi}{2}"), boxes([*COSTLY, r"0.5\pi", "pi/2"]), math_grader)
     assert [sample.correct for sample in graded.samples] == [False] * len(COSTLY) + [True, True]
     assert graded.correct and not graded.samples[-1].by_spelling
 
