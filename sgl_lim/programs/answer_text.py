@@ -21,6 +21,8 @@ _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\$(.+?)\$|\\\((.+?)\\\)", re.DO
 _BOLD = re.compile(r"\*\*(.+?)\*\*|__(.+?)__")
 _ENDS = re.compile(r"\n|(?<!\\)[.!?。](?=\s|$)|,?\s(?:because|since|as|which|where|so|and thus|and hence)\s")
 _LEAD = re.compile(r"(?:therefore|thus|simply|just|exactly|then|equal to|given by|approximately|about)[\s,:]+", re.I)
+_LONGEST = 300  # characters of a value without a box
+_SENTENCE = re.compile(r"(?<![\\A-Za-z])(?!(?:pi|sqrt|sin|cos|tan|log|ln|or|and)\b)[A-Za-z]{2,}")
 _WORDS = re.compile(r"[^\W\d_]{3,}")
 _COMMAND_OR_TEXT = re.compile(r"\\(?:text|mathrm|mbox|textbf|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _VALUE_START = re.compile(r"[-+\u2212]?\s*[\d.$\\(\[{√π∞]|[A-Za-z]\b|(?:pi|sqrt)\b")
@@ -135,4 +137,7 @@ def _is_value(text: str) -> bool:
     """Whether `text` is a formula or a number with at most a few words behind it, rather than a sentence."""
     words = _WORDS.findall(_COMMAND_OR_TEXT.sub(" ", text))
     heading = re.match(r"\d+[.)]\s+\D|[^\W\d_]+\s+\d", text)
-    return bool(_VALUE_START.match(text)) and len(words) <= 3 and not heading and not text.endswith(":")
+    if re.match(r"[A-Za-z]", text) and _SENTENCE.search(text):
+        return False
+    odd = heading or text.endswith(":") or len(text) > _LONGEST or _BOX.search(text)
+    return bool(_VALUE_START.match(text)) and len(words) <= 3 and not odd

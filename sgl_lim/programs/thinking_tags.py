@@ -21,12 +21,14 @@ _CLOSE = re.compile(
     r"|<\|channel\|>\s*final\s*<\|message\|>|<channel\|>|<unused95>",
     re.IGNORECASE,
 )
+_LONGEST = 100  # characters of a tag
 _SPECIAL = re.compile(r"<\|[^<>|]*\|>|</?s>|<(?:eos|bos|end_of_turn)>", re.IGNORECASE)
 
 
 def opens_thinking(prompt: str) -> bool:
     """Whether a prompt ends with a tag that opens the thinking, as some models' templates do."""
-    return any(not prompt[tag.end() :].strip() for tag in _OPEN.finditer(prompt))
+    end = prompt.rstrip()[-_LONGEST:]
+    return any(tag.end() == len(end) for tag in _OPEN.finditer(end))
 
 
 def after_thinking(text: str, *, opened: bool) -> str | None:

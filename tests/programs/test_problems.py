@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from sgl_lim.programs.grading import grade
+from sgl_lim.programs.math_grading import MathGrader
 from sgl_lim.programs.problems import ProblemError, chain_problems, jsonl_problems, needle_problems
+from sgl_lim.programs.run_records import Generation
 
 ANSWER_FORMS = Path(__file__).parent / "data" / "answer_forms.jsonl"
 
@@ -52,6 +55,28 @@ def test_jsonl_fills_the_template_and_numbers_lines_without_id(tmp_path: Path) -
     assert all(p.kind == "math" and p.solution is None for p in source.problems)
 
 
+@pytest.mark.parametrize(
+    ("written", "spellings"),
+    [
+        ("0.5", ["1/2", ".50", "0.5"]),
+        ("0.10", ["0.1", "\\frac{1}{10}"]),
+        ("1e-7", ["0.0000001", "10^{-7}", "1e-07"]),
+        ("2.5E3", ["2500", "2{,}500"]),
+        ("0.1234567890123456789", ["0.1234567890123456789"]),
+        ("-3.0", ["-3"]),
+    ],
+)
+def test_a_float_is_an_answer_with_all_its_digits(
+    tmp_path: Path, math_grader: MathGrader, written: str, spellings: list[str]
+) -> None:
+    path = write(tmp_path / "p.jsonl", f'{{"problem": "a", "answer": {written}}}')
+    (problem,) = jsonl_problems(path).problems
+    for text in spellings:
+        assert grade(problem, [Generation(f"\\boxed{{{text}}}", 1, 1, 0, "stop")], math_grader).correct, text
+    wrong = Generation(f"\\boxed{{{spellings[0]}1}}", 1, 1, 0, "stop")
+    assert not grade(problem, [wrong], math_grader).correct
+
+
 def test_the_spec_follows_content_and_template(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", '{"problem": "a", "answer": "1"}')
     spec = jsonl_problems(path).spec
@@ -66,6 +91,10 @@ def test_the_spec_follows_content_and_template(tmp_path: Path) -> None:
         pytest.param('{"problem": "a"}', [":2", "'answer'", "missing"], id="no-answer"),
         pytest.param('{"question": "a", "answer": "1"}', [":2", "'problem'", "missing", "question"], id="no-problem"),
         pytest.param('{"problem": "a", "answer": null}', [":2", "'answer'", "NoneType"], id="null-answer"),
+        pytest.param('{"problem": "a", "answer": NaN}', [":2", "NaN is no number"], id="nan-answer"),
+        pytest.param('{"problem": "a", "answer": -Infinity}', [":2", "-Infinity is no number"], id="infinite-answer"),
+        pytest.param('{"problem": "a", "answer": [1.5]}', [":2", "'answer'", "float", "list"], id="list-answer"),
+        pytest.param('{"id": 1.5, "problem": "b", "answer": "1"}', [":2", "'id'", "got float"], id="float-id"),
         pytest.param('{"problem": "a", "answer": true}', [":2", "'answer'", "bool"], id="bool-answer"),
         pytest.param('{"problem": " ", "answer": "1"}', [":2", "'problem'", "empty"], id="empty-problem"),
         pytest.param('{"problem": "a", "answer": "1"', [":2", "not JSON"], id="cut-line"),

@@ -1,6 +1,7 @@
 """The whole command line and the frontend programs, against a stub endpoint."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from stub_endpoint import COUNTERS, Reply, StubEndpoint
 
+from sgl_lim.programs import math_grading
 from sgl_lim.programs.cli import main
 from sgl_lim.programs.problems import chain_problems
 from sgl_lim.programs.run_records import read_rows
@@ -210,6 +212,48 @@ def test_mathematics_in_a_chat_template(cli: Cli, questions: tuple[str, str]) ->
     assert "<|im_end|>" in cli.stub.generate_requests[0]["sampling_params"]["stop"]
     assert cli.summary["accuracy"] == 0.5 and cli.summary["word_accuracy"] is None
     assert cli.summary["settings"]["chat_template"] == "chatml"
+
+
+def test_a_generation_that_was_cut_off_has_no_answer(
+    cli: Cli, questions: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("math_verify", reason="needs math-verify")
+    cli.stub.answer = lambda prompt: "It may be \\boxed{2}, but"
+    cli.stub.finish_reason = {"type": "length", "length": 8}
+    assert cli("--chat-template", "chatml", source=questions) == 0
+    assert cli.summary["accuracy"] == 0 and cli.summary["samples_cut_off"] == 2
+    assert all(json.loads(line)["answer"] is None for line in cli.output.read_text().splitlines()[:2])
+
+
+@pytest.mark.parametrize("program", ["solve", "self-consistency", "tree", "budget-forcing"])
+def test_a_prompt_that_opens_the_thinking_is_told_to_the_grader(
+    cli: Cli, questions: tuple[str, str], program: str
+) -> None:
+    pytest.importorskip("math_verify", reason="needs math-verify")
+    cli.stub.answer = lambda prompt: "Perhaps \\boxed{2}."
+    shape = {
+        "tree": ["--branches", "2", "--keep", "1", "--depth", "1", "--thought-tokens", "8"],
+        "budget-forcing": ["--min-thinking", "1", "--thinking-end", "</think>"],
+        "self-consistency": ["--samples", "2"],
+    }
+    flags = ["--program", program, "--max-tokens", "64", *shape.get(program, [])]
+    assert cli(*flags, "--prompt-template", "{problem}\n<think>\n", source=questions) == 0
+    rows = [json.loads(line) for line in cli.output.read_text().splitlines()[:2]]
+    assert all(sample["thinking_opened"] for row in rows for sample in row["samples"])
+    assert cli.summary["accuracy"] == 0
+
+
+def test_the_summary_says_which_grader_made_it_and_no_other_goes_on(
+    cli: Cli, questions: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("math_verify", reason="needs math-verify")
+    cli.stub.answer = lambda prompt: "\\boxed{2}"
+    assert cli("--limit", "1", source=questions) == 0
+    grader = cli.summary["settings"]["grader"]
+    assert "math-verify" in grader and re.search(rf"graded by +{re.escape(grader)}", capsys.readouterr().out)
+    monkeypatch.setattr(math_grading, "_RULES", 99)
+    assert cli(source=questions) == 2
+    assert f'grader: file has "{grader}", this run has "math 99' in capsys.readouterr().err
 
 
 def test_limit_and_raw_prompt_template(cli: Cli, questions: tuple[str, str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from sgl_lim.programs.graders import Answer, ChainGrader
+from sgl_lim.programs.math_process import GradingStopped
 from sgl_lim.programs.problems import chain_problems
 from sgl_lim.programs.run_records import Generation, RecordFile, Row
 from sgl_lim.programs.runner import Asking, EndpointLost, Invocation, run_items
@@ -157,6 +158,17 @@ def test_stopping_between_items_is_a_stop_too(run: Run) -> None:
 
     invocation = run(ask, concurrency=1)
     assert invocation.stopped and invocation.items <= 1
+
+
+def test_a_stop_while_answers_are_compared_leaves_their_item_to_the_next_run(run: Run) -> None:
+    class Slow(ChainGrader):
+        def same(self, one: Answer, other: Answer) -> bool:
+            run.stop.set()
+            raise GradingStopped
+
+    run.grader = Slow()
+    invocation = run(right, concurrency=1)
+    assert invocation.stopped and invocation.items == 0 and run.recorded() == {}
 
 
 def test_several_samples_are_voted_on(run: Run) -> None:
