@@ -43,6 +43,8 @@ _SPACES = re.compile(
     r"(?<!\\)\\[,;:!> ]|~|\\(?:q?quad|thinspace|medspace|thickspace|enspace|nobreak)(?![A-Za-z])"
     r"|\\h(?:space|phantom)\s*\{[^{}]*\}|\s+"
 )
+_MARKDOWN = re.compile(r"^\s*(?:\*\*|__)(.*?)(?:\*\*|__)\s*$")
+_CHOICE = re.compile(r"\(?([A-J])\)(?:\s*:?\s*(?:\\unit\s)?\s*(.+))?")
 _DOLLARS = re.compile(r"\s*\$?\s*\\\$")
 # Report: "a remark in the box counts as wrong": \\text{The answer is } 9, 9 (nine), 9 with a tick.
 _REMARKS = re.compile(
@@ -68,7 +70,7 @@ _COMMAND_OF = {"infinity": "infty", "inf": "infty", "oo": "infty"}
 _MEMBER = re.compile(r"^\s*(?:[A-Za-z]|\\[a-z]+)\s*\\in(?![a-z])\s*")
 _NAMED = re.compile(r"^\s*((?:[A-Za-z]|\\[A-Za-z]+)[\w{}'\\]*(?:\s*\([A-Za-z,\s]*\))?)\s*=\s*([^=<>]*)$")
 _BASED = re.compile(
-    r"\(?([0-9A-Z]+)\)?\s*(?:_\s*\{?\s*(?:base)?\s*([A-Za-z]+|\d+)\s*\}?"
+    r"\(?([0-9A-Za-z]+)\)?\s*(?:_\s*\{?\s*(?:base)?\s*([A-Za-z]+|\d+)\s*\}?"
     r"|\s+(?:\\unit\s*)?\(?(?:in\s+)?base[\s-]+(\w+)\)?)"
 )
 _BASES = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -81,7 +83,7 @@ _UNITS = {
     "usd": "dollar", "cent": "cent", "gram": "g", "kilogram": "kg", "liter": "l", "litre": "l",
     "pound": "lb", "ounce": "oz", "kph": "km/h", "mph": "mi/h",
 }  # fmt: skip
-_KNOWN_UNITS = frozenset([*_UNITS.values(), "n", "j", "w", "v", "k", "c", "f"])
+_KNOWN_UNITS = frozenset([*_UNITS.values(), "am", "pm", "n", "j", "w", "v", "k", "c", "f"])
 _SHORT_UNITS = r"cm|mm|km|ft|in|kg|mi|yd|lb|oz|mph|hr|min|sec|deg|sq|cu"
 _POWER = r"(?:\s*\^\s*\{?[23]\}?)?"
 # Report: "a unit behind the number counts as wrong": words in a wrapper, known or long words without one, degrees.
@@ -119,6 +121,7 @@ class Form:
     number: Fraction | None = None  # the value of a plain number or fraction
     ulp: Fraction | None = None  # the last place of a `number` with a decimal point, which may be rounded there
     percent: bool = False
+    choice: str | None = None  # "B" of `(B) 42`
 
     @property
     def as_equation(self) -> str:
@@ -140,18 +143,19 @@ def read(answer: str) -> Form:
     based = _BASED.fullmatch(text)
     if based and (numeral := _numeral(based.group(1), based.group(2) or based.group(3))):
         return numeral
+    choice, text = _choice(text)
     name, text = _name(text)
     unit, text = _unit(text)
     if _DOLLARS.match(answer):
         unit = unit or "dollar"
-    return _plain(Form(text, unit, name))
+    return _plain(Form(text, unit, name, choice=choice))
 
 
 def _mathematics(answer: str) -> str:
     """`answer` without dress: characters, wrappers, spaces, final marks, words of mathematics."""
-    text = "".join(map(_character, answer)).translate(_CHARACTERS)
+    text = _MARKDOWN.sub(r"\1", "".join(map(_character, answer)).translate(_CHARACTERS))
     text = _LETTER_UNIT.sub(r" \\unit \2", _SIZES.sub(" ", _COLOUR.sub("", text)))
-    text = re.sub(r"\\(?:\(|\)|\[|\])|(?<!\\)\$|\*\*(?=\S)(?!\d)|(?<=\S)\*\*$|`", " ", text)
+    text = re.sub(r"\\(?:\(|\)|\[|\])|(?<!\\)\$|`", " ", text)
     text = _PERCENT.sub(r"\\%", text.replace(r"\$", ""))  # report: "$36 and 36 dollars are not 36"
     text = _unwrap(text)
     text = text.replace(r"\varnothing", r"\emptyset")
@@ -188,7 +192,7 @@ def _unwrap(text: str) -> str:
             position = wrapper.end()
             continue
         content = text[wrapper.end() + 1 : end]
-        if _WORD_WRAPPERS.match(wrapper.group()) and re.search(r"[A-Za-z]{2}", content):
+        if _WORD_WRAPPERS.match(wrapper.group()) and len(re.findall(r"[A-Za-z]", content)) > 1:
             content = f" \\unit {content} " if _BEFORE_UNIT.search(text[: wrapper.start()]) else f" {content} "
         position = wrapper.start()
         text = text[:position] + content + text[end + 1 :]
@@ -232,6 +236,12 @@ def _name(text: str) -> tuple[str | None, str]:
     return re.sub(r"\s", "", named.group(1)), named.group(2).strip()
 
 
+def _choice(text: str) -> tuple[str | None, str]:
+    """Report: "(B) is not B, and (B) 42 is neither": the letter of a choice, and what it stands for."""
+    found = _CHOICE.fullmatch(text)
+    return (None, text) if found is None else (found.group(1), found.group(2) or found.group(1))
+
+
 def _unit(text: str) -> tuple[str | None, str]:
     """The unit, if it is a known one, and the text without it."""
     found = _UNIT.search(text)
@@ -254,7 +264,7 @@ def _numeral(digits: str, named: str) -> Form | None:
     base = int(named) if named.isdecimal() and len(named) < 3 else _BASES.index(word) + 2 if word in _BASES else 0
     if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in digits):
         return None
-    digits = digits.lstrip("0") or "0"
+    digits = digits.upper().lstrip("0") or "0"
     return _plain(Form(digits)) if base == 10 else Form(f"{digits}_{{{base}}}", base=base)
 
 

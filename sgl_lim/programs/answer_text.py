@@ -9,12 +9,14 @@ import re
 from sgl_lim.programs.thinking_tags import after_thinking
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?:\[[^\[\]]*\]\s*)?")
-_TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | re.DOTALL)
+_TAGGED = re.compile(
+    r"<(?:final_)?answer>((?:(?!<(?:final_)?answer>).)*?)</(?:final_)?answer>", re.IGNORECASE | re.DOTALL
+)
 _ANNOUNCED = re.compile(r"(?:\bis|\bare|\bbe|=|:|\banswer)[\s*$]*$", re.IGNORECASE)
 _STATED = re.compile(
     r"\banswer\b(?:\s*\*\*)?(?:[^.\n:=]{0,80}?\s(?:is|are|was|equals|will be|must be|should be|comes out to)\b|\s*[:=]"
-    r"|[^.\n:=]{0,60}[:=])(?:\s*\*\*)?\s*:?\s*|\bfinal answer\b\**\s*\n\s*|答案(?:应该)?(?:是|为|[:：])\s*",
-    re.IGNORECASE,
+    r"|[^.\n:=]{0,60}[:=])(?:\s*\*\*)?\s*:?\s*|\bfinal answer\b\**\s*\n\s*|^####\s|答案(?:应该)?(?:是|为|[:：])\s*",
+    re.IGNORECASE | re.MULTILINE,
 )
 _REFUSED = re.compile(r"\b(?:not|no|unknown|unclear|impossible to|cannot|can't|could|couldn't|unable|none of)\b", re.I)
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\$(.+?)\$|\\\((.+?)\\\)", re.DOTALL)

@@ -14,7 +14,7 @@ def plainly_same(one: Form, other: Form) -> bool | None:
         return False
     if one.base is not None or other.base is not None:
         return one.base == other.base and one.text == other.text
-    if one.spelling == other.spelling:
+    if one.spelling == other.spelling or _same_choice(one, other):
         return True
     if one.number is not None and other.number is not None:
         return _same_number(one, other)
@@ -59,6 +59,13 @@ def _shape(text: str) -> str:
 def _differ(one: str | None, other: str | None) -> bool:
     """Whether both answers have a unit, or a name, and not the same."""
     return one is not None and other is not None and one != other
+
+
+def _same_choice(one: Form, other: Form) -> bool:
+    """Whether one is the letter of the other, which may also say what the letter stands for."""
+    return (one.choice is not None and one.choice in (other.choice, other.text)) or (
+        other.choice is not None and other.choice == one.text
+    )
 
 
 def _same_parts(one: list[str], other: list[str]) -> bool | None:

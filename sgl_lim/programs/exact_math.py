@@ -5,9 +5,12 @@ from fractions import Fraction
 from typing import Any
 
 import math_verify.grader as library
+from latex2sympy2_extended import is_expr_of_only_symbols
 from sympy import (
     Add,
+    And,
     Basic,
+    Eq,
     Expr,
     FiniteSet,
     Float,
@@ -16,6 +19,7 @@ from sympy import (
     Or,
     Pow,
     Rational,
+    Symbol,
     binomial,
     exp,
     factorial,
@@ -25,7 +29,7 @@ from sympy import (
     zoo,
 )
 from sympy.concrete.expr_with_limits import ExprWithLimits
-from sympy.core.relational import GreaterThan, LessThan, StrictGreaterThan, StrictLessThan
+from sympy.core.relational import GreaterThan, LessThan, Relational, StrictGreaterThan, StrictLessThan
 from sympy.matrices import MatrixBase
 
 from sgl_lim.programs.decimals import has_end, has_enough_digits
@@ -105,10 +109,25 @@ def _exact(expression: Any) -> Any:
     return expression.xreplace({decimal: Rational(str(decimal)) for decimal in expression.atoms(Float)})
 
 
+def is_equation(expression: Any) -> bool:
+    """Report: "5x - 7y = 0 equals 0": whether it is an equation of variables, not the value of a name or a sum."""
+    if not isinstance(expression, Eq) or isinstance(expression.lhs, Symbol):
+        return False
+    return expression.rhs == 0 or not is_expr_of_only_symbols(expression.lhs)
+
+
+def is_relation(expression: Any) -> bool:
+    """Whether an expression is an equation or an inequality."""
+    return isinstance(expression, Relational)
+
+
 def joined(expression: Any) -> Any:
     """Report: "x < 2 or x > 3 is not (-oo, 2) u (3, oo)": inequalities in a list are the union of what they allow."""
-    if isinstance(expression, FiniteSet) and all(isinstance(part, _INEQUALITIES) for part in expression.args):
-        return Or(*expression.args).as_set()
+    if not isinstance(expression, FiniteSet):
+        return expression
+    parts = [And(*part.args) if isinstance(part, And) else part for part in expression.args]
+    if all(isinstance(part, (And, *_INEQUALITIES)) for part in parts):
+        return Or(*parts).as_set()
     return expression
 
 

@@ -24,7 +24,15 @@ import warnings
 from functools import lru_cache
 from typing import Any
 
-from sgl_lim.programs.exact_math import TooLarge, check_size, compare_exactly, joined, number_text
+from sgl_lim.programs.exact_math import (
+    TooLarge,
+    check_size,
+    compare_exactly,
+    is_equation,
+    is_relation,
+    joined,
+    number_text,
+)
 
 _MEMORY_BYTES = 4 << 30  # of address space
 _LONGEST = 1000  # characters of an answer that is read
@@ -87,19 +95,14 @@ def _read(text: str) -> dict[str, Any]:
 
 def _same(one: str, other: str) -> bool:
     """Whether two answers are one, whichever of them math-verify takes for the right one."""
-    from latex2sympy2_extended import is_expr_of_only_symbols
     from math_verify import verify
-    from sympy import Eq
-    from sympy.core.relational import Relational
 
     try:
         first, second = _parse(one), _parse(other)
     except (TooLarge, MemoryError):
         return False
     for these, those in ((first, second), (second, first)):
-        # Report: "an equation equals its right side": 5x - 7y = 0 and 0.
-        is_equation = these and isinstance(these[0], Eq) and not is_expr_of_only_symbols(these[0].lhs)
-        if is_equation and not (those and isinstance(those[0], Relational)):
+        if these and is_equation(these[0]) and not (those and is_relation(those[0])):
             return False
     options: dict[str, Any] = {"allow_set_relation_comp": True, "timeout_seconds": None}
     return verify(first, second, **options) or verify(second, first, **options)
