@@ -19,6 +19,11 @@ class Ranked(Budgeted):
 
     aggregate: str = parameter("union", Choice(AGGREGATES), "How heads agree on one set")
     selection_layers: tuple[int, ...] = selection_layers_parameter()
+    selection_attends: str = parameter(
+        "context",
+        Choice(("context", "set")),
+        "What selection layers attend to: the whole context, or the set that they choose by its keys",
+    )
     top_p: float | None = parameter(
         None,
         Share(metavar="P", inside=True, hint="; leave it out for whole budgets"),

@@ -64,7 +64,7 @@ class LayerDecode:
             return attend(plan.chosen, layer)
         out, scores = self._attend_and_score(plan, layer)
         plan.chosen = self._choose(plan, scores)
-        return out
+        return attend(plan.chosen, layer) if self.method.selection_attends == "set" else out
 
     def _attend_and_score(self, plan: Plan, layer: LayerInput) -> tuple[Tensor, Tensor]:
         """Attention of a selection layer, and the scores of what it read, over all ranks.
