@@ -158,7 +158,8 @@ def _preset(
     entries = []
     for budget, recall in recording.recall.items():
         best = best_layers(recall, selections=options.selections, max_dense=options.max_dense)
-        entries.append(preset_file.Entry(budget=budget, rows=recording.rows[budget], **vars(best)))
+        measured = {**vars(best), "rows": recording.rows[budget]}
+        entries.append(preset_file.Entry(budget, measured.pop("selection_layers"), measured=measured))
     prompts: dict[str, Any] = {"files": [path.name for path in options.prompts], "chat": options.chat}
     if options.chains is not None:
         prompts = {"chains": options.chains, "facts": options.facts, "steps": options.steps, "seed": options.seed}
@@ -187,7 +188,7 @@ def _show(options: Options, model: Any, recording: Recording, preset: preset_fil
     known = find_preset(model.model_path, model.num_hidden_layers)
     for entry in preset.entries:
         recall = recording.recall[entry.budget]
-        print(f"\nbudget {entry.budget}: share of attention (%) covered, {entry.rows} decoded tokens")
+        print(f"\nbudget {entry.budget}: share of attention (%) covered, {recording.rows[entry.budget]} decoded tokens")
         print(report.matrix_text(recall))
         best = measure(recall, entry.selection_layers)
         print(report.choice_text(best, preset.num_layers))

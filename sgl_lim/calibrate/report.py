@@ -63,7 +63,9 @@ def draw_heat_map(path: Path, recall: Mapping[int, Recall], preset: PresetFile, 
         for layer in entry.selection_layers:
             axis.axhline(layer, color="red", linewidth=0.8)
         layers = ", ".join(map(str, entry.selection_layers))
-        axis.set_title(f"budget {entry.budget}: layers {layers} cover {entry.coverage:.1%}, plain mean", fontsize=9)
+        axis.set_title(
+            f"budget {entry.budget}: layers {layers} cover {entry.measured['coverage']:.1%}, plain mean", fontsize=9
+        )
         axis.set_xlabel("attention of layer")
         ticks = range(0, depth, max(1, depth // 12))
         axis.set_xticks(ticks)

@@ -15,8 +15,12 @@ from typing import Any
 
 from sgl_lim.methods import Method
 from sgl_lim.methods.parameters import parameters_of
+from sgl_lim.methods.ranked import Ranked
 
-FORMAT = "sgl-lim-preset/1"
+FORMAT = "sgl-lim-preset/2"
+FIRST_FORMAT = "sgl-lim-preset/1"
+"""Still read. Its selection layers attend to the whole context, and its entries carry what `_FIRST_MEASURED` names."""
+_FIRST_MEASURED = ("coverage", "lowest", "lowest_layer", "rows", "weighted_coverage")
 COMPARED = ("method", "aggregate", "recency", "sinks", "scope")
 
 
@@ -26,15 +30,13 @@ class PresetError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """Selection layers for one budget, and what their sets covered on the calibration prompts."""
+    """Selection layers for one budget, what they attend to, and what calibration found of them."""
 
     budget: int
     selection_layers: tuple[int, ...]
-    coverage: float  # mean share of attention over the sparse layers
-    lowest: float  # of the sparse layer that is covered least
-    lowest_layer: int
-    rows: int  # decoded tokens with a longer context, of which this is the mean
-    weighted_coverage: float | None = None  # by depth, what the layers were chosen by; older files lack it
+    selection_attends: str = "context"
+    measured: dict[str, Any] = field(default_factory=dict)
+    """For people and `/server_info`: any names, with values that JSON has."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,15 @@ def load(path: str) -> PresetFile:
         raise PresetError(f"{path}: {error.strerror or error}; write one with python -m sgl_lim.calibrate") from error
     except ValueError as error:
         raise PresetError(f"{path}: not JSON ({error}); write it with python -m sgl_lim.calibrate") from error
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+    written_as = content.pop("format", None) if isinstance(content, dict) else None
+    if written_as not in (FORMAT, FIRST_FORMAT):
         raise PresetError(f"{path}: not a preset of the format {FORMAT}; write it with python -m sgl_lim.calibrate")
     _check_keys(path, content, PresetFile)
     entries = content["entries"]
     if not isinstance(entries, list) or not entries:
         raise PresetError(f"{path}: entries must be a list of at least one, got {entries!r}")
+    if written_as == FIRST_FORMAT:
+        entries = [_from_first_format(entry) for entry in entries]
     if not all(isinstance(content[name], dict) for name in ("rule", "calibration")):
         raise PresetError(f"{path}: rule and calibration must be objects")
     if "method" not in content["rule"] or not set(content["rule"]) <= set(COMPARED):
@@ -133,6 +138,14 @@ def load_for(path: str, model: Any) -> PresetFile:
     return preset
 
 
+def _from_first_format(entry: Any) -> Any:
+    """An entry of the first format as one of today's; what is no entry stays for `_entry` to refuse."""
+    if not isinstance(entry, dict) or "measured" in entry:
+        return entry
+    measured = {name: entry[name] for name in _FIRST_MEASURED if entry.get(name) is not None}
+    return {**{name: entry[name] for name in entry if name not in _FIRST_MEASURED}, "measured": measured}
+
+
 def _entry(path: str, entry: Any, num_layers: int) -> Entry:
     if not isinstance(entry, dict):
         raise PresetError(f"{path}: an entry must be an object, got {entry!r}")
@@ -147,12 +160,19 @@ def _entry(path: str, entry: Any, num_layers: int) -> Entry:
         raise PresetError(f"{path}: selection_layers must be increasing layers below {num_layers}, got {layers!r}")
     if not _is_count(entry["budget"]):
         raise PresetError(f"{path}: budget must be a positive integer, got {entry['budget']!r}")
+    if "selection_attends" in entry:
+        problem = parameters_of(Ranked)["selection_attends"].form.problem(entry["selection_attends"])
+        if problem is not None:
+            raise PresetError(f"{path}: selection_attends{problem}")
+    if not isinstance(entry.get("measured", {}), dict):
+        raise PresetError(f"{path}: measured must be an object, got {entry['measured']!r}")
     return Entry(**{**entry, "selection_layers": tuple(layers)})
 
 
 def _check_keys(path: str, content: dict[str, Any], kind: type[Any]) -> None:
-    names = {name.name for name in dataclasses.fields(kind)}
-    required = {name.name for name in dataclasses.fields(kind) if name.default is dataclasses.MISSING}
+    optional = ("selection_attends", "measured")
+    names = {one.name for one in dataclasses.fields(kind)}
+    required = names - set(optional)
     unknown, missing = sorted(set(content) - names), sorted(required - set(content))
     if unknown or missing:
         told = [f"unknown {', '.join(unknown)}"] * bool(unknown) + [f"missing {', '.join(missing)}"] * bool(missing)

@@ -55,16 +55,16 @@ def test_the_preset_is_the_best_of_what_was_recorded(calibrated: Path) -> None:
     assert len(rows) == 2 * LAYERS * (LAYERS + 1) // 2
     for entry in preset.entries:
         # Every prompt is longer than either budget, and prefill makes a generation's first token.
-        assert entry.rows == preset.calibration["generated_tokens"] - PROMPTS > PROMPTS
+        assert entry.measured["rows"] == preset.calibration["generated_tokens"] - PROMPTS > PROMPTS
         recall = [[0.0] * LAYERS for _ in range(LAYERS)]
         for row in rows:
             if row["budget"] == str(entry.budget):
-                assert 0.0 < float(row["coverage"]) <= 1.0 and int(row["rows"]) == entry.rows
+                assert 0.0 < float(row["coverage"]) <= 1.0 and int(row["rows"]) == entry.measured["rows"]
                 recall[int(row["chosen_at"])][int(row["read_at"])] = float(row["coverage"])
         best = best_layers(recall, selections=2, max_dense=2)
         assert entry.selection_layers == best.selection_layers
-        assert entry.coverage == pytest.approx(best.coverage, abs=1e-5)
-        assert entry.weighted_coverage == pytest.approx(best.weighted_coverage, abs=1e-5)
+        assert entry.measured["coverage"] == pytest.approx(best.coverage, abs=1e-5)
+        assert entry.measured["weighted_coverage"] == pytest.approx(best.weighted_coverage, abs=1e-5)
     # A larger set of the same layer holds more of its attention.
     own = [
         [float(row["coverage"]) for row in rows if row["budget"] == b and row["chosen_at"] == "0"] for b in ("24", "96")

@@ -20,14 +20,33 @@ def test_a_file_reads_back_as_it_was(preset, preset_path, model):
     assert [path.name for path in Path(preset_path).parent.iterdir()] == ["preset.json"]
 
 
-def test_a_file_without_the_weighted_coverage_is_read(preset, preset_path, tmp_path):
+def test_a_file_of_the_first_format_is_read(preset, preset_path, tmp_path):
+    measured = {"coverage": 0.5, "lowest": 0.25, "lowest_layer": 9, "rows": 100}
+
     def age(content):
+        content["format"] = "sgl-lim-preset/1"
         for entry in content["entries"]:
-            del entry["weighted_coverage"]
+            del entry["selection_attends"], entry["measured"]
+            entry.update(measured)
+        content["entries"][0]["weighted_coverage"] = 0.625
+        content["entries"][1]["weighted_coverage"] = None
 
     old = preset_file.load(write(tmp_path / "old.json", preset_path, age))
     assert [entry.selection_layers for entry in old.entries] == [entry.selection_layers for entry in preset.entries]
-    assert {entry.weighted_coverage for entry in old.entries} == {None}
+    assert {entry.selection_attends for entry in old.entries} == {"context"}
+    assert [entry.measured for entry in old.entries] == [measured | {"weighted_coverage": 0.625}, measured, measured]
+
+
+def test_an_entry_of_today_need_not_say_what_was_measured(preset_path, tmp_path):
+    def shorten(content):
+        del content["entries"][0]["measured"], content["entries"][1]["selection_attends"]
+
+    first, second, _ = preset_file.load(write(tmp_path / "short.json", preset_path, shorten)).entries
+    assert first.measured == {} and second.selection_attends == "context"
+
+
+def test_layers_attend_to_what_the_file_says(preset_path):
+    assert [entry.selection_attends for entry in preset_file.load(preset_path).entries] == ["context", "set", "context"]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +66,7 @@ def write(path, preset_path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format="sgl-lim-preset/9"), "not a preset of the format sgl-lim-preset/1"),
+        (lambda c: c.update(format="sgl-lim-preset/9"), "not a preset of the format sgl-lim-preset/2"),
         (lambda c: c.update(layers=[1]), r"unknown layers; known keys are architecture, calibration, entries"),
         (lambda c: c.pop("rule"), "missing rule"),
         (lambda c: c.pop("calibration"), "missing calibration"),
@@ -58,7 +77,12 @@ def write(path, preset_path, change):
         (lambda c: c.update(entries=[]), "entries must be a list of at least one"),
         (lambda c: c.update(entries=[3]), "an entry must be an object"),
         (lambda c: c["entries"][0].update(selections=2), "unknown selections"),
-        (lambda c: c["entries"][0].pop("coverage"), "missing coverage"),
+        (lambda c: c["entries"][0].update(coverage=0.5), "unknown coverage"),
+        (lambda c: c["entries"][0].pop("budget"), "missing budget"),
+        (lambda c: c["entries"][0].update(measured=[0.5]), r"measured must be an object, got \[0.5\]"),
+        (lambda c: c["entries"][0].update(measured=None), "measured must be an object, got None"),
+        (lambda c: c["entries"][0].update(selection_attends="all"), "selection_attends must be one of context, set"),
+        (lambda c: c["entries"][0].update(selection_attends=["set"]), "selection_attends must be one of context, set"),
         (lambda c: c["entries"][0].update(budget=0), "budget must be a positive integer, got 0"),
         (lambda c: c["entries"][0].update(budget=True), "budget must be a positive integer, got True"),
         (lambda c: c["entries"].reverse(), "increasing budgets"),

@@ -13,8 +13,8 @@ RULE = {"method": "lessismore", "aggregate": "union", "recency": 0.25, "sinks": 
 def preset() -> PresetFile:
     """Other layers at each of three budgets, for a model of 12 layers."""
     entries = tuple(
-        Entry(budget, layers, coverage=0.5, lowest=0.25, lowest_layer=9, rows=100, weighted_coverage=0.625)
-        for budget, layers in ((64, (2, 8)), (256, (1, 7)), (1024, (0, 5)))
+        Entry(budget, layers, attends, {"agreement": 0.95, "tokens": 100})
+        for budget, layers, attends in ((64, (2, 8), "context"), (256, (1, 7), "set"), (1024, (0, 5), "context"))
     )
     return PresetFile("Qwen3ForCausalLM", 12, entries, RULE, {"model": "some"})
 
