@@ -119,14 +119,14 @@ def _needle(encoder: Encoder, rng: random.Random, keys: int, depth: int, context
         lines = prose[:count]
         for place, fact in sorted(zip(places, facts, strict=True), reverse=True):
             lines.insert(count * place // 100, fact)
-        return _split(encoder, " ".join(lines) + question, f"{lead} {number}")
+        return split(encoder, " ".join(lines) + question, f"{lead} {number}")
 
     count = most_that_fits(lambda n: len(build(n, numbers[0])), context, len(prose))
     if count < len(DEPTHS):
         raise ItemError(f"--context {context}: has no room for a hidden fact; raise it")
     # No digit of the other number is the right one.
     item, wrong = build(count, numbers[0]), build(count, 99_999 - numbers[0])
-    return replace(item, scored_from=_common(item.right, wrong.right), depth=depth)
+    return replace(item, scored_from=common(item.right, wrong.right), depth=depth)
 
 
 def chain_suite(encoder: Encoder, sizes: Sizes) -> Suite:
@@ -138,7 +138,7 @@ def chain_suite(encoder: Encoder, sizes: Sizes) -> Suite:
 
     def problem(index: int, facts: int) -> Item:
         chain = make_chain(random.Random(f"{sizes.seed}/{index}"), num_facts=facts, num_steps=sizes.steps)
-        return _split(encoder, chain.prompt, f" {chain.solution}")
+        return split(encoder, chain.prompt, f" {chain.solution}")
 
     def longest(facts: int) -> int:
         return max(len(problem(index, facts)) for index in range(sizes.items))
@@ -163,14 +163,14 @@ def most_that_fits(length: Callable[[int], int], room: int, most: int) -> int:
     return low
 
 
-def _split(encoder: Encoder, prompt: str, right: str) -> Item:
+def split(encoder: Encoder, prompt: str, right: str) -> Item:
     """An item of two texts, encoded as one, so that tokens are those of a text that goes on."""
     whole = encoder.encode(prompt + right)
-    cut = _common(whole, encoder.encode(prompt))
+    cut = common(whole, encoder.encode(prompt))
     return Item(encoder.beginning() + whole[:cut], whole[cut:])
 
 
-def _common(one: list[int], other: list[int]) -> int:
+def common(one: list[int], other: list[int]) -> int:
     """Leading tokens that are equal."""
     pairs = zip(one, other, strict=False)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

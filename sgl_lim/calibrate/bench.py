@@ -1,0 +1,124 @@
+"""Decodes items under full attention and under candidates, all items of a part together, and compares what comes out.
+
+The prompts of a part lie in one pool, so a candidate costs one pass over the tokens behind them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sgl_lim.evaluate.checkpoint import Checkpoint, Prompt
+from sgl_lim.evaluate.items import Item, Suite
+from sgl_lim.evaluate.pool import Pool
+from sgl_lim.evaluate.step_rows import Rows
+from sgl_lim.methods import Full, Method
+
+
+@dataclass(frozen=True)
+class ItemScore:
+    """What one item gave; sums are over its scored tokens."""
+
+    suite: str
+    task: str
+    tokens: int
+    divergence: float
+    """Sum of KL(full attention || candidate), in nats."""
+    agreed: float
+    """Tokens whose most probable one is that of full attention."""
+    whole: bool
+    """Whether every right token is the most probable one."""
+    log_probability: float
+    """Sum over the right tokens, in nats."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of one pass, and those of them that are scored."""
+
+    rows: Rows
+    scored: Tensor  # int64 [n]: rows
+    items: Tensor  # int64 [n]: the item of each
+    right: Tensor  # int64 [n]: the token that should follow
+    full: Tensor  # float32 [n, vocab]: log-probabilities under full attention
+
+
+class Part:
+    """Items whose prompts are in one pool on the model's device."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, suites: Sequence[Suite], *, rows: int, done: Callable[[int], None]
+    ) -> None:
+        """Prefill the prompts and decode densely.
+
+        Args:
+            rows: decode steps at once; done: is told how many tokens ran, as they did.
+        """
+        self._checkpoint, self._done = checkpoint, done
+        self._items = [(suite, item) for suite in suites for item in suite.items]
+        fed: list[tuple[Prompt, list[int]]] = []
+        for _, item in self._items:
+            fed.append((checkpoint.prefill(item.prompt, beside=fed[-1][0] if fed else None), item.right[:-1]))
+            done(len(item.prompt))
+        self.pool: Pool = fed[0][0].pool
+        self._batches = [self._batch(*of) for of in _scored(checkpoint.rows_behind(fed, rows=rows), self._items)]
+        self.tokens = sum(len(batch.rows.ids) for batch in self._batches)
+        """Rows that a candidate costs."""
+
+    @property
+    def rows(self) -> list[Rows]:
+        """Of each pass, in order."""
+        return [batch.rows for batch in self._batches]
+
+    def score(self, method: Method) -> list[ItemScore]:
+        """What each item gives under a method."""
+        sums = torch.zeros(len(self._items), 4, dtype=torch.float64, device=self._checkpoint.model.device)
+        for batch in self._batches:
+            logits = self._checkpoint.step(self.pool, batch.rows, method).logits
+            sums.index_add_(0, batch.items, _compared(logits[batch.scored], batch).double())
+            self._done(len(batch.rows.ids))
+        found = []
+        for (suite, item), (divergence, agreed, hits, sure) in zip(self._items, sums.tolist(), strict=True):
+            tokens = len(item.right) - _first(item)
+            found.append(ItemScore(suite.name, suite.task, tokens, divergence, agreed, hits == tokens, sure))
+        return found
+
+    def _batch(self, rows: Rows, places: list[tuple[int, int, int]]) -> _Batch:
+        device = rows.ids.device
+        scored, items, right = torch.tensor(places, dtype=torch.int64, device=device).reshape(-1, 3).unbind(1)
+        logits = self._checkpoint.step(self.pool, rows, Full()).logits
+        self._done(len(rows.ids))
+        return _Batch(rows, scored, items, right, logits[scored].log_softmax(-1))
+
+
+def _first(item: Item) -> int:
+    """Place of the first token of an item that a decode step predicts and that counts."""
+    return max(1, item.scored_from)
+
+
+def _scored(
+    batches: Sequence[Rows], items: Sequence[tuple[Suite, Item]]
+) -> list[tuple[Rows, list[tuple[int, int, int]]]]:
+    """Each batch with row, item and right token of what counts in it."""
+    places = [
+        (number, item.right[place + 1], place + 1 >= _first(item))
+        for number, (_, item) in enumerate(items)
+        for place in range(len(item.right) - 1)
+    ]
+    found, begin = [], 0
+    for rows in batches:
+        part = places[begin : begin + len(rows.ids)]
+        found.append((rows, [(row, number, right) for row, (number, right, counts) in enumerate(part) if counts]))
+        begin += len(part)
+    return found
+
+
+def _compared(logits: Tensor, batch: _Batch) -> Tensor:
+    """float32 [n, 4]: KL divergence, whether the argmax agrees, whether it is right, log-probability of what is."""
+    found = logits.log_softmax(-1)
+    divergence = (batch.full.exp() * (batch.full - found)).sum(-1)
+    best = found.argmax(-1)
+    columns = (divergence, best == batch.full.argmax(-1), best == batch.right)
+    sure = found.gather(1, batch.right.unsqueeze(1)).squeeze(1)
+    return torch.stack([*(column.float() for column in columns), sure], dim=1)
