@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from sgl_lim.checkpoints.catalogue import CATALOGUE, Checkpoint, CheckpointError
 from sgl_lim.checkpoints.download import Say, check_space, fetch_gguf
+from sgl_lim.user_cache import cache_folder
 
 RECIPE = 1
 """Counts the ways in which files were converted. A cached folder that was made in another way is made anew."""
@@ -38,8 +38,7 @@ def ensure(name: str, folder: Path | None = None, *, say: Say | None = None) -> 
 
 def default_folder(name: str) -> Path:
     """Where a checkpoint lies in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "sgl-lim" / "checkpoints" / name
+    return cache_folder("checkpoints") / name
 
 
 def bring(checkpoint: Checkpoint, folder: Path, say: Say) -> Path:

@@ -47,11 +47,13 @@ ROUNDING = Choice("full in one pass", Full())
 """Full attention again, rounded otherwise: how much agreement rounding alone costs."""
 
 
-def method_of(spec: str, budget: int, selection: tuple[int, ...], recency: float | None = None) -> Method:
+def method_of(
+    spec: str, budget: int, selection: tuple[int, ...], recency: float | None = None, attends: str | None = None
+) -> Method:
     """A method from `name` or `name:parameter=value:…`; parameters are the fields of a server's configuration.
 
     Args:
-        recency: where the spec has none; None for the default of the method.
+        recency, attends: of a spec that has none itself; None for the default of the method.
 
     Raises:
         ValueError: a server would refuse this, there is no such parameter, or it needs more than one step at a time.
@@ -60,6 +62,8 @@ def method_of(spec: str, budget: int, selection: tuple[int, ...], recency: float
     given: dict[str, object] = {"budget": budget, "selection_layers": selection}
     if recency is not None:
         given["recency"] = recency
+    if attends is not None:
+        given["selection_attends"] = attends
     for setting in settings:
         parameter, _, value = setting.partition("=")
         given[parameter] = _value(spec, parameter, value)
@@ -85,12 +89,17 @@ def _value(spec: str, name: str, text: str) -> object:
 
 
 def choices_of(
-    specs: Sequence[str], budgets: Sequence[int], selections: Sequence[tuple[int, ...]], depth: int
+    specs: Sequence[str],
+    budgets: Sequence[int],
+    selections: Sequence[tuple[int, ...]],
+    depth: int,
+    attends: str | None = None,
 ) -> list[Choice]:
     """Every method with every budget and every choice of selection layers; full attention first.
 
     Args:
         depth: layers of the model.
+        attends: what selection layers attend to, unless a spec says it itself.
 
     Raises:
         ValueError: as `method_of`, or a selection layer that the model does not have.
@@ -103,5 +112,9 @@ def choices_of(
         kind = METHODS.get(spec.partition(":")[0])
         selects = kind is None or "selection_layers" in parameters_of(kind)
         for layers in selections if selects else selections[:1]:
-            found += [Choice(spec, method_of(spec, budget, layers)) for budget in budgets if spec != FULL.spec]
+            found += [
+                Choice(spec, method_of(spec, budget, layers, attends=attends))
+                for budget in budgets
+                if spec != FULL.spec
+            ]
     return found

@@ -16,7 +16,8 @@ from sgl_lim.evaluate.plot import draw
 from sgl_lim.evaluate.progress import Progress
 from sgl_lim.evaluate.report import CsvFile, table, verdict
 from sgl_lim.evaluate.step_rows import UnsupportedModel
-from sgl_lim.settings.presets import selection_layers_for
+from sgl_lim.settings.config import configure
+from sgl_lim.settings.layers import layers_for
 
 
 def main(argv: list[str]) -> int:
@@ -47,8 +48,15 @@ def _choices(options: Options) -> list[Choice]:
     depth, longest = text.num_hidden_layers, text.max_position_embeddings
     if options.context > longest:
         raise ValueError(f"--context {options.context}: the model has positions for {longest} tokens; lower it")
-    selections = options.selections or (selection_layers_for(options.model_path, depth)[0],)
-    return choices_of(options.methods, options.budgets, selections, depth)
+    if options.selections:
+        return choices_of(options.methods, options.budgets, options.selections, depth)
+    found: dict[str, Choice] = {}
+    for budget in options.budgets:
+        layers = layers_for(options.model_path, depth, configure(budget=budget))
+        served = (layers.selection_layers,)
+        of_budget = choices_of(options.methods, (budget,), served, depth, attends=layers.selection_attends)
+        found |= {choice.name: choice for choice in of_budget}
+    return list(found.values())
 
 
 def _check_output(path: Path) -> None:

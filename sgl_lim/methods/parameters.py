@@ -139,25 +139,31 @@ class Switch(Form):
 
 @dataclass(frozen=True)
 class Increasing(Form):
-    """Increasing whole numbers, `least` or more, separated by commas."""
+    """Increasing whole numbers, `least` or more, separated by commas; or the one `word` that stands for them, if any."""
 
     least: int = 0
     metavar: str | None = "I,J"
     noun: str = "layer indices"
     example: str = "2,12"
+    word: str | None = None
 
-    def parse(self, text: str) -> tuple[int, ...]:
-        """`2,12` as (2, 12)."""
+    def parse(self, text: str) -> tuple[int, ...] | str:
+        """`2,12` as (2, 12), the word as it is."""
+        if text == self.word:
+            return text
         try:
             return tuple(int(part) for part in text.split(","))
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {self.noun} separated by commas, got {text!r}") from None
+            expected = f"{self.noun} separated by commas{self._or_word()}"
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
 
     def problem(self, value: object) -> str | None:
         """They must be there, whole, large enough and in order."""
+        if self.word is not None and value == self.word:
+            return None
         whole = isinstance(value, tuple) and all(type(one) is int and one >= self.least for one in value)
         if not whole or not value:
-            return f" must be {self.noun} such as {self.example}, got {value!r}"
+            return f" must be {self.noun} such as {self.example}{self._or_word()}, got {value!r}"
         assert isinstance(value, tuple)
         return f" must increase, got {self.show(value)}" if any(b <= a for a, b in pairwise(value)) else None
 
@@ -169,7 +175,10 @@ class Increasing(Form):
 
     def show(self, value: Any) -> str:
         """As typed."""
-        return ",".join(map(str, value))
+        return value if isinstance(value, str) else ",".join(map(str, value))
+
+    def _or_word(self) -> str:
+        return "" if self.word is None else f", or {self.word}"
 
 
 @dataclass(frozen=True)

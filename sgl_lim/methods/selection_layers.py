@@ -6,14 +6,17 @@ from sgl_lim.methods.parameters import Increasing, Whole, parameter
 
 UNRESOLVED: tuple[int, ...] = ()
 """Selection layers before a model is known."""
+DEFAULT_LAYERS = "default"
+"""Asks for the layers that a checkpoint gets which was never calibrated."""
 
 
 def selection_layers_parameter() -> Any:
     """Field `selection_layers`."""
     return parameter(
         UNRESOLVED,
-        Increasing(),
-        "Layers that attend fully and choose the set; earlier ones stay dense (default: the model's preset)",
+        Increasing(word=DEFAULT_LAYERS),
+        "Layers that choose the set; earlier ones stay dense. By default the calibrated ones, if the checkpoint was "
+        f"calibrated, else those of its built-in preset, else spaced ones; {DEFAULT_LAYERS} leaves the first out",
     )
 
 

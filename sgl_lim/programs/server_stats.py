@@ -8,7 +8,8 @@ from typing import Any
 from sgl_lim.programs.run_records import Measurement
 
 _BLOCK = "lessismore"  # key of the plugin's block in each of `internal_states` of `/server_info`
-_NOT_SETTINGS = ("counters", "layer_roles", "selection_layers_from")  # the last two follow from, or explain, others
+# All but the first follow from, or explain, others.
+_NOT_SETTINGS = ("counters", "layer_roles", "selection_layers_from", "selection_layers_measured")
 _MONOTONE = ("decode_steps", "tokens_attended", "tokens_dense", "selections", "requests")
 
 

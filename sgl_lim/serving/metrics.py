@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class _State:
 
 
 def announce(lim: LimState, runner: Any) -> None:
-    """Log the one line that says what is on, and make `lim` the backend that `describe` and the metrics show."""
+    """Log remarks and the one line that says what is on; make `lim` the backend that `describe` and metrics show."""
     from sglang.srt.distributed.parallel_state import get_attn_tp_group
 
     first_rank = get_attn_tp_group().rank_in_group == 0
@@ -79,6 +80,8 @@ def announce(lim: LimState, runner: Any) -> None:
     _State.model_name = runner.server_args.served_model_name or runner.server_args.model_path
     _State.enabled = runner.server_args.enable_metrics and first_rank
     if first_rank:
+        for remark in lim.layers.remarks:
+            logger.warning("sgl-lim: %s", remark)
         logger.info("sgl-lim is on: %s", summary(lim))
 
 
@@ -87,7 +90,8 @@ def settings(lim: LimState) -> dict[str, Any]:
     return {
         "method": lim.method.name,
         **lim.method.settings(),
-        "selection_layers_from": lim.layers_from,
+        "selection_layers_from": lim.layers.source,
+        "selection_layers_measured": None if lim.layers.measured is None else dict(lim.layers.measured),
         "layer_roles": [role.value for role in lim.roles],
         "dense_backend": lim.dense_backend,
         "prefix_groups": lim.granule is not None,
@@ -104,13 +108,21 @@ def summary(lim: LimState) -> str:
         [
             f"method {lim.method.name}",
             *(f"{name.replace('_', ' ')} {own[name].form.show(value)}" for name, value in values.items()),
-            f"selection layers from {lim.layers_from}",
+            f"selection layers from {lim.layers.source}{_measured(lim.layers.measured)}",
             f"layers {'/'.join(kinds)} {'/'.join(counts)}",
             f"dense backend {lim.dense_backend}",
             f"prefix groups {'on' if shown['prefix_groups'] else 'off'}",
             *(() if lim.recorder is None else (f"recording budgets {','.join(map(str, lim.recorder.budgets))}",)),
         ]
     )
+
+
+def _measured(found: Mapping[str, Any] | None) -> str:
+    """What was measured, in parentheses, as far as it is one number or word each; nothing if nothing was."""
+    plain = {name: value for name, value in (found or {}).items() if isinstance(value, str | int | float)}
+    texts = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in plain.values())
+    shown = [f"{name.replace('_', ' ')} {text}" for name, text in zip(plain, texts, strict=True)]
+    return f" ({', '.join(shown)})" if shown else ""
 
 
 def describe() -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from sgl_lim.serving.reads import Plan
 from sgl_lim.serving.recorder import Recorder
 from sgl_lim.serving.snapshot import Snapshot
 from sgl_lim.settings.config import LimConfig
-from sgl_lim.settings.presets import resolve_method
+from sgl_lim.settings.layers import Layers, parameters, resolve_layers
 
 GRANULE = 128
 """Shared prefixes are found in multiples of so many tokens: less is not worth a program of its own."""
@@ -30,7 +30,8 @@ class LimState:
     dense_backend: str
     dense_by_kernels: bool
     """Whether dense layers run on our operators in every step, rather than only where these read less."""
-    layers_from: str
+    layers: Layers
+    """Where the selection layers come from, and what was measured of them."""
     pool: Any
     rows: Any
     snapshot: Snapshot
@@ -80,9 +81,10 @@ def build_state(
     num_layers, rows, pool = runner.model_config.num_hidden_layers, runner.req_to_token_pool, runner.token_to_kv_pool
     table, recorder = rows.req_to_token, None
     if config.record_budgets is None:
-        method, layers_from = resolve_method(config, runner.model_config)
+        layers = agreed(resolve_layers(config, runner.model_config, runner.server_args.load_format), heads)
+        method = config.build(**parameters(layers))
     else:
-        method, layers_from = Full(), "none while recording"
+        method, layers = Full(), Layers((), "context", "none while recording")
         recorder = Recorder(recorded_rules(config), num_layers, heads, combine_ranks, table.device)
     kept_sets = build_kept_sets(method, table, pool.size + pool.page_size)
     roles = method.layer_roles(num_layers)
@@ -93,7 +95,7 @@ def build_state(
         dense_backend=dense_backend,
         # torch_native decodes request by request; the operator takes the batch at once.
         dense_by_kernels=dense_backend == "torch_native",
-        layers_from=layers_from,
+        layers=layers,
         pool=pool,
         rows=rows,
         snapshot=Snapshot(table, room=0 if kept_sets is None else method.budget),
@@ -127,6 +129,16 @@ def recorded_rules(config: LimConfig) -> list[Ranked]:
     rules = [config.build(budget=budget, selection_layers=(0,)) for budget in config.record_budgets or ()]
     # What ranks nothing was refused.
     return [rule for rule in rules if isinstance(rule, Ranked)]
+
+
+def agreed(layers: Layers, heads: HeadsOfRank) -> Layers:
+    """The first rank's layers: a rank on another host has a cache of its own, and calibrations kept in it."""
+    if heads.own == heads.all:
+        return layers
+    from sglang.srt.distributed.parallel_state import get_attn_tp_group
+
+    decided: Layers = get_attn_tp_group().broadcast_object(layers, src=0)
+    return decided
 
 
 def share_of_heads(num_heads: int) -> tuple[HeadsOfRank, CombineRanks | None]:

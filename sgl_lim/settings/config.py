@@ -6,6 +6,7 @@ from typing import Any
 
 from sgl_lim.methods import DEFAULT, METHODS, Method
 from sgl_lim.methods.parameters import Increasing, Switch, Text, flag, parameter, parameters_of
+from sgl_lim.methods.selection_layers import DEFAULT_LAYERS
 
 ENV = "LESSISMORE_CONFIG"
 
@@ -52,13 +53,16 @@ class LimConfig:
 
     @property
     def selection_layers(self) -> Any:
-        """The selection layers that were given; None if none were."""
+        """The selection layers that were given, `DEFAULT_LAYERS` among them; None if none were."""
         return self.given.get("selection_layers")
 
     def own_parameters(self) -> dict[str, Any]:
-        """Those of the given parameters that the method has."""
+        """Those of the given parameters that the method has; a word for selection layers is for a model to resolve."""
         assert self.kind is not None
-        return {name: self.given[name] for name in parameters_of(self.kind) if name in self.given}
+        given = {
+            name: value for name, value in self.given.items() if (name, value) != ("selection_layers", DEFAULT_LAYERS)
+        }
+        return {name: given[name] for name in parameters_of(self.kind) if name in given}
 
     def ignored(self) -> list[str]:
         """Flags, as typed, of given parameters that the method does not have and that do nothing with it."""

@@ -11,6 +11,7 @@ from sgl_lim.methods import Method
 from sgl_lim.methods.parameters import Increasing, flag, parameters_of
 from sgl_lim.settings import preset_file
 from sgl_lim.settings.config import LimConfig, RefusedConfig
+from sgl_lim.settings.layers import parameters, resolve_layers
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ def check_before_weights(config: LimConfig, model_runner: Any) -> None:
     model, server_args, device = model_runner.model_config, model_runner.server_args, model_runner.device
     # Where the runner has it, it is resolved; a server argument may be as the user left it.
     page_size = getattr(model_runner, "page_size", None) or getattr(server_args, "page_size", None) or 1
-    reasons = config.problems() + model_problems(config, model) + server_problems(server_args)
+    reasons = config.problems() + model_problems(config, model, server_args.load_format)
+    reasons += server_problems(server_args)
     reasons += device_problems(config.dense_backend, server_args, device)
     method = config.sound_method()
     if method is not None:
@@ -62,8 +64,8 @@ def check_before_weights(config: LimConfig, model_runner: Any) -> None:
         raise RefusedConfig(reasons)
 
 
-def model_problems(config: LimConfig, model: Any) -> list[str]:
-    """Reasons in the model's architecture, and selection layers beyond its depth."""
+def model_problems(config: LimConfig, model: Any, load_format: str = "auto") -> list[str]:
+    """Reasons in the model's architecture, and in its selection layers; arguments as `resolve_layers`."""
     from sglang.srt.configs.model_config import AttentionArch
 
     use_dense = "serve it with a dense --attention-backend"
@@ -81,25 +83,23 @@ def model_problems(config: LimConfig, model: Any) -> list[str]:
             f"{flag('selection_layers')} {form.show(layers)} goes beyond the model's {depth} layers; "
             f"choose among 0 to {depth - 1}"
         )
+    return found + resolved_problems(config, model, load_format)
+
+
+def resolved_problems(config: LimConfig, model: Any, load_format: str) -> list[str]:
+    """Reasons in the layers that no flag names, and in the file of `--lim-preset`, read whoever wins over it."""
     if isinstance(config.preset, str):
-        found += preset_problems(config, model)
-    return found
-
-
-def preset_problems(config: LimConfig, model: Any) -> list[str]:
-    """Reasons in the file of `--lim-preset`, read whether or not `--lim-selection-layers` wins over it."""
-    assert config.preset is not None
-    try:
-        preset = preset_file.load_for(config.preset, model)
-    except preset_file.PresetError as error:
-        return [f"--lim-preset {error}"]
-    if config.selection_layers is not None or config.problems():
+        try:
+            preset_file.load_for(config.preset, model)
+        except preset_file.PresetError as error:
+            return [f"--lim-preset {error}"]
+    if isinstance(config.selection_layers, tuple) or config.problems() or config.record_budgets is not None:
         return []
-    # What the method says of selection layers that a flag names, it says of the file's.
-    layers = preset.nearest(config.build().budget).selection_layers
+    # What the method says of selection layers that a flag names, it says of these.
+    layers = resolve_layers(config, model, load_format)
     return [
-        f"{reason} (the layers are those of --lim-preset)"
-        for reason in config.build(selection_layers=layers).conflicts()
+        f"{reason} (the layers are those of {layers.source})"
+        for reason in config.build(**parameters(layers)).conflicts()
     ]
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 from sgl_lim.methods import LessIsMore
 from sgl_lim.serving.metrics import summary
+from sgl_lim.settings.layers import Layers
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -23,7 +24,7 @@ def test_the_start_line_is_what_a_server_logs() -> None:
     lim = SimpleNamespace(
         method=method,
         roles=method.layer_roles(36),
-        layers_from="preset qwen3-8b",
+        layers=Layers((2, 12), "context", "preset qwen3-8b"),
         dense_backend="fa3",
         granule=128,
         recorder=None,

@@ -93,7 +93,12 @@ def runner_of(table, num_slots=400):
     )
     generations = torch.zeros(len(table), dtype=torch.int64)
     rows = SimpleNamespace(req_to_token=table, req_generation=generations, device="cpu")
-    return SimpleNamespace(model_config=model, req_to_token_pool=rows, token_to_kv_pool=Pool(num_slots))
+    return SimpleNamespace(
+        model_config=model,
+        req_to_token_pool=rows,
+        token_to_kv_pool=Pool(num_slots),
+        server_args=SimpleNamespace(load_format="auto"),
+    )
 
 
 def build(table, dense=Dense, granule=4, num_slots=400, **values):
