@@ -15,14 +15,18 @@ from sgl_lim.evaluate.pool import Pool
 from sgl_lim.evaluate.step_rows import Rows
 from sgl_lim.methods import Full, Method
 
+_PROMPT_TOKENS = 3
+"""Tokens of a prompt that cost as much as one decoded token."""
+
 
 @dataclass(frozen=True)
 class ItemScore:
-    """What one item gave; sums are over its scored tokens."""
+    """What one item gave; divergence and agreement are sums over the tokens that count."""
 
     suite: str
     task: str
     tokens: int
+    """Scored ones whose context is longer than the budget: within it everything is dense."""
     divergence: float
     """Sum of KL(full attention || candidate), in nats."""
     agreed: float
@@ -30,7 +34,7 @@ class ItemScore:
     whole: bool
     """Whether every right token is the most probable one."""
     log_probability: float
-    """Sum over the right tokens, in nats."""
+    """Sum over all right tokens, in nats."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,11 @@ class Part:
         fed: list[tuple[Prompt, list[int]]] = []
         for _, item in self._items:
             fed.append((checkpoint.prefill(item.prompt, beside=fed[-1][0] if fed else None), item.right[:-1]))
-            done(len(item.prompt))
+            done(prompt_work(item))
         self.pool: Pool = fed[0][0].pool
         self._batches = [self._batch(*of) for of in _scored(checkpoint.rows_behind(fed, rows=rows), self._items)]
-        self.tokens = sum(len(batch.rows.ids) for batch in self._batches)
-        """Rows that a candidate costs."""
+        self.full = self._scores([_compared(batch.full, batch, 0) for batch in self._batches])
+        """What each item gives under full attention."""
 
     @property
     def rows(self) -> list[Rows]:
@@ -73,15 +77,22 @@ class Part:
 
     def score(self, method: Method) -> list[ItemScore]:
         """What each item gives under a method."""
-        sums = torch.zeros(len(self._items), 4, dtype=torch.float64, device=self._checkpoint.model.device)
+        found = []
         for batch in self._batches:
             logits = self._checkpoint.step(self.pool, batch.rows, method).logits
-            sums.index_add_(0, batch.items, _compared(logits[batch.scored], batch).double())
+            found.append(_compared(logits[batch.scored], batch, method.budget))
             self._done(len(batch.rows.ids))
+        return self._scores(found)
+
+    def _scores(self, compared: Sequence[Tensor]) -> list[ItemScore]:
+        """Sums by item of what the batches gave, each [n, 5]."""
+        sums = torch.zeros(len(self._items), 5, dtype=torch.float64, device=compared[0].device)
+        for batch, figures in zip(self._batches, compared, strict=True):
+            sums.index_add_(0, batch.items, figures.double())
         found = []
-        for (suite, item), (divergence, agreed, hits, sure) in zip(self._items, sums.tolist(), strict=True):
-            tokens = len(item.right) - _first(item)
-            found.append(ItemScore(suite.name, suite.task, tokens, divergence, agreed, hits == tokens, sure))
+        for (suite, item), (tokens, divergence, agreed, hits, sure) in zip(self._items, sums.tolist(), strict=True):
+            whole = hits == len(item.right) - _first(item)
+            found.append(ItemScore(suite.name, suite.task, int(tokens), divergence, agreed, whole, sure))
         return found
 
     def _batch(self, rows: Rows, places: list[tuple[int, int, int]]) -> _Batch:
@@ -90,6 +101,20 @@ class Part:
         logits = self._checkpoint.step(self.pool, rows, Full()).logits
         self._done(len(rows.ids))
         return _Batch(rows, scored, items, right, logits[scored].log_softmax(-1))
+
+
+def prompt_work(item: Item) -> int:
+    """What a prompt costs, in decoded tokens: those of a prompt run together."""
+    return len(item.prompt) // _PROMPT_TOKENS
+
+
+def work(suites: Sequence[Suite]) -> tuple[int, int]:
+    """What the prompts of suites cost, and what a pass over the tokens behind them does, in decoded tokens.
+
+    Prompts that begin alike are counted as if each ran whole.
+    """
+    items = [item for suite in suites for item in suite.items]
+    return sum(map(prompt_work, items)), sum(len(item.right) - 1 for item in items)
 
 
 def _first(item: Item) -> int:
@@ -114,11 +139,12 @@ def _scored(
     return found
 
 
-def _compared(logits: Tensor, batch: _Batch) -> Tensor:
-    """float32 [n, 4]: KL divergence, whether the argmax agrees, whether it is right, log-probability of what is."""
+def _compared(logits: Tensor, batch: _Batch, budget: int) -> Tensor:
+    """float32 [n, 5]: counts, and of what counts KL divergence and agreement; right, and its log-probability."""
     found = logits.log_softmax(-1)
-    divergence = (batch.full.exp() * (batch.full - found)).sum(-1)
+    counts = batch.rows.lens[batch.scored] > budget
+    divergence = (batch.full.exp() * (batch.full - found)).sum(-1) * counts
     best = found.argmax(-1)
-    columns = (divergence, best == batch.full.argmax(-1), best == batch.right)
+    agreed = (best == batch.full.argmax(-1)) & counts
     sure = found.gather(1, batch.right.unsqueeze(1)).squeeze(1)
-    return torch.stack([*(column.float() for column in columns), sure], dim=1)
+    return torch.stack((counts.float(), divergence, agreed.float(), (best == batch.right).float(), sure), dim=1)
