@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sgl_lim.calibrate.files import FileError, check_output, preset_of, save
 from sgl_lim.calibrate.job import Job, Result, calibrate, prepare
@@ -65,9 +64,7 @@ def _tokens(options: Options, job: Job, checkpoint: Checkpoint, texts: Sequence[
     return prompts
 
 
-def _show(
-    options: Options, job: Job, results: Sequence[Result], written: Sequence[Path], kept: Path | None
-) -> None:
+def _show(options: Options, job: Job, results: Sequence[Result], written: Sequence[Path], kept: Path | None) -> None:
     for result in results:
         print(table(result, job), end="\n\n")
     if written:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lim_kernels import Scaling
 from sgl_lim.calibrate.search import Recall
 from sgl_lim.evaluate.checkpoint import Checkpoint
 from sgl_lim.evaluate.pool import Pool
 from sgl_lim.evaluate.step_rows import GRANULE, Rows
-from lim_kernels import Scaling
 from sgl_lim.methods import HeadsOfRank
 from sgl_lim.methods.ranked import Ranked
 from sgl_lim.serving.layer import LayerInput, attend_with_logits
@@ -64,7 +64,7 @@ def record(checkpoint: Checkpoint, pool: Pool, batches: Sequence[Rows], rule: Ra
         total, count = one.sums if total is None else total + one.sums, count + one.rows
     if total is None:
         raise ValueError(f"no context is longer than the budget {rule.budget}")
-    return (total / count).tolist()  # type: ignore[no-any-return]
+    return (total / count).tolist()
 
 
 def shares(logits: Tensor, lse: Tensor, seq_lens: Tensor, groups: int) -> Tensor:

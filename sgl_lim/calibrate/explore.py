@@ -8,7 +8,7 @@
 All numbers are counts, none are times, so equal commands try equal candidates.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sgl_lim.calibrate.bench import ItemScore, Part
@@ -64,7 +64,7 @@ class Space:
 class Trials:
     """Scores by candidate and part, each decoded once."""
 
-    parts: Sequence[Part]
+    parts: Mapping[int, Part]
     build: Build
     scores: dict[tuple[Candidate, int], list[ItemScore]] = field(default_factory=dict)
     full: dict[int, list[ItemScore]] = field(default_factory=dict)
@@ -128,9 +128,7 @@ def _near(trials: Trials, space: Space) -> list[Candidate]:
     """Neighbours of the best that was tried."""
     done = [trials.outcome(one, QUICK) for one in trials.tried(0)]
     best = _finalists([one for one in done if space.has(one.candidate)], 2, space.reads)
-    return [
-        near for one in best for near in neighbours(one, space.depth, space.max_dense) if space.has(near)
-    ]
+    return [near for one in best for near in neighbours(one, space.depth, space.max_dense) if space.has(near)]
 
 
 def _spread(candidates: Sequence[Candidate], model: Model, count: int) -> list[Candidate]:
@@ -157,7 +155,4 @@ def _finalists(outcomes: Sequence[Outcome], count: int, reads: float) -> list[Ca
     for one in ranked:
         levels.setdefault(one.candidate.full_reads // _FRONTIER, one.candidate)
     rest = [levels[level] for level in sorted(levels, reverse=True)]
-    # Fewer reads do not excuse a larger divergence than what reads still less.
     return list(dict.fromkeys([*found, *rest]))[:count]
-
-

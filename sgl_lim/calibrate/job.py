@@ -78,9 +78,7 @@ class Job:
 
     def method(self, candidate: Candidate, budget: int) -> Ranked:
         """As a server would build it."""
-        method = self.rule.build(
-            budget=budget, selection_layers=candidate.layers, selection_attends=candidate.attends
-        )
+        method = self.rule.build(budget=budget, selection_layers=candidate.layers, selection_attends=candidate.attends)
         assert isinstance(method, Ranked)
         return method
 
@@ -120,8 +118,8 @@ def prepare(options: Options, config: Any) -> Job:
     budgets = options.budgets or (context // 8,)
     if budgets[-1] * 2 > context:
         raise ValueError(
-            f"--budgets {budgets[-1]}: more than half of --context {context}, where hardly anything is sparse; lower it "
-            "or raise --context"
+            f"--budgets {budgets[-1]}: more than half of --context {context}, where hardly anything is sparse; lower "
+            "it or raise --context"
         )
     spaced = Candidate(spaced_layers(depth), SPACED_ATTENDS)
     reads = spaced.full_reads if options.reads is None else options.reads
@@ -170,9 +168,7 @@ def _does_chains(checkpoint: Checkpoint, job: Job) -> bool:
 class _Run:
     """The stages of a calibration."""
 
-    def __init__(
-        self, job: Job, checkpoint: Checkpoint, suites: Sequence[Sequence[Suite]], progress: Progress
-    ) -> None:
+    def __init__(self, job: Job, checkpoint: Checkpoint, suites: Sequence[Sequence[Suite]], progress: Progress) -> None:
         self._job, self._checkpoint, self._suites, self._progress = job, checkpoint, suites, progress
         self._parts: dict[int, Part] = {}
 
@@ -269,6 +265,6 @@ def _announced(job: Job, suites: Sequence[Sequence[Suite]], prompts: Sequence[Se
     items = sum(len(suite.items) for part in suites for suite in part) + len(prompts)
     budgets = ", ".join(map(str, job.budgets))
     return (
-        f"{items} items of up to {job.sizes.context} tokens, budget {budgets}: about {job.scale.effort.quick} choices of "
-        f"layers are tried, {_work(job, suites, prompts):,} tokens to decode"
+        f"{items} items of up to {job.sizes.context} tokens, budget {budgets}: about {job.scale.effort.quick} choices "
+        f"of layers are tried, {_work(job, suites, prompts):,} tokens to decode"
     )

@@ -118,9 +118,9 @@ def _item_sizes(sizes: Sizes, items: int) -> ItemSizes:
 
 
 def _cut(suite: Suite, wanted: Sequence[int]) -> list[Suite]:
-    """So many items for each part, in order; a text too short for all leaves the last parts with less."""
-    if len(suite.items) < len(wanted):
-        raise ItemError(f"text {suite.name} has {len(suite.items)} windows; lower --context")
+    """So many items for each part, in order; of a text that is too short for all, a share of them."""
+    if len(suite.items) < sum(map(bool, wanted)):
+        raise ItemError(f"{suite.name}: there are {len(suite.items)} windows, less than parts; lower --context")
     # Where there are too few, every part has at least one.
     share = min(1.0, len(suite.items) / sum(wanted))
     found, begin = [], 0

@@ -35,7 +35,9 @@ def _frontier(axis: Any, result: Result) -> None:
     _points(axis, result.searched, label="search part", color=_GREY, marker=".", alpha=0.6)
     _errors(axis, result.frontier, label="frontier", color=COLOURS[0], marker="o")
     for place, (name, one) in enumerate(result.named.items()):
-        _errors(axis, [one], label=name, color=COLOURS[1 + place % (len(COLOURS) - 1)], marker=MARKERS[place % len(MARKERS)])
+        _errors(
+            axis, [one], label=name, color=COLOURS[1 + place % (len(COLOURS) - 1)], marker=MARKERS[place % len(MARKERS)]
+        )
     _errors(axis, [result.chosen], label="chosen", color="black", marker="*")
     axis.set_xlabel("layers read whole", fontsize=8)
     axis.set_ylabel("agreement with full attention, %", fontsize=8)

@@ -20,8 +20,8 @@ def table(result: Result, job: Job) -> str:
     text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     what = "text" if any(name != "chains" for name in result.chosen.by_suite) else "chains"
     head = (
-        f"budget {result.budget}, contexts of {job.sizes.context} tokens: {result.chosen.tokens} decoded tokens of {what} "
-        "that were held out, with 95% intervals"
+        f"budget {result.budget}, contexts of {job.sizes.context} tokens: {result.chosen.tokens} decoded tokens of "
+        f"{what} that were held out, with 95% intervals"
     )
     return "\n".join([head, *text])
 
@@ -30,8 +30,8 @@ def conclusion(result: Result, job: Job) -> str:
     """Sentences: what was chosen, what it loses, and what the others lose."""
     chosen, budget = result.chosen, result.budget
     found = [
-        f"Budget {budget}: layers {_layers(chosen.candidate)} select and attend to {_attended(chosen.candidate)}. A step "
-        f"reads as much as {chosen.candidate.full_reads:g} of {job.space.depth} layers whole, beside the sets. "
+        f"Budget {budget}: layers {_layers(chosen.candidate)} select and attend to {_attended(chosen.candidate)}. A "
+        f"step reads as much as {chosen.candidate.full_reads:g} of {job.space.depth} layers whole, beside the sets. "
         f"{_loss(chosen)}"
     ]
     found += [f"{_named(name)}, {_layers(one.candidate)}: {_loss(one)}" for name, one in result.named.items()]

@@ -57,8 +57,9 @@ class Model:
         # [i, e]: what layers i < j < e miss of the set of layer i.
         spans = np.zeros((depth, depth + 1))
         spans[:, 1:] = np.cumsum(np.triu(cost, k=1), axis=1)
-        totals, chains = own + spans[:, depth], [(i,) for i in range(depth)]
-        found = []
+        totals = own + spans[:, depth]
+        chains: list[tuple[int, ...]] = [(i,) for i in range(depth)]
+        found: list[Candidate] = []
         for count in range(1, most + 1):
             if count > 1:
                 totals, chains = _one_more(own, spans, totals, chains)

@@ -136,7 +136,10 @@ class Checkpoint:
 
         Methods that choose pages find them whole behind the pool's last prompt alone.
         """
-        device, ids, slots, places = self.model.device, [], [], []
+        device, slots = self.model.device, []
+        ids: list[int] = []
+        # Of each row its sequence and its length.
+        places: list[tuple[int, int]] = []
         for prompt, tokens in fed:
             own = prompt.pool.take(len(tokens), device, go_on=int(prompt.slots[-1]) + 1 == prompt.pool.used)
             slots.append(torch.cat((prompt.slots, own)).int())
