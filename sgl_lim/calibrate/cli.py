@@ -24,6 +24,7 @@ def main(argv: list[str]) -> int:
         check_output(options.output)
         texts = file_prompts(options.prompts)[: options.limit]
         job = prepare(options, load_config(options.model_path))
+        print(f"loading {options.model_path}", file=sys.stderr, flush=True)
         checkpoint = load(options.model_path, device=options.device, dtype=options.dtype)
         results = calibrate(job, checkpoint, _tokens(options, job, checkpoint, texts))
         preset = preset_of(options, job, checkpoint, results)
