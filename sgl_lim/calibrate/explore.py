@@ -3,7 +3,7 @@
 1. Of the candidates that cover most, and of spaced ones, some are decoded on the quick part.
 2. The weights of layers are fitted to what came out; the best candidates by the fit, and neighbours of the best that
    were tried, are decoded too. This is repeated.
-3. The best are decoded on the whole search part.
+3. So is what attends otherwise, and the best of all are decoded on the whole search part.
 
 All numbers are counts, none are times, so equal commands try equal candidates.
 """
@@ -30,14 +30,14 @@ class Effort:
     """By coverage, and as many spaced ones at most as half of it."""
     rounds: int
     each: int
-    """In a round, by the fit; and half as many neighbours."""
+    """In a round, by the fit; and half as many neighbours, and in the end as many that attend otherwise."""
     finalists: int
     """On the whole search part."""
 
     @property
     def quick(self) -> int:
         """Candidates that are tried at most, beside references."""
-        return self.first + self.first // 2 + self.rounds * (self.each + self.each // 2)
+        return self.first + self.first // 2 + self.rounds * (self.each + self.each // 2) + self.each // 2
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ def explore(
         _try(trials, _spread(new, model, effort.each))
         near = [one for one in _near(trials, space) if (one, 0) not in trials.scores]
         _try(trials, sorted(near, key=lambda one: (model.expected(one), one))[: effort.each // 2])
+    for attends in space.attends[1:]:
+        # What attends otherwise is tried once the weights are known.
+        _try(trials, _spread(_proposed(model, space, attends), model, effort.each // 2))
     best = _finalists([trials.outcome(one, QUICK) for one in trials.tried(0)], effort.finalists, space.reads)
-    # What attends otherwise is tried where its layers did well.
-    others = [Candidate(one.layers, attends) for one in best[: effort.finalists // 4] for attends in space.attends[1:]]
-    named = dict.fromkeys([*references, *best, *(one for one in others if space.has(one))])
-    return [trials.outcome(one, SEARCH) for one in named]
+    return [trials.outcome(one, SEARCH) for one in dict.fromkeys([*references, *best])]
 
 
 def _try(trials: Trials, candidates: Iterable[Candidate]) -> None:
