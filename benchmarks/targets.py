@@ -1,6 +1,7 @@
 """Servers that a benchmark measures one after the other: running endpoints, or servers started for it."""
 
 import argparse
+import os
 import shlex
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from sgl_lim.programs.endpoint import EndpointError
 from sgl_lim.programs.server_process import Launch, launch_command, running_server
+from sgl_lim.settings.kept_calibration import FOLDER_ENV
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,18 @@ class Target:
 
 @contextmanager
 def endpoint(target: Target, logs: Path, timeout: float) -> Iterator[str]:
-    """The target's URL; a server of its own runs as long as the context."""
+    """The target's URL; a server of its own runs as long as the context.
+
+    Unless the environment says where to look, no calibration kept on this machine decides its layers, so that its
+    command gives the same elsewhere.
+    """
     if target.url:
         yield target.url
     else:
         log = logs / f"{target.name}.log"
         print(f"starting {target.name}, log {log}", file=sys.stderr)
-        with running_server(Launch(target.arguments, log), timeout=timeout) as server:
+        environment = {FOLDER_ENV: str(logs / "calibrations"), **os.environ}
+        with running_server(Launch(target.arguments, log, environment=environment), timeout=timeout) as server:
             yield server.url
 
 

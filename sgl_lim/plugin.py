@@ -15,6 +15,7 @@ def plug() -> None:
     import lim_patches
     from lim_patches import (
         cli_flags,
+        discarded_results,
         grammar_on_cpu,
         refuse_before_weights,
         row_generations,
@@ -27,6 +28,7 @@ def plug() -> None:
     lim_patches.use(cli_flags, add_flags=flags.add_flags, take_flags=_take_flags)
     lim_patches.use(refuse_before_weights, check=_check_before_weights)
     lim_patches.use(server_info, key=metrics.INFO_KEY, describe=metrics.describe, on_idle=metrics.on_idle)
+    lim_patches.use(discarded_results, on_discarded=metrics.on_discarded)
     lim_patches.use(row_generations)
     lim_patches.use(triton_on_cpu)
     lim_patches.use(grammar_on_cpu)

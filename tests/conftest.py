@@ -1,10 +1,15 @@
 """How a session of tests ends, which cases it runs, and which tests stay together when it has several processes."""
 
+import os
+import shutil
 import signal
+import tempfile
 from typing import Any
 
 import pytest
 
+CALIBRATIONS = "LESSISMORE_CALIBRATIONS"
+"""Names the folder of kept calibrations: what a developer measured must not decide the layers of a test's server."""
 UNGROUPED = "kernels"
 """The folder whose tests share nothing that is dear: each may go where a core is free."""
 
@@ -12,11 +17,19 @@ UNGROUPED = "kernels"
 def pytest_configure() -> None:
     """Let SIGTERM do what Ctrl-C does, so that fixtures stop the servers they started, and let Ctrl-C do it.
 
+    Calibrations are kept in an empty folder.
+
     (pytest takes `SystemExit` for the failure of one test, and goes on.) A shell starts what it runs in the background
     with SIGINT ignored, and programs under test would inherit that; a signal that is handled here is as usual for them.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    os.environ[CALIBRATIONS] = tempfile.mkdtemp(prefix="calibrations-")
+
+
+def pytest_unconfigure() -> None:
+    """Remove the folder of calibrations, which each process of a session has for itself."""
+    shutil.rmtree(os.environ.pop(CALIBRATIONS), ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -123,6 +123,9 @@ def prepare(options: Options, config: Any) -> Job:
         )
     spaced = Candidate(spaced_layers(depth), SPACED_ATTENDS)
     reads = spaced.full_reads if options.reads is None else options.reads
+    least = min(Candidate((0,), attends).full_reads for attends in options.attends)
+    if reads < least:
+        raise ValueError(f"--reads {reads:g}: one selection layer counts {least:g}; raise it")
     max_dense = min(depth // 3 if options.max_dense is None else options.max_dense, int(reads))
     references = {"spaced default": spaced}
     if (preset := find_preset(options.model_path, depth)) is not None:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from sgl_lim.evaluate import filler
-from sgl_lim.evaluate.items import DEPTHS, Encoder, Item, ItemError, Suite, common, most_that_fits, split
+from sgl_lim.evaluate.items import Encoder, Item, ItemError, Suite, common, most_that_fits, split
+from sgl_lim.tasks import filler
+from sgl_lim.tasks.needles import DEPTHS, SHORTEST
 
 _TOKENS_A_SENTENCE = 8
 """At least, of filler."""
@@ -111,7 +112,7 @@ def _of_one_text(encoder: Encoder, rng: random.Random, facts: Sequence[Hidden], 
         return max(len(build(count, one, one.value)) for one in facts)
 
     count = most_that_fits(longest, context, len(prose))
-    if count < len(DEPTHS):
+    if count < SHORTEST:
         raise ItemError(f"--context {context}: has no room for hidden facts; raise it")
     items = []
     for one in facts:

@@ -62,7 +62,7 @@ def method_of(
     given: dict[str, object] = {"budget": budget, "selection_layers": selection}
     if recency is not None:
         given["recency"] = recency
-    if attends is not None:
+    if attends is not None and name in METHODS and "selection_attends" in parameters_of(METHODS[name]):
         given["selection_attends"] = attends
     for setting in settings:
         parameter, _, value = setting.partition("=")

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
-from sgl_lim.evaluate import filler, sources
+from sgl_lim.evaluate import sources
+from sgl_lim.tasks import filler
 from sgl_lim.tasks.chains import MAX_STEPS, NUM_NODES, make_chain
+from sgl_lim.tasks.needles import DEPTHS, SHORTEST, draw_needle
 
-DEPTHS = (10, 30, 50, 70, 90)
-"""Percent of the filler before a hidden fact."""
 KEYS = {"needle": 1, "four_keys": 4}
 """Facts in a prompt, by suite."""
 _TOKENS_A_SENTENCE = 8
@@ -107,25 +107,18 @@ def needle_suite(encoder: Encoder, name: str, sizes: Sizes) -> Suite:
 
 
 def _needle(encoder: Encoder, rng: random.Random, keys: int, depth: int, context: int) -> Item:
-    asked, *others = filler.names(rng, keys)
-    numbers = [rng.randint(10_000, 99_999) for _ in range(keys)]
-    facts = [f"The access code of the {n} is {c}." for n, c in zip((asked, *others), numbers, strict=True)]
-    places = [depth, *(rng.randint(5, 95) for _ in others)]
-    question = f"\n\nQuestion: What is the access code of the {asked}?\nAnswer:"
-    lead = f" The access code of the {asked} is"
+    needle = draw_needle(rng, keys=keys, depth=depth)
     prose = list(islice(filler.sentences(rng), context // _TOKENS_A_SENTENCE))
 
-    def build(count: int, number: int) -> Item:
-        lines = prose[:count]
-        for place, fact in sorted(zip(places, facts, strict=True), reverse=True):
-            lines.insert(count * place // 100, fact)
-        return split(encoder, " ".join(lines) + question, f"{lead} {number}")
+    def build(count: int, code: int) -> Item:
+        prompt = f"{needle.text(prose[:count])}\n\nQuestion: {needle.question}\nAnswer:"
+        return split(encoder, prompt, f" {needle.lead} {code}")
 
-    count = most_that_fits(lambda n: len(build(n, numbers[0])), context, len(prose))
-    if count < len(DEPTHS):
+    count = most_that_fits(lambda n: len(build(n, needle.code)), context, len(prose))
+    if count < SHORTEST:
         raise ItemError(f"--context {context}: has no room for a hidden fact; raise it")
     # No digit of the other number is the right one.
-    item, wrong = build(count, numbers[0]), build(count, 99_999 - numbers[0])
+    item, wrong = build(count, needle.code), build(count, 99_999 - needle.code)
     return replace(item, scored_from=common(item.right, wrong.right), depth=depth)
 
 

@@ -139,7 +139,7 @@ class Switch(Form):
 
 @dataclass(frozen=True)
 class Increasing(Form):
-    """Increasing whole numbers, `least` or more, separated by commas; or the one `word` that stands for them, if any."""
+    """Increasing whole numbers, `least` or more, separated by commas; or the one `word` that stands for them."""
 
     least: int = 0
     metavar: str | None = "I,J"

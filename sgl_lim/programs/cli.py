@@ -14,7 +14,14 @@ from typing import Any
 from sgl_lim.programs import endpoint, run_options, server_stats, token_limits
 from sgl_lim.programs.builtin_problems import BUILTIN, builtin_problems
 from sgl_lim.programs.grading import Grader, GradingError, make_grader
-from sgl_lim.programs.problems import Problem, ProblemError, ProblemSet, chain_problems, jsonl_problems
+from sgl_lim.programs.problems import (
+    Problem,
+    ProblemError,
+    ProblemSet,
+    chain_problems,
+    jsonl_problems,
+    needle_problems,
+)
 from sgl_lim.programs.progress import Progress
 from sgl_lim.programs.run_options import Options
 from sgl_lim.programs.run_records import Generation, Measurement, RecordError, RecordFile
@@ -119,6 +126,10 @@ def prepare(chosen: Options, argv: list[str]) -> Run:
 def _source(chosen: Options) -> ProblemSet:
     if chosen.chains is not None:
         return chain_problems(chosen.chains, num_facts=chosen.facts, num_steps=chosen.steps, seed=chosen.seed)
+    if chosen.needles is not None:
+        return needle_problems(
+            chosen.needles, sentences=chosen.sentences, keys=chosen.keys, seed=chosen.seed, chat=chosen.chat
+        )
     assert chosen.problems is not None
     if chosen.problems in BUILTIN:
         return builtin_problems(chosen.problems, chosen.data_dir, template=chosen.prompt_template)

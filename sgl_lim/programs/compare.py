@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sgl_lim.programs.run_warnings import warnings_of
 from sgl_lim.programs.summary import mean_length, number
 
 
@@ -18,7 +19,7 @@ def columns(summary: Mapping[str, Any]) -> dict[str, str]:
         "words right": number(summary["word_accuracy"], ".2%"),
         "mean length": mean_length(summary["generation_tokens"]).removeprefix("mean "),
         "tokens/s": number(summary["output_tokens_per_second"], ".1f"),
-        "attended": number(summary["attended_fraction"], ".1%"),
+        "KV read": number(summary["attended_fraction"], ".1%"),
         "prefix-cache hits": number(summary["prefix_cache_hit_share"], ".1%"),
     }
 
@@ -35,12 +36,14 @@ def majority(summary: Mapping[str, Any]) -> str:
 
 
 def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table of one row a summary, aligned."""
+    """A table of one row a summary, aligned, and below it what the runs cannot say."""
     rows = {name: columns(summary) for name, summary in summaries.items()}
     headings = ["", *next(iter(rows.values()))]
     cells = [headings, *([name, *row.values()] for name, row in rows.items())]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    warned = [f"{name}: warning: {text}" for name, summary in summaries.items() for text in warnings_of(summary)]
+    return "\n".join([*lines, *warned])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

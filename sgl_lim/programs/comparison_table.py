@@ -10,6 +10,7 @@ from typing import Any
 from sgl_lim.programs.compare import majority, rate
 from sgl_lim.programs.intervals import paired_difference, paired_ratio
 from sgl_lim.programs.run_records import Row
+from sgl_lim.programs.run_warnings import warnings_of
 from sgl_lim.programs.summary import mean_length, number
 
 COLUMNS = (
@@ -91,7 +92,7 @@ def markdown(results: Sequence[Result], rows: Sequence[Mapping[str, Any]]) -> st
             **_beside(result, row),
             "mean length": mean_length(result.summary["generation_tokens"]).removeprefix("mean "),
             "tokens/s": number(row["tokens_per_s"], ",.1f"),
-            "attended": number(row["attended_fraction"], ".1%"),
+            "KV read": number(row["attended_fraction"], ".1%"),
             "attended tokens": number(row["attended_tokens"], ",.0f"),
             f"points over {first}": _points(row) if result is not results[0] else "",
             f"length of {first}'s": _times(row) if result is not results[0] else "",
@@ -104,12 +105,14 @@ def markdown(results: Sequence[Result], rows: Sequence[Mapping[str, Any]]) -> st
     machine = [f"- {rows[0]['machine']}"] if rows[0]["machine"] else []
     notes = [
         f"- {shown}",
-        "- lengths in tokens with their standard error; attended tokens a generated token and layer; differences over "
-        "the same problems, intervals by bootstrap over problems",
+        "- lengths in tokens with their standard error; KV read as a share of dense decode's, half for a token whose "
+        "key alone is read; attended tokens a generated token and layer; differences over the same problems, intervals "
+        "by bootstrap over problems",
         *(
             f"- {result.name}: {row['answered']} of {row['problems']} answered; {row['description']}"
             for result, row in zip(results, rows, strict=True)
         ),
+        *(f"- **{result.name}: {text}**" for result in results for text in warnings_of(result.summary)),
         *machine,
     ]
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *notes, ""])

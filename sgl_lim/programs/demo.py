@@ -1,4 +1,4 @@
-"""A small reasoning model on this machine's CPU, dense and then with LessIsMore decode, on the same problems.
+"""A small model on this machine's CPU, dense and then with LessIsMore decode, on the same problems.
 
 `python -m sgl_lim.programs.demo`, from a checkout of the repository; `launch/demo.sh` sets the environment up first.
 """
@@ -13,8 +13,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from sgl_lim.checkpoints import CheckpointError, ensure
 from sgl_lim.programs import compare
 from sgl_lim.programs.server_process import (
     Launch,
@@ -26,13 +28,28 @@ from sgl_lim.programs.server_process import (
 )
 
 MODEL = Path("models/chain-tracer")
-FACTS = 330
+PUBLIC = "smollm2"
+"""A checkpoint that others trained; it is downloaded once."""
+FACTS, SENTENCES = 330, 130
+STEPS, SAMPLES = 24, 2
 LINE_EVERY_S = 10.0
 _START_TIMEOUT_S = 300
-_SERVER = ("--device", "cpu", "--max-total-tokens", "60000", "--max-running-requests", "16", "--sleep-on-idle")
+_SERVER = ("--device", "cpu", "--max-running-requests", "16", "--sleep-on-idle")
 _SPEED = re.compile(r"Decode batch.*#running-req: (\d+).*gen throughput \(token/s\): ([\d.]+)")
 # The CPU everywhere, so that figures mean the same everywhere; nothing is looked up on a hub.
 _ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of which model."""
+
+    model: Path
+    what: str
+    pool: int
+    """Tokens of the servers' KV pools."""
+    flags: tuple[str, ...]
+    """Of `sgl_lim.programs`."""
 
 
 class DemoFailed(RuntimeError):
@@ -43,15 +60,13 @@ def main(argv: Sequence[str]) -> int:
     """Run. The exit code is 0, 1 if something failed, or 130 after Ctrl-C."""
     args = _parse(argv)
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="sgl-lim-demo."))
-    _say(
-        f"{args.problems} problems: {FACTS} facts in the context, {args.steps} links to follow, "
-        f"{args.samples} answers each (logs in {folder})"
-    )
     try:
-        with _servers(args.budget, folder) as servers:
+        task = _needles(args) if args.model == PUBLIC else _chains(args)
+        _say(f"{args.problems} problems: {task.what} (logs in {folder})")
+        with _servers(task, args.budget, folder) as servers:
             for server in servers:
-                _ask(server, args, folder)
-    except (ServerFailed, DemoFailed) as error:
+                _ask(server, task, folder)
+    except (ServerFailed, DemoFailed, CheckpointError) as error:
         _say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
@@ -65,14 +80,39 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sgl_lim.programs.demo", description=__doc__)
     add = parser.add_argument
+    add(
+        "--model",
+        choices=(MODEL.name, PUBLIC),
+        default=MODEL.name,
+        help="%(default)s reasons in chains; smollm2 is a public chat model and finds codes in prose",
+    )
     add("--budget", type=_at_least(1), default=256, help="tokens that a sparse layer reads (default: %(default)s)")
     add("--problems", type=_at_least(1), default=4, help="default: %(default)s")
-    add("--samples", type=_at_least(2), default=2, help="answers to each problem (default: %(default)s)")
-    add("--steps", type=_at_least(1), default=24, help="links of a chain, 8 tokens each (default: %(default)s)")
+    for name, least, default, what in (
+        ("samples", 2, SAMPLES, "answers to each problem"),
+        ("steps", 1, STEPS, "links of a chain, 8 tokens each"),
+    ):
+        add(f"--{name}", type=_at_least(least), help=f"{what} (default: {default}; only of {MODEL.name})")
     args = parser.parse_args(argv)
-    if not MODEL.is_dir():
+    for name in ("samples", "steps"):
+        if args.model == PUBLIC and getattr(args, name) is not None:
+            parser.error(f"argument --{name}: only with --model {MODEL.name}")
+    if args.model == MODEL.name and not MODEL.is_dir():
         parser.error(f"there is no {MODEL} in {Path.cwd()}; run this from a checkout of the repository")
     return args
+
+
+def _chains(args: argparse.Namespace) -> Task:
+    steps, samples = args.steps or STEPS, args.samples or SAMPLES
+    what = f"{FACTS} facts in the context, {steps} links to follow, {samples} answers each"
+    flags = ("--program", "self-consistency", "--samples", samples, "--chains", args.problems)
+    return Task(MODEL, what, 60_000, (*map(str, flags), "--facts", str(FACTS), "--steps", str(steps)))
+
+
+def _needles(args: argparse.Namespace) -> Task:
+    what = f"a code hidden in {SENTENCES} sentences, greedy"
+    flags = ("--needles", args.problems, "--sentences", SENTENCES, "--chat-template", "chatml")
+    return Task(ensure(PUBLIC), what, 16_384, tuple(map(str, flags)))
 
 
 def _at_least(lowest: int) -> Callable[[str], int]:
@@ -85,7 +125,7 @@ def _at_least(lowest: int) -> Callable[[str], int]:
 
 
 @contextlib.contextmanager
-def _servers(budget: int, folder: Path) -> Iterator[list[ServerProcess]]:
+def _servers(task: Task, budget: int, folder: Path) -> Iterator[list[ServerProcess]]:
     """A dense server and one with LessIsMore. Both start at once; the one that is not asked sleeps."""
     flags = {
         "dense": ("--attention-backend", "torch_native"),
@@ -93,7 +133,7 @@ def _servers(budget: int, folder: Path) -> Iterator[list[ServerProcess]]:
     }
     launches = [
         Launch(
-            ("--model-path", str(MODEL), *_SERVER, *own),
+            ("--model-path", str(task.model), "--max-total-tokens", str(task.pool), *_SERVER, *own),
             log=folder / f"{name}.log",
             name=name,
             environment={**os.environ, **_ENVIRONMENT},
@@ -108,12 +148,11 @@ def _servers(budget: int, folder: Path) -> Iterator[list[ServerProcess]]:
         yield servers
 
 
-def _ask(server: ServerProcess, args: argparse.Namespace, folder: Path) -> None:
+def _ask(server: ServerProcess, task: Task, folder: Path) -> None:
     """Put the problems to a server; their summary goes to a file with its name."""
     name = server.launch.name
-    command = [sys.executable, "-m", "sgl_lim.programs", "--endpoint", server.url, "--program", "self-consistency"]
-    command += ["--samples", str(args.samples), "--chains", str(args.problems), "--facts", str(FACTS)]
-    command += ["--steps", str(args.steps), "--output", f"{folder / name}.jsonl", "--summary", f"{folder / name}.json"]
+    command = [sys.executable, "-m", "sgl_lim.programs", "--endpoint", server.url, *task.flags]
+    command += ["--output", f"{folder / name}.jsonl", "--summary", f"{folder / name}.json"]
     with (folder / f"{name}.txt").open("w+") as printed, _lines(name, lambda: _speed(server)):
         process = subprocess.Popen(
             command,

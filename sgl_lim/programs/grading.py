@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 from sgl_lim.programs.problems import Kind, Problem
 from sgl_lim.tasks.chains import matching_words, parse_answer
+from sgl_lim.tasks.needles import parse_code
 
 INSTALL_MATH_VERIFY = "pip install 'math-verify>=0.9,<1'"  # the extra `math` of pyproject.toml
 _T = TypeVar("_T")
@@ -40,11 +41,15 @@ class Grader(Protocol):
         """Whether `given` is the answer `expected`."""
 
 
-class ChainGrader:
-    """Chains: the number after the last `answer`, compared exactly."""
+class NumberGrader:
+    """Answers that are numbers, compared exactly."""
+
+    def __init__(self, parse: Callable[[str], str | None]) -> None:
+        """Of a kind of generations whose number `parse` finds."""
+        self._parse = parse
 
     def extract(self, text: str) -> Answer | None:
-        number = parse_answer(text)
+        number = self._parse(text)
         return None if number is None else Answer(number, number)
 
     def expected(self, problem: Problem) -> Answer:
@@ -52,6 +57,20 @@ class ChainGrader:
 
     def same(self, expected: Answer, given: Answer) -> bool:
         return bool(expected.value == given.value)
+
+
+class ChainGrader(NumberGrader):
+    """Chains: the number after the last `answer`."""
+
+    def __init__(self) -> None:
+        super().__init__(parse_answer)
+
+
+class NeedleGrader(NumberGrader):
+    """Needles: the first number."""
+
+    def __init__(self) -> None:
+        super().__init__(parse_code)
 
 
 class MathGrader:
@@ -102,7 +121,9 @@ def make_grader(kind: Kind) -> Grader:
     Raises:
         GradingError: what it needs is not installed.
     """
-    return ChainGrader() if kind == "chain" else MathGrader()
+    if kind == "math":
+        return MathGrader()
+    return ChainGrader() if kind == "chain" else NeedleGrader()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Where problems come from: generated chains, or a JSONL file of mathematical problems (`named` knows some by name)."""
+"""Where problems come from: generated chains or needles, or a JSONL file of mathematical problems."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from sgl_lim.tasks import jsonl
 from sgl_lim.tasks.chains import generate_chains
+from sgl_lim.tasks.needles import generate_needles
 
-Kind = Literal["chain", "math"]
+Kind = Literal["chain", "needle", "math"]
 
 PLACEHOLDER = "{problem}"
 DEFAULT_PROMPT_TEMPLATE = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -54,6 +55,25 @@ def chain_problems(count: int, *, num_facts: int, num_steps: int, seed: int) -> 
         for index, chain in enumerate(chains)
     )
     return ProblemSet(problems, "chain", {"source": "chains", "facts": num_facts, "steps": num_steps, "seed": seed})
+
+
+def needle_problems(count: int, *, sentences: int, keys: int, seed: int, chat: bool) -> ProblemSet:
+    """`count` generated needles; problem `i` depends on the sizes and `(seed, i)` only.
+
+    Args:
+        sentences: of prose around the codes, some 14 tokens each.
+        keys: things with a code, of which one is asked for.
+        chat: whether a chat template says who asks; a plain text has to.
+
+    Raises:
+        ValueError: a size is out of `sgl_lim.tasks.needles`' range.
+    """
+    problems = []
+    for index, (needle, text) in enumerate(generate_needles(count, sentences=sentences, keys=keys, seed=seed)):
+        prompt = f"{text}\n\n{needle.question}" if chat else f"{text}\n\nQuestion: {needle.question}\nAnswer:"
+        problems.append(Problem(f"{sentences}x{keys}/{seed}/{index}", prompt, str(needle.code), "needle"))
+    spec = {"source": "needles", "sentences": sentences, "keys": keys, "seed": seed}
+    return ProblemSet(tuple(problems), "needle", spec)
 
 
 def jsonl_problems(path: Path, *, template: str = DEFAULT_PROMPT_TEMPLATE) -> ProblemSet:

@@ -9,10 +9,11 @@ from sgl_lim.programs.grading import INSTALL_MATH_VERIFY
 from sgl_lim.programs.problems import DEFAULT_PROMPT_TEMPLATE, PLACEHOLDER
 from sgl_lim.programs.thinking_budget import DEFAULT_END
 from sgl_lim.tasks.chains import MAX_STEPS, NUM_NODES
+from sgl_lim.tasks.needles import MAX_KEYS, SHORTEST
 
 SOLVE, SELF_CONSISTENCY, TREE, BUDGET_FORCING = "solve", "self-consistency", "tree", "budget-forcing"
 PROGRAMS = (SOLVE, SELF_CONSISTENCY, TREE, BUDGET_FORCING)
-SAMPLES, FACTS, STEPS = 8, 330, 48
+SAMPLES, FACTS, STEPS, SENTENCES, KEYS = 8, 330, 48, 130, 1
 SHAPE = {"branches": 8, "keep": 2, "depth": 2, "thought_tokens": 128}
 WAITS, WAIT_TEXT, FINAL_TEXT = 2, "Wait", "\n\nFinal answer:"
 TEMPERATURE, TOP_P = 0.6, 0.95  # of what samples, as reasoning models' cards advise; one generation alone is greedy
@@ -74,6 +75,7 @@ def _add_programs(parser: argparse.ArgumentParser) -> None:
 def _add_problems(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("problems (one of)").add_mutually_exclusive_group(required=True)
     source.add_argument("--chains", type=integer(1), metavar="N", help="N generated chains, graded exactly")
+    source.add_argument("--needles", type=integer(1), metavar="N", help="N codes hidden in prose, graded exactly")
     source.add_argument(
         "--problems",
         metavar="NAME|FILE",
@@ -83,6 +85,20 @@ def _add_problems(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("with --chains").add_argument
     add("--facts", type=integer(2, NUM_NODES), metavar="N", help=f"facts in the context (default: {FACTS})")
     add("--steps", type=integer(1, MAX_STEPS), metavar="N", help=f"links to follow (default: {STEPS})")
+    add = parser.add_argument_group("with --needles").add_argument
+    add(
+        "--sentences",
+        type=integer(SHORTEST),
+        metavar="N",
+        help=f"of prose, some 14 tokens each (default: {SENTENCES})",
+    )
+    add(
+        "--keys",
+        type=integer(1, MAX_KEYS),
+        metavar="N",
+        help=f"hidden codes, one of which is asked for (default: {KEYS})",
+    )
+    add = parser.add_argument_group("with --chains and --needles").add_argument
     add("--seed", type=integer(0), metavar="N", help="default: 0")
     add = parser.add_argument_group("with --problems").add_argument
     add(
@@ -111,8 +127,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--max-tokens",
         type=integer(1),
         metavar="N",
-        help="of a generation, with the thoughts before it (default: 8 a step and 8 for chains, else 32768 or what "
-        "the server's context leaves)",
+        help="of a generation, with the thoughts before it (default: 8 a step and 8 for chains, 64 for needles, else "
+        "32768 or what the server's context leaves)",
     )
     add(
         "--temperature",

@@ -21,9 +21,17 @@ _FORCING = {
     "thinking_end": None,
 }
 
+_FLAGS_OF = {
+    "chains": ("facts", "steps", "seed"),
+    "needles": ("sentences", "keys", "seed"),
+    "problems": ("limit", "prompt_template", "data_dir"),
+}
+"""By source of problems, the flags that are for it alone."""
+
 _EXAMPLES = """
 examples:
   %(prog)s --chains 32 --output out/chains.jsonl
+  %(prog)s --needles 64 --sentences 600 --chat-template chatml --output out/needles.jsonl
   %(prog)s --problems aime2024 --samples 32 --chat-template chatml --output out/aime.jsonl --summary out/aime.json
   %(prog)s --program self-consistency --samples 8 --problems mine.jsonl --chat-template chatml --output out/mine.jsonl
   %(prog)s --program tree --branches 8 --keep 2 --depth 2 --thought-tokens 1024 --problems aime2024 \\
@@ -50,7 +58,7 @@ class ForcingOptions:
 
 @dataclass(frozen=True)
 class Options:
-    """A valid command line. Either `chains` or `problems` is set."""
+    """A valid command line. One of `chains`, `needles` and `problems` is set."""
 
     endpoint: str  # without a trailing slash
     program: str
@@ -60,6 +68,9 @@ class Options:
     chains: int | None
     facts: int
     steps: int
+    needles: int | None
+    sentences: int
+    keys: int
     seed: int
     problems: str | None  # a name of `BUILTIN`, or a path
     data_dir: Path | None
@@ -125,6 +136,9 @@ def checked(
         chains=args.chains,
         facts=args.facts or run_flags.FACTS,
         steps=args.steps or run_flags.STEPS,
+        needles=args.needles,
+        sentences=args.sentences or run_flags.SENTENCES,
+        keys=args.keys or run_flags.KEYS,
         seed=args.seed or 0,
         problems=args.problems,
         data_dir=args.data_dir,
@@ -176,11 +190,11 @@ def _of_program(
 
 def _check_sources(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse flags of the source that was not chosen, and sizes that no chain has."""
-    foreign = ("facts", "steps", "seed") if args.chains is None else ("limit", "prompt_template", "data_dir")
-    source = "--chains" if args.chains is None else "--problems"
-    for name in foreign:
+    chosen = next(source for source in _FLAGS_OF if getattr(args, source) is not None)
+    for name in {name: None for names in _FLAGS_OF.values() for name in names if name not in _FLAGS_OF[chosen]}:
         if getattr(args, name) is not None:
-            parser.error(f"argument --{name.replace('_', '-')}: only with {source}")
+            sources = [f"--{source}" for source, names in _FLAGS_OF.items() if name in names]
+            parser.error(f"argument --{name.replace('_', '-')}: only with {' or '.join(sources)}")
     if args.prompt_template is not None and PLACEHOLDER not in args.prompt_template:
         parser.error(f"argument --prompt-template: must contain {PLACEHOLDER}, got {args.prompt_template!r}")
     if args.data_dir is not None and args.problems not in BUILTIN:
@@ -190,4 +204,4 @@ def _check_sources(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         if steps > facts:
             parser.error(f"argument --steps: must be at most --facts ({facts}), got {steps}")
         if args.chat or args.chat_template is not None:
-            parser.error("argument --chat: only with --problems (chains are plain text)")
+            parser.error("argument --chat: not with --chains, which are plain text")

@@ -10,7 +10,8 @@ from sgl_lim.programs.run_records import Measurement
 _BLOCK = "lessismore"  # key of the plugin's block in each of `internal_states` of `/server_info`
 # All but the first follow from, or explain, others.
 _NOT_SETTINGS = ("counters", "layer_roles", "selection_layers_from", "selection_layers_measured")
-_MONOTONE = ("decode_steps", "tokens_attended", "tokens_dense", "selections", "requests")
+_MONOTONE = ("decode_steps", "tokens_attended", "tokens_dense", "selections", "requests", "tokens_scored")
+_KEY_SHARE = 0.5  # of a KV token's bytes its key has half
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,12 @@ class Counters:
     """The plugin's totals since the server started, summed over the DP groups."""
 
     decode_steps: int
-    tokens_attended: int  # KV tokens that decode read
-    tokens_dense: int  # KV tokens that dense decode would have read
+    tokens_attended: int  # KV tokens that decode attended to
+    tokens_dense: int  # KV tokens that dense decode would have attended to
     selections: int
     requests: int
     requests_dense: int  # never exceeded the budget so far: the only total that can go down
+    tokens_scored: int = 0  # KV tokens of which a selection layer read the key alone; older servers have none
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def parse_server_info(info: Mapping[str, Any]) -> ServerState:
 
 @dataclass(frozen=True)
 class AttendedFraction:
-    """KV tokens attended of those that dense decode would attend. `value` is None where that is not known."""
+    """The share of dense decode's KV that was read, a token that was only scored for half; None if it is not known."""
 
     value: float | None
     note: str
@@ -94,7 +96,10 @@ def total_fraction(parts: Sequence[Measurement]) -> AttendedFraction:
     """The fraction over the invocations that one run took; those whose own is unknown are left out, and counted."""
     known = [part for part in parts if part.attended is not None]
     if not known:
-        return AttendedFraction(None, parts[-1].note if parts else "nothing was measured")
+        if not parts:
+            return AttendedFraction(None, "nothing was measured")
+        last = parts[-1].counters
+        return AttendedFraction(None, parts[-1].note, None if last is None else Counters(**last))
     if all(part.counters is None for part in known):
         total = AttendedFraction(1.0, "dense")
     else:
@@ -106,18 +111,19 @@ def total_fraction(parts: Sequence[Measurement]) -> AttendedFraction:
 
 
 def _fraction_of(delta: Counters) -> AttendedFraction:
+    scored = f", the keys alone of {delta.tokens_scored:,} more" if delta.tokens_scored else ""
     return AttendedFraction(
-        delta.tokens_attended / delta.tokens_dense,
-        f"{delta.tokens_attended:,} of {delta.tokens_dense:,} KV tokens, {delta.selections:,} selections in "
+        (delta.tokens_attended + _KEY_SHARE * delta.tokens_scored) / delta.tokens_dense,
+        f"{delta.tokens_attended:,} of {delta.tokens_dense:,} KV tokens{scored}, {delta.selections:,} selections in "
         f"{delta.decode_steps:,} decode steps",
         delta,
     )
 
 
 def _sum_counters(blocks: list[Mapping[str, Any]]) -> Counters:
-    return Counters(
-        **{item.name: sum(int(block["counters"][item.name]) for block in blocks) for item in fields(Counters)}
-    )
+    # A plugin from before there was this total read no keys alone.
+    groups = [{"tokens_scored": 0, **block["counters"]} for block in blocks]
+    return Counters(**{item.name: sum(int(group[item.name]) for group in groups) for item in fields(Counters)})
 
 
 def _plain(value: object) -> str:

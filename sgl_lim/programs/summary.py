@@ -7,6 +7,7 @@ from typing import Any
 
 from sgl_lim.programs.intervals import clustered_interval, standard_error, wilson_interval
 from sgl_lim.programs.run_records import Measurement, Row, Sample
+from sgl_lim.programs.run_warnings import warnings_of
 from sgl_lim.programs.runner import Invocation
 from sgl_lim.programs.server_stats import ServerState, total_fraction
 
@@ -22,7 +23,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Summarize the last row of each asked problem.
 
-    Accuracy and lengths are over all rows without an error; speed and attended fraction are over `measurements`.
+    Accuracy and lengths are over all rows without an error; speed and `attended_fraction`, the share of dense decode's
+    KV that was read, are over `measurements`. `warnings` say what these answers cannot tell.
     `accuracy` is pass@1, the mean over samples, but for self-consistency, whose answer is the vote.
 
     Args:
@@ -38,7 +40,7 @@ def summarize(
     """
     graded = [row for row in rows if row.error is None]
     samples = [sample for row in graded for sample in row.samples]
-    return {
+    summary = {
         "server": server.describe(),
         "settings": dict(settings),
         "problems": problems,
@@ -57,6 +59,7 @@ def summarize(
         "invocation": asdict(invocation),
         **_measured(samples, measurements),
     }
+    return {**summary, "warnings": warnings_of(summary)}
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -95,9 +98,10 @@ def table(summary: Mapping[str, Any]) -> str:
             f"{number(summary['output_tokens_per_second'], ',.1f')}  ({measured['output_tokens']:,} tokens of "
             f"{measured['items']} problems in {measured['seconds']:.1f} s, {measured['invocations']} invocations)",
         ),
-        ("attended fraction", f"{number(summary['attended_fraction'], '.3f')}  ({summary['attended_note']})"),
+        ("share of KV read", f"{number(summary['attended_fraction'], '.3f')}  ({summary['attended_note']})"),
         ("attended tokens", f"{number(summary['attended_tokens'], ',.1f')}  (a generated token and layer)"),
         ("prefix-cache hits", f"{number(summary['prefix_cache_hit_share'], '.3f')}  (of prompt tokens)"),
+        *(("warning", text) for text in summary["warnings"]),
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

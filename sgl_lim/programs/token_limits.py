@@ -8,6 +8,7 @@ from sgl_lim.programs.run_options import Options
 from sgl_lim.programs.thinking_budget import DEFAULT_END, ThinkingBudget
 
 _MATH_TOKENS = 32768
+_NEEDLE_TOKENS = 64
 _TEMPLATE_TOKENS = 64  # what a chat template may add to a prompt
 _RETOKENIZED = 64  # what a text that was continued may have more tokens than its generations and what was said between
 
@@ -30,6 +31,8 @@ def max_tokens(options: Options, problems: Sequence[Problem], context: int | Non
     wanted = options.max_tokens
     if wanted is None and options.chains is not None:
         wanted = _chain_tokens(options, problems[0])
+    elif wanted is None and options.needles is not None:
+        wanted = _NEEDLE_TOKENS
     if context is None:
         return wanted or _MATH_TOKENS
     longest = _longest_prompt(options, problems, exact_only=wanted is not None)
@@ -37,12 +40,21 @@ def max_tokens(options: Options, problems: Sequence[Problem], context: int | Non
         return wanted or _MATH_TOKENS
     room = context - longest
     if room < (wanted or 1):
-        flag = "--max-tokens" if options.max_tokens else "--steps/--facts" if options.chains else "--problems"
+        flag = _flag_of_size(options)
         raise LimitError(
             f"{flag}: the longest prompt has {longest} tokens and its generation may take {wanted or 1}, but the "
             f"server's context is {context}; start it with a larger --context-length, or ask for less"
         )
     return wanted or min(_MATH_TOKENS, room)
+
+
+def _flag_of_size(options: Options) -> str:
+    """What to lower where a problem is too long."""
+    if options.max_tokens:
+        return "--max-tokens"
+    if options.chains:
+        return "--steps/--facts"
+    return "--sentences" if options.needles else "--problems"
 
 
 def _chain_tokens(options: Options, first: Problem) -> int:

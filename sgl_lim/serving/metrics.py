@@ -118,11 +118,21 @@ def summary(lim: LimState) -> str:
 
 
 def _measured(found: Mapping[str, Any] | None) -> str:
-    """What was measured, in parentheses, as far as it is one number or word each; nothing if nothing was."""
-    plain = {name: value for name, value in (found or {}).items() if isinstance(value, str | int | float)}
-    texts = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in plain.values())
-    shown = [f"{name.replace('_', ' ')} {text}" for name, text in zip(plain, texts, strict=True)]
+    """What was measured, in parentheses: numbers and words, and those of each task. Nothing if nothing was."""
+    texts = [_figure(name, value) for name, value in (found or {}).items()]
+    shown = [text for text in texts if text]
     return f" ({', '.join(shown)})" if shown else ""
+
+
+def _figure(name: str, value: object) -> str:
+    """`agreement 0.945`, or `needle items 40 right 1`; blank for what is larger."""
+    if isinstance(value, Mapping) and value and not any(isinstance(one, Mapping | list) for one in value.values()):
+        text = " ".join(_figure(key, one) for key, one in value.items())
+    elif isinstance(value, str | int | float):
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    else:
+        return ""
+    return f"{name.replace('_', ' ')} {text}"
 
 
 def describe() -> dict[str, Any] | None:
@@ -150,11 +160,20 @@ def after_step(lim: LimState) -> None:
 
 
 def on_idle() -> None:
-    """Publish what changed. The scheduler calls this when no batch runs, so waiting for the device costs nothing."""
-    if not (_State.dirty and _State.enabled) or _State.lim is None:
+    """Count and publish what is left. SGLang calls this when no batch runs, so waiting for the device costs nothing."""
+    if _State.lim is None:
+        return
+    _State.lim.counters.settle()
+    if not (_State.dirty and _State.enabled):
         return
     _State.dirty, _State.last, _State.pending = False, time.monotonic(), None
     _publish(_State.lim.counters.totals)
+
+
+def on_discarded(rows: Tensor, places: list[int]) -> None:
+    """SGLang threw away what a decode step computed for some of its rows; as `Counters.discard` takes them."""
+    if _State.lim is not None:
+        _State.lim.counters.discard(rows, places)
 
 
 def _publish(totals: Tensor) -> None:

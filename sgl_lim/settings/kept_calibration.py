@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sgl_lim.settings import preset_file
-from sgl_lim.settings.fingerprint import fingerprint
+from sgl_lim.settings.fingerprint import NoCheckpoint, fingerprint
 from sgl_lim.settings.preset_file import PresetError, PresetFile
 from sgl_lim.user_cache import cache_folder
 
@@ -34,8 +34,8 @@ def path_of(model_path: str, revision: str | None = None) -> Path:
     """The file of a checkpoint's result, whether or not there is one.
 
     Raises:
-        NoCheckpoint, OSError: as `fingerprint`.
-        RuntimeError: the user has no home folder.
+        NoCheckpoint: as `fingerprint`.
+        OSError: as `fingerprint`, or the user has no home folder.
     """
     named = os.environ.get(FOLDER_ENV)
     folder = Path(named).expanduser() if named else cache_folder("calibrations")
@@ -46,7 +46,7 @@ def keep(preset: PresetFile, model_path: str, revision: str | None = None) -> Pa
     """Keep a result with today's date, in place of the checkpoint's earlier one; returns its file.
 
     Raises:
-        NoCheckpoint, OSError, RuntimeError: as `path_of`, or the folder cannot be written.
+        NoCheckpoint, OSError: as `path_of`, or the folder cannot be written.
     """
     path = path_of(model_path, revision)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def find(model_path: str, num_layers: int, revision: str | None = None) -> Kept 
         path = path_of(model_path, revision)
         if not path.exists():
             return None
-    except (ValueError, OSError, RuntimeError):
+    except (NoCheckpoint, OSError):
         return None
     try:
         preset = preset_file.load(str(path))

@@ -15,6 +15,7 @@ from sgl_lim.methods.parameters import flag, parameters_of
 from sgl_lim.methods.selection_layers import DEFAULT_LAYERS
 from sgl_lim.settings import kept_calibration, preset_file
 from sgl_lim.settings.config import LimConfig
+from sgl_lim.settings.fingerprint import NoCheckpoint, local_path
 from sgl_lim.settings.preset_file import Entry, PresetError, PresetFile
 from sgl_lim.settings.presets import find_preset
 
@@ -23,6 +24,7 @@ SPACED_FIRST = 2
 SPACED_STEP = 4
 SPACED_ATTENDS = "set"
 CALIBRATION_TAKES = "a minute or two on a GPU, some minutes on a CPU"
+_ATTENDS = {"context": "the whole context", "set": "the sets that they choose"}
 _READS = {"context": 1.0, "set": 0.5}
 """What of its context a selection layer reads: keys and values, or about the keys alone."""
 
@@ -115,11 +117,18 @@ def _without_flags(
     if built_in is not None:
         return Layers(built_in.selection_layers, "context", f"preset {built_in.name}", remarks=remarks)
     layers = Layers(spaced_layers(num_layers), SPACED_ATTENDS, SPACED, remarks=remarks)
-    command = f"python -m sgl_lim.calibrate --model-path {shlex.quote(model_path)}"
-    command += "" if revision is None else f" --revision {shlex.quote(revision)}"
-    if not asked_for_default:
-        layers = dataclasses.replace(layers, remarks=(*remarks, *_unmeasured(config, layers, command, num_layers)))
-    return layers
+    if asked_for_default:
+        return layers
+    # The command knows no revisions.
+    measured = model_path if revision is None else _folder_of(model_path, revision)
+    return dataclasses.replace(layers, remarks=(*remarks, *_unmeasured(config, layers, measured, num_layers)))
+
+
+def _folder_of(model_path: str, revision: str) -> str:
+    try:
+        return str(local_path(model_path, revision))
+    except NoCheckpoint:
+        return model_path
 
 
 def _of_preset(config: LimConfig, preset: PresetFile, source: str) -> Layers:
@@ -135,18 +144,18 @@ def _of_preset(config: LimConfig, preset: PresetFile, source: str) -> Layers:
     )
 
 
-def _unmeasured(config: LimConfig, layers: Layers, command: str, num_layers: int) -> list[str]:
+def _unmeasured(config: LimConfig, layers: Layers, model_path: str, num_layers: int) -> list[str]:
     """The paragraph for a checkpoint that nobody measured; none where the method selects nothing."""
     method = config.build(**parameters(layers))
     if Role.SELECT not in method.layer_roles(num_layers):
         return []
     attends = config.given.get("selection_attends", layers.selection_attends)
+    command = f"python -m sgl_lim.calibrate --model-path {shlex.quote(model_path)}"
     read = full_reads(layers.selection_layers, attends)
     listed = ",".join(map(str, layers.selection_layers))
     return [
         "this checkpoint was never measured: it has neither a built-in preset nor a calibration of yours. Layers "
-        f"{listed} select, by the spaced default, and attend to "
-        f"{'the whole context' if attends == 'context' else 'the sets that they choose'}. Beside the sets, a decode step "
+        f"{listed} select, by the spaced default, and attend to {_ATTENDS[attends]}. Beside the sets, a decode step "
         f"reads as much as {read:g} of the model's {num_layers} layers would read densely. To measure which layers fit "
         f"this checkpoint, and what these ones lose, run `{command}`. It takes {CALIBRATION_TAKES}. Later starts find "
         "its result by themselves."

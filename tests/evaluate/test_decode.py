@@ -203,5 +203,7 @@ def test_a_selection_layer_that_attends_to_its_set_reads_keys_and_the_set(
     )
     # Of four layers the first is dense, the second reads keys and the set, the others the set.
     assert found.read.tolist() == pytest.approx([(n + n / 2 + 3 * 32) / 4 for n in range(101, 105)])
-    within = checkpoint.decode(prompt, tokens[PROMPT:104], method_of("lessismore:selection_attends=set", 256, (1,)), rows=4)
+    within = checkpoint.decode(
+        prompt, tokens[PROMPT:104], method_of("lessismore:selection_attends=set", 256, (1,)), rows=4
+    )
     assert within.read.tolist() == [101, 102, 103, 104]

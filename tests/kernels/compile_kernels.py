@@ -43,7 +43,7 @@ from lim_kernels import (
     select_tokens,
     sparse_decode,
 )
-from lim_kernels.count_decode_step import Ledger
+from lim_kernels.count_decode_step import Layers, Ledger, Sharing
 from lim_kernels.page_bounds import PageBounds
 from lim_kernels.set_memory import SetMemory
 
@@ -195,14 +195,14 @@ def launch_all(*, fp8: bool, widest: bool) -> None:
     launch_set_memory(1, interval=1, early=True)
 
     rows, tenants = empty(4, dtype=torch.int64), empty(9, dtype=torch.int64)
-    ledger = Ledger(empty(6, dtype=torch.int64), empty(9, dtype=torch.int64), empty(9, dtype=torch.uint8))
-    layers = {"num_layers": 32, "sparse_layers": 28, "selection_layers": 2}
+    ledger, layers = Ledger.empty(9, "meta"), Layers(32, sparse=28, selecting=2)
     groups = find_prefix_groups(empty(4, 4096), seq_lens, granule=128, **triton)
     in_sets, set_counts = groups_of_sets(seq_lens, groups, sizes, smallest=32, **triton)
-    grouped = {"groups": groups, "grouped_layers": 4}
-    in_parts = {**grouped, "set_groups": in_sets, "set_counts": set_counts}
-    for shared in ({}, grouped, in_parts, {**grouped, "actions": empty(4, dtype=torch.uint8)}):
-        count_decode_step(ledger, rows, tenants, seq_lens, budget=2048, **layers, **shared, **triton)
+    grouped, in_parts = Sharing(groups, 4), Sharing(groups, 4, in_sets, set_counts)
+    for sharing, actions in ((None, None), (grouped, None), (in_parts, None), (grouped, empty(4, dtype=torch.uint8))):
+        count_decode_step(
+            ledger, rows, tenants, seq_lens, layers, budget=2048, sharing=sharing, actions=actions, **triton
+        )
     for counts in (empty(4), empty(4, 8)):
         count_sets(ledger, rows, seq_lens, counts, budget=2048, layers=9, **triton)
 

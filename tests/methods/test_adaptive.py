@@ -107,7 +107,8 @@ def test_tokens_attended_are_those_of_the_sets(scope):
             last = float((plan.chosen.ends.double().view(5, -1).mean(1) * (rows != 0)).sum())
         expected += last * (role is Role.SPARSE)
     attended = counters.read()["tokens_attended"]
-    assert expected - 2 < attended <= expected + 1e-6
+    # A fraction of a token is rounded down in each row and selection.
+    assert expected - 8 < attended <= expected + 1e-6
     assert attended < 3 * 549 + 3 * (2 * 64 + 20 + 64) and counters.read()["selections"] == 2 * 2
 
 

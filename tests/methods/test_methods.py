@@ -1,23 +1,12 @@
 """Layer plans and budgets of the methods, and presets."""
 
-import logging
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sgl_lim.methods import Role
-from sgl_lim.settings.config import configure
-from sgl_lim.settings.presets import (
-    PRESETS,
-    default_layers,
-    find_preset,
-    resolve_layers,
-    resolve_method,
-    selection_layers_for,
-)
+from sgl_lim.settings.presets import PRESETS, find_preset
 from support.driven_layers import build_method
 
 D, S, P, Q = Role.DENSE, Role.SELECT, Role.SPARSE, Role.OWN
@@ -98,31 +87,8 @@ def test_presets_by_name(path, depth, layers):
     assert find_preset(path, depth).selection_layers == layers
 
 
-def test_a_preset_needs_the_model_s_depth(caplog):
+def test_a_preset_needs_the_model_s_depth():
     assert find_preset("my-qwen3-8b-pruned", 30) is None
-    with caplog.at_level(logging.WARNING):
-        layers, source = selection_layers_for("my-qwen3-8b-pruned", 30)
-    assert (layers, source) == ((2, 10), "default")
-    assert len(caplog.records) == 1 and "--lim-selection-layers" in caplog.text
-
-
-@pytest.mark.parametrize("name", ["full", "quest"])
-def test_a_method_without_selection_layers_says_that_it_ignores_them(caplog, name):
-    model = SimpleNamespace(model_path="my-model", num_hidden_layers=30)
-    with caplog.at_level(logging.WARNING):
-        assert resolve_layers(configure(method=name), model) == ((), f"method {name} has none")
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING):
-        config = configure(method=name, selection_layers=(2, 9), preset="x.json", aggregate="max")
-        assert "selection_layers" not in resolve_method(config, model)[0].settings()
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert f"--lim-method {name} does not use --lim-selection-layers, --lim-aggregate, --lim-preset" in said
-
-
-@pytest.mark.parametrize("depth", range(1, 100))
-def test_default_layers_fit_any_depth(depth):
-    layers = default_layers(depth)
-    assert list(layers) == sorted(set(layers)) and layers[0] >= 0 and layers[-1] < depth
 
 
 def test_presets_are_possible():

@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,3 +60,24 @@ def test_a_grammar_s_mask_is_applied_bit_by_bit():
     mask[0] = torch.tensor([1 << 4, -(1 << 31), 0], dtype=torch.int32)
     apply(None, None, logits=logits, vocab_mask=mask)
     assert (logits[0] == 0).nonzero().view(-1).tolist() == [4, 63] and logits[1].count_nonzero() == 0
+
+
+def test_discarded_results_are_those_that_sglang_skips(monkeypatch):
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from lim_patches import discarded_results
+
+    hooks, told = [], []
+    monkeypatch.setattr(HookRegistry, "register", lambda target, hook, kind: hooks.append(hook))
+    discarded_results.register(on_discarded=lambda rows, places: told.append((rows, places)))
+    (before,) = hooks
+    # SGLang skips exactly these: `(req.finished() or req.is_retracted)`, and only with overlap.
+    requests = [
+        SimpleNamespace(finished=lambda done=done: done, is_retracted=retracted)
+        for done, retracted in ((False, False), (True, False), (False, True), (False, False))
+    ]
+    batch = SimpleNamespace(reqs=requests, req_pool_indices="rows")
+    before(SimpleNamespace(enable_overlap=True), batch, "result")
+    before(SimpleNamespace(enable_overlap=False), batch, "result")
+    before(SimpleNamespace(enable_overlap=True), SimpleNamespace(reqs=requests[:1]), "result")
+    assert told == [("rows", [1, 2])]

@@ -64,6 +64,8 @@ class StubEndpoint:
                 "recency": 0.25,
                 "sinks": 4,
                 "selection_layers": [4, 8],
+                "selection_layers_from": "the calibration kept in x.json",
+                "selection_layers_measured": {"agreement": 0.95},
                 "layer_roles": ["dense"],
                 "aggregate": "union",
                 "dense_backend": "torch_native",

@@ -22,7 +22,7 @@ def test_rows_are_aligned_and_in_order():
     lines = comparison({"dense": SUMMARY, "lim": SUMMARY | {"attended_fraction": None}}).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["dense", "lim"]
     assert " ".join(lines[1].split()) == "dense 75.0% [50.0%, 90.0%] - 50.0% 98.77% 195.2 41.3 44.4% 50.0%"
-    column = lines[0].index("attended")
+    column = lines[0].index("KV read")
     assert lines[1][column:].startswith("44.4%") and lines[2][column:].startswith("-")
 
 
@@ -31,6 +31,17 @@ def test_votes_and_the_lengths_error_are_told():
     lengths = {"mean": 195.25, "standard_error": 10.0}
     (_, line) = comparison({"lim": SUMMARY | {"majority": voted, "generation_tokens": lengths}}).splitlines()
     assert "50.0% [25.0%, 75.0%]" in line and "195.2 ± 10.0" in line
+
+
+def test_what_a_run_cannot_say_stands_below():
+    """Summaries of before, which have no warnings of their own, are looked at as well."""
+    settings = {"max_tokens": 512, "attention": {"method": "lessismore", "budget": 2048}}
+    counters = {"tokens_attended": 700, "tokens_dense": 700, "selections": 0}
+    told = {"samples": 8, "samples_cut_off": 3, "attended_counters": counters, "settings": settings}
+    lines = comparison({"dense": SUMMARY, "lim": SUMMARY | told}).splitlines()
+    assert len(lines) == 5 and all(line.startswith("lim: warning: ") for line in lines[3:])
+    assert "beyond the budget of 2048 tokens" in lines[3] and "--lim-budget" in lines[3]
+    assert "3 of 8 generations were cut off at 512 tokens" in lines[4] and "--max-tokens" in lines[4]
 
 
 def test_command_line_reads_files(tmp_path, capsys):

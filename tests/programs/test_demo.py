@@ -18,9 +18,14 @@ sys.path.insert(0, sys.argv[1])
 import stub_endpoint
 from sgl_lim.programs import server_process
 from sgl_lim.tasks.chains import generate_chains
+from sgl_lim.programs.problems import needle_problems
 solutions = {p.prompt: p.solution for p in generate_chains(1, num_facts=330, num_steps=4, seed=0)}
+needles = needle_problems(2, sentences=130, keys=1, seed=0, chat=True).problems
+def answer(prompt):
+    code = next((needle.answer for needle in needles if needle.prompt in prompt), None)
+    return solutions.get(prompt) or code or time.sleep(600)
 class Handler(stub_endpoint._Handler):
-    endpoint = stub_endpoint.StubEndpoint(answer=lambda prompt: solutions.get(prompt) or time.sleep(600))
+    endpoint = stub_endpoint.StubEndpoint(answer=answer)
     def do_GET(self):
         self._send(200, {}) if self.path == "/health_generate" else super().do_GET()
 if "lessismore" in sys.argv:
@@ -63,7 +68,40 @@ def test_a_failed_run_is_shown_and_the_servers_end(tmp_path: Path, capsys: pytes
     assert not running(tmp_path)
 
 
-@pytest.mark.parametrize("argv", [["--samples", "1"], ["--problems", "0"], ["--steps", "many"], ["--budget", "-1"]])
+def test_the_public_model_is_asked_for_needles(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "ensure", lambda name: tmp_path / name)
+    assert demo.main(["--model", "smollm2", "--problems", "2", "--budget", "64"]) == 0
+    shown = capsys.readouterr()
+    assert f"--model-path {tmp_path / 'smollm2'}" in shown.err and "2 problems: a code hidden" in shown.err
+    rows = {line.split()[0]: line for line in shown.out.splitlines()[1:]}
+    # The stub's answers are the right codes.
+    assert rows["dense"].count("100.0%") >= 2 and rows["lessismore"].count("100.0%") >= 2
+
+
+def test_a_checkpoint_that_cannot_be_had_ends_the_demo(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ensure(name: str) -> Path:
+        raise demo.CheckpointError(f"{name}: no network")
+
+    monkeypatch.setattr(demo, "ensure", ensure)
+    assert demo.main(["--model", "smollm2"]) == 1
+    assert "error: smollm2: no network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--model", "smollm2", "--samples", "2"],
+        ["--model", "smollm2", "--steps", "2"],
+        ["--samples", "1"],
+        ["--problems", "0"],
+        ["--steps", "many"],
+        ["--budget", "-1"],
+    ],
+)
 def test_wrong_arguments_are_refused_before_a_server_starts(argv: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="2"):
         demo.main(argv)

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgl_lim.programs.grading import ChainGrader, GradingError, MathGrader, grade, majority, make_grader
+from sgl_lim.programs.grading import (
+    ChainGrader,
+    GradingError,
+    MathGrader,
+    NeedleGrader,
+    grade,
+    majority,
+    make_grader,
+)
 from sgl_lim.programs.problems import Problem, jsonl_problems
 from sgl_lim.tasks.chains import make_chain
 
@@ -93,6 +101,16 @@ def test_the_vote_decides_and_the_samples_keep_their_own_grades() -> None:
     graded = grade(problem, texts, ChainGrader())
     assert graded.correct and [sample.correct for sample in graded.samples] == [False, True, True]
     assert not grade(problem, [f"answer {wrong}", f"answer {problem.answer}"], ChainGrader()).correct
+
+
+def test_a_needle_is_the_first_number() -> None:
+    problem = Problem("n", "?", "48213", "needle")
+    grader = make_grader("needle")
+    assert isinstance(grader, NeedleGrader)
+    texts = [" The access code is 48213. That of the teapot is 5.", "48214", "No idea."]
+    graded = grade(problem, texts, grader)
+    assert [sample.correct for sample in graded.samples] == [True, False, False]
+    assert [sample.answer for sample in graded.samples] == ["48213", "48214", None]
 
 
 def test_without_math_verify_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

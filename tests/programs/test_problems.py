@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sgl_lim.programs.problems import ProblemError, chain_problems, jsonl_problems
+from sgl_lim.programs.problems import ProblemError, chain_problems, jsonl_problems, needle_problems
 
 ANSWER_FORMS = Path(__file__).parent / "data" / "answer_forms.jsonl"
 
@@ -25,6 +25,16 @@ def test_a_longer_chain_run_contains_the_shorter_one_and_has_its_spec() -> None:
     assert long.problems[0].prompt.endswith(":")
     assert long.problems[0].solution is not None
     assert long.problems[0].solution.endswith(f"answer {long.problems[0].answer}")
+
+
+def test_needles_ask_in_a_chat_or_in_a_plain_text() -> None:
+    plain = needle_problems(3, sentences=12, keys=2, seed=0, chat=False)
+    chat = needle_problems(2, sentences=12, keys=2, seed=0, chat=True)
+    assert plain.spec == chat.spec and plain.kind == "needle" and len({p.id for p in plain.problems}) == 3
+    for one, other in zip(plain.problems, chat.problems, strict=False):
+        assert one.prompt.endswith("?\nAnswer:") and other.prompt.endswith("?")
+        assert one.answer == other.answer and f"is {one.answer}." in one.prompt
+    assert plain.spec != needle_problems(3, sentences=13, keys=2, seed=0, chat=False).spec
 
 
 def test_jsonl_fills_the_template_and_numbers_lines_without_id(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_solve(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     assert summary["settings"]["attention"]["budget"] == 256
     assert summary["invocation"]["output_tokens"] == summary["generation_tokens"]["total"] > 0
     captured = capsys.readouterr()
-    assert "attended fraction  0.250" in captured.out and "budget 256" in captured.out
+    assert "share of KV read   0.250" in captured.out and "budget 256" in captured.out
     assert "4/4 problems, 4/4 correct" in captured.err
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from stub_endpoint import StubEndpoint
 
-from sgl_lim.programs.problems import chain_problems, jsonl_problems
+from sgl_lim.programs.problems import chain_problems, jsonl_problems, needle_problems
 from sgl_lim.programs.run_options import ForcingOptions, Options, parse
 from sgl_lim.programs.token_limits import LimitError, max_tokens
 
 CHAINS = ["--chains", "4", "--output", "o"]
+NEEDLES = ["--needles", "4", "--output", "o"]
 FILE = ["--problems", "p.jsonl", "--output", "o"]
 CONSISTENT = ["--program", "self-consistency"]
 FORCED = ["--program", "budget-forcing"]
@@ -45,7 +46,7 @@ def test_a_named_template_means_chat() -> None:
 @pytest.mark.parametrize(
     ("argv", "flag"),
     [
-        (["--output", "o"], "--chains --problems"),
+        (["--output", "o"], "--chains --needles --problems"),
         (["--chains", "1"], "--output"),
         ([*CHAINS, "--problems", "p"], "--problems"),
         (["--chains", "0", "--output", "o"], "--chains"),
@@ -57,7 +58,13 @@ def test_a_named_template_means_chat() -> None:
         ([*CHAINS, "--prompt-template", "{problem}"], "--prompt-template"),
         ([*CHAINS, "--chat"], "--chat"),
         ([*FILE, "--facts", "3"], "--facts"),
-        ([*FILE, "--seed", "3"], "--seed"),
+        ([*FILE, "--keys", "3"], "--keys: only with --needles"),
+        ([*CHAINS, "--sentences", "30"], "--sentences: only with --needles"),
+        ([*NEEDLES, "--facts", "30"], "--facts: only with --chains"),
+        ([*NEEDLES, "--limit", "3"], "--limit: only with --problems"),
+        ([*NEEDLES, "--sentences", "4"], "--sentences"),
+        ([*NEEDLES, "--keys", "17"], "--keys"),
+        ([*FILE, "--seed", "3"], "--seed: only with --chains or --needles"),
         ([*FILE, "--prompt-template", "solve"], "--prompt-template"),
         ([*FILE, "--prompt-template", ""], "--prompt-template"),
         ([*FILE, "--limit", "0"], "--limit"),
@@ -105,6 +112,8 @@ def questions(tmp_path: Path) -> Path:
 def limit(options: Options, context: int | None) -> int:
     if options.chains is not None:
         source = chain_problems(options.chains, num_facts=options.facts, num_steps=options.steps, seed=0)
+    elif options.needles is not None:
+        source = needle_problems(options.needles, sentences=options.sentences, keys=1, seed=0, chat=options.chat)
     else:
         assert options.problems is not None
         source = jsonl_problems(Path(options.problems), template="{problem}")
@@ -122,6 +131,13 @@ def test_chains_get_what_they_need(stub: StubEndpoint) -> None:
         limit(parse([*argv, "--max-tokens", "500"]), 500)
     stub.can_tokenize = False
     assert limit(parse(argv), 100) == 48
+
+
+def test_needles_get_a_sentence_or_two(stub: StubEndpoint) -> None:
+    argv = ["--endpoint", stub.url, "--needles", "2", "--sentences", "20", "--output", "o"]
+    assert limit(parse(argv), 4096) == limit(parse(argv), None) == 64
+    with pytest.raises(LimitError, match=r"--sentences.*may take 64.*context is 100"):
+        limit(parse(argv), 100)
 
 
 def test_chains_get_more_where_a_word_is_several_tokens(stub: StubEndpoint) -> None:

@@ -24,6 +24,16 @@ def test_the_fraction_is_of_the_difference() -> None:
     assert "300 of 1,000" in fraction.note
 
 
+def test_a_token_whose_key_alone_was_read_counts_half() -> None:
+    before, after = state(5, 1000, 1000, 1, 2, 2), state(15, 1300, 2000, 21, 4, 3)
+    assert before.counters is not None and after.counters is not None
+    before = replace(before, counters=replace(before.counters, tokens_scored=50))
+    after = replace(after, counters=replace(after.counters, tokens_scored=450))
+    fraction = attended_fraction(before, after)
+    assert fraction.value == pytest.approx((300 + 400 / 2) / 1000)
+    assert "300 of 1,000 KV tokens, the keys alone of 400 more" in fraction.note
+
+
 def test_requests_that_outgrow_the_budget_are_no_restart() -> None:
     fraction = attended_fraction(state(5, 0, 0, 1, 2, 2), state(6, 1, 2, 2, 2, 0))
     assert fraction.value == 0.5
@@ -38,6 +48,9 @@ def test_dp_groups_are_summed() -> None:
     info: dict[str, Any] = StubEndpoint(counters=dict.fromkeys(COUNTERS, 3)).server_info()
     info["internal_states"] *= 2
     assert parse_server_info(info).counters == Counters(*[6] * 6)
+    for block in info["internal_states"]:
+        block["lessismore"]["counters"]["tokens_scored"] = 4
+    assert parse_server_info(info).counters == Counters(*[6] * 6, tokens_scored=8)
 
 
 @pytest.mark.parametrize(

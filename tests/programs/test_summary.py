@@ -118,3 +118,47 @@ def test_the_summary_is_json_and_the_table_is_aligned(settings: dict[str, Any], 
     lines = table(summary).splitlines()
     column = lines[0].index("decode dense")
     assert all(line[column - 2 : column] == "  " and line[column] != " " for line in lines)
+
+
+LIM = {"decode": "lessismore", "method": "lessismore", "budget": 256}
+
+
+def measured(attended: int, dense: int, selections: int = 0, **more: int) -> Measurement:
+    counters = dict.fromkeys(COUNTERS, 0) | {
+        "tokens_attended": attended,
+        "tokens_dense": dense,
+        "selections": selections,
+    }
+    return Measurement(1, 10, 1.0, attended / dense if dense else None, "", counters | more)
+
+
+@pytest.mark.parametrize(
+    ("measurement", "attention", "warned"),
+    [
+        pytest.param(measured(40, 40), LIM, True, id="within the budget"),
+        pytest.param(measured(0, 0), LIM, True, id="prefill alone"),
+        pytest.param(measured(30, 40, 2), LIM, False, id="sparse"),
+        pytest.param(measured(30, 40), {**LIM, "method": "window"}, False, id="sparse without a selection"),
+        pytest.param(measured(30, 40, 2, tokens_scored=20), LIM, False, id="sparse, and no less read"),
+        pytest.param(measured(40, 40), {**LIM, "method": "full"}, False, id="dense as asked"),
+        pytest.param(DENSE, {"decode": "dense"}, False, id="another backend"),
+        pytest.param(Measurement(1, 10, 1.0, None, "restarted", None), LIM, False, id="unknown"),
+    ],
+)
+def test_a_run_in_which_nothing_was_sparse_says_so(
+    settings: dict[str, Any], make_row: Any, measurement: Measurement, attention: dict[str, Any], warned: bool
+) -> None:
+    of_run = {**settings, "attention": attention}
+    summary = summary_of([make_row("a")], of_run, measurements=[measurement])
+    told = [text for text in summary["warnings"] if "say nothing about sparse attention" in text]
+    assert len(told) == warned and all("budget of 256 tokens" in text for text in told)
+    assert ("\nwarning " in table(summary)) == warned
+
+
+def test_cut_off_answers_are_warned_of(settings: dict[str, Any]) -> None:
+    samples = tuple(Sample("", 10, 4, 9, reason, "1", True) for reason in ("stop", "length", "length"))
+    row = Row("a", "1", settings, 1.0, answer="1", correct=True, samples=samples)
+    summary = summary_of([row], {**settings, "samples": 3, "max_tokens": 4096})
+    (text,) = summary["warnings"]
+    assert text.startswith("2 of 3 generations were cut off at 4,096 tokens") and "--max-tokens" in text
+    assert text in table(summary)

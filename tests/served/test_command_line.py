@@ -25,5 +25,5 @@ def test_values_that_cannot_be_parsed_are_refused(fleet: Fleet, tmp_path: Path) 
     """The other messages of the parser are in tests/settings."""
     outcome = run_launcher(["--model-path", str(fleet.model("gqa")), "--lim-selection-layers", "2,x"], cwd=tmp_path)
     assert outcome.code == 2
-    message = "argument --lim-selection-layers: expected layer indices separated by commas, got '2,x'"
+    message = "argument --lim-selection-layers: expected layer indices separated by commas, or default, got '2,x'"
     assert message in outcome.err, outcome.err[-2000:]

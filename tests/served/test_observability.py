@@ -20,11 +20,11 @@ SUMS = ("tokens_attended", "tokens_dense", "selections", "requests", "requests_d
 def expected_counts(jobs: Sequence[tuple[list[int], int]], case: LimCase) -> dict[str, int]:
     """Counts by hand.
 
-    Prefill yields a request's first token, so N tokens take N - 1 decode steps, which see P + 1, … tokens. On 0.5.17
-    the overlap scheduler starts one step more, because it learns that a request is finished only afterwards.
+    Prefill yields a request's first token, so N tokens take N - 1 decode steps, which see P + 1, … tokens. The overlap
+    scheduler learns only afterwards that a request is finished; the step more that it starts is not counted.
     """
-    more, budget = int(case.release == "current"), case.rule.budget
-    contexts = [range(len(prompt) + 1, len(prompt) + tokens + more) for prompt, tokens in jobs]
+    budget = case.rule.budget
+    contexts = [range(len(prompt) + 1, len(prompt) + tokens) for prompt, tokens in jobs]
     sparse = ROLES.count("sparse")
     lengths = [length for context in contexts for length in context]
     return {
@@ -34,7 +34,8 @@ def expected_counts(jobs: Sequence[tuple[list[int], int]], case: LimCase) -> dic
         "selections": len(SELECTION_LAYERS) * sum(n > budget for n in lengths),
         "requests": len(jobs),
         "requests_dense": sum(max(context) <= budget for context in contexts),
-        **dict.fromkeys(("tokens_shared", "rows_grouped", "warm_starts"), 0),  # prompts that have nothing in common
+        # Prompts have nothing in common, and selection layers attend to all that they score.
+        **dict.fromkeys(("tokens_scored", "tokens_shared", "rows_grouped", "warm_starts"), 0),
     }
 
 
@@ -48,7 +49,8 @@ def test_the_start_up_line_says_what_is_on(case: LimCase, server: Server) -> Non
     (line,) = [line for line in server.log().splitlines() if "sgl-lim is on:" in line]
     for said in (
         "method lessismore",
-        f"budget {case.rule.budget}, aggregate union, selection layers 1,3, recency 0.25, sinks 4, scope global",
+        f"budget {case.rule.budget}, aggregate union, selection layers 1,3",
+        "selection attends context, recency 0.25, sinks 4, scope global",
         "selection layers from --lim-selection-layers",
         "layers dense/select/sparse 1/2/3",
         "dense backend torch_native",
@@ -76,6 +78,7 @@ def test_server_info_shows_the_settings(case: LimCase, server: Server) -> None:
         "dense_backend": "torch_native",
     }
     assert block["selection_layers"] == list(SELECTION_LAYERS)
+    assert block["selection_attends"] == "context" and block["selection_layers_measured"] is None
     assert block["layer_roles"] == list(ROLES)
     assert (block["prefix_groups"], block["selection_interval"], block["early_sets"]) == (True, 1, False)
 
@@ -95,6 +98,27 @@ def test_counters_of_requests_together_equal_a_hand_count(case: LimCase, server:
     grown, expected = growth(server, before), expected_counts(JOBS, case)
     assert {name: grown[name] for name in SUMS} == {name: expected[name] for name in SUMS}
     assert max(tokens for _, tokens in JOBS) - 1 <= grown["decode_steps"] <= expected["decode_steps"]
+
+
+def test_requests_of_one_token_decode_nothing(case: LimCase, server: Server) -> None:
+    server.flush_cache()
+    before = server.counters()
+    jobs = [(random_prompt(length, 310 + length), 1) for length in (500, 300, 40)]
+    for job in jobs:
+        server.generate_one(*job)
+    server.generate_apart(jobs)
+    assert not any(growth(server, before).values())
+
+
+def test_a_step_after_a_stop_token_is_not_counted(case: LimCase, server: Server) -> None:
+    prompt, tokens = random_prompt(300, 320), 12
+    ids = server.generate_one(prompt, tokens).tokens
+    place = next(n for n in range(3, tokens) if ids[n] not in ids[:n])
+    server.flush_cache()
+    before = server.counters()
+    sampling = {"temperature": 0, "max_new_tokens": tokens, "stop_token_ids": [ids[place]]}
+    assert server.generate_one(prompt, sampling_params=sampling).finish == "stop"
+    assert growth(server, before) == expected_counts([(prompt, place + 1)], case)
 
 
 def test_a_cached_prompt_counts_as_a_new_request(case: LimCase, server: Server) -> None:

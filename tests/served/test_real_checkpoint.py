@@ -1,6 +1,6 @@
-"""A public checkpoint that was trained by others: does it find hidden numbers with sparse layers as it does densely?
+"""A public checkpoint that was trained by others, and that nobody calibrated: is it right by default?
 
-With the layers that an unknown checkpoint gets by default, 2,10, it finds two or three of eight such numbers.
+It has to find hidden numbers with sparse layers as it does densely.
 """
 
 import random
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from sgl_lim.checkpoints import Unreachable, ensure
+from sgl_lim.settings.layers import SPACED, SPACED_ATTENDS, spaced_layers
 from support.server import Server, ServerPool, ServerSpec
 
 pytestmark = pytest.mark.served
@@ -65,13 +66,29 @@ def answers(server: Server, wanted: Sequence[Needle]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def specs() -> tuple[ServerSpec, ServerSpec]:
-    """A dense server and one whose layers 6 and 14 select."""
+    """A dense server, and one with the layers that an unknown checkpoint gets."""
     try:
         folder = ensure("smollm2")
     except Unreachable as error:
         pytest.skip(str(error))
     dense = ServerSpec("smollm2-dense", folder, (*ARGS, "--lim-method", "full"))
-    return dense, ServerSpec("smollm2-sparse", folder, (*ARGS, "--lim-selection-layers", "6,14"))
+    return dense, ServerSpec("smollm2-sparse", folder, ARGS)
+
+
+def test_the_user_is_told_what_an_unknown_checkpoint_gets(
+    specs: tuple[ServerSpec, ServerSpec], pool: ServerPool
+) -> None:
+    server = pool.get(specs[1], beside=specs[0])
+    info, log = server.lessismore(), server.log()
+    layers = list(spaced_layers(len(info["layer_roles"])))
+    assert (info["selection_layers"], info["selection_layers_from"]) == (layers, SPACED)
+    assert info["selection_attends"] == SPACED_ATTENDS and info["selection_layers_measured"] is None
+    told = "this checkpoint was never measured"
+    command = f"`python -m sgl_lim.calibrate --model-path {server.spec.model}`"
+    assert log.count(told) == log.count(command) == 1
+    # SGLang's own dump of its arguments would bury it.
+    assert log.index("server_args=ServerArgs(") < log.index(told) < log.index("sgl-lim is on:")
+    assert told not in pool.get(specs[0]).log()
 
 
 def test_sparse_layers_lose_no_needle(specs: tuple[ServerSpec, ServerSpec], pool: ServerPool) -> None:

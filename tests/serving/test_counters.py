@@ -1,5 +1,6 @@
 """Counters against a hand count, over tenants of the same row and padded rows."""
 
+import random
 from types import SimpleNamespace
 
 import torch
@@ -23,9 +24,9 @@ def method_of(name):
     return build_method(name, budget=10, sinks=2, selection_layers=(1, 3))
 
 
-def build(name="lessismore"):
+def build(name="lessismore", **how):
     method = method_of(name)
-    return Counters(method.budget, method.layer_roles(5), num_rows=8, device=torch.device("cpu"))
+    return Counters(method.budget, method.layer_roles(5), num_rows=8, device=torch.device("cpu"), **how)
 
 
 def plan_for(lens, name="lessismore", slots=None, granule=None, actions=None):
@@ -46,6 +47,7 @@ def test_hand_count():
     assert counters.read() == {
         "decode_steps": 2,
         "tokens_attended": (3 * 30 + 2 * 10) + 5 * 6 + (3 * 31 + 2 * 10) + 5 * 7,
+        "tokens_scored": 0,
         "tokens_dense": 5 * (30 + 6 + 31 + 7),
         "selections": 4,
         "requests": 2,
@@ -150,3 +152,139 @@ def test_full_method_attends_to_everything():
     record(counters, [1], [1], [30])
     totals = counters.read()
     assert totals["tokens_attended"] == totals["tokens_dense"] and totals["requests_dense"] == 1
+
+
+def test_layers_that_score_by_keys_alone_attend_to_the_set():
+    counters = build(keys_alone=True)
+    record(counters, [1, 2, 3], [1, 1, 1], [30, 10, 11])
+    totals = counters.read()
+    # Layers 1 and 3 score, and only rows that exceed the budget.
+    assert totals["tokens_scored"] == 2 * (30 + 11)
+    assert totals["tokens_attended"] == (30 + 4 * 10) + 5 * 10 + (11 + 4 * 10)
+    assert (totals["tokens_dense"], totals["selections"], totals["requests_dense"]) == (5 * 51, 4, 1)
+
+
+def test_rows_that_keep_their_set_score_nothing():
+    counters = build(keys_alone=True)
+    counters.learn_generations(torch.ones(8, dtype=torch.int64))
+    counters.record(torch.tensor([1, 2, 3]), plan_for([30, 40, 50], actions=[KEEP, SELECT, RECALL]))
+    totals = counters.read()
+    assert totals["tokens_scored"] == 2 * 40
+    assert totals["tokens_attended"] == 30 + 40 + 50 + 3 * 4 * 10
+
+
+def test_scored_tokens_of_a_group_count_as_shared():
+    slots = torch.arange(1, 33, dtype=torch.int32).repeat(2, 1)
+    slots[1, 24:] += 200
+    shared = []
+    for keys_alone in (False, True):
+        counters = build(keys_alone=keys_alone)
+        counters.learn_generations(torch.ones(8, dtype=torch.int64))
+        counters.record(torch.tensor([1, 2]), plan_for([30, 28], slots=slots, granule=8))
+        shared.append(counters.read()["tokens_shared"])
+    assert shared == [3 * 24] * 2
+
+
+def test_sets_shorter_than_the_budget_are_counted_in_the_layer_that_scored_for_them():
+    attended = []
+    for keys_alone in (False, True):
+        counters, rows, plan = build(keys_alone=keys_alone), torch.tensor([1, 2]), plan_for([30, 6])
+        counters.learn_generations(torch.ones(8, dtype=torch.int64))
+        counters.record(rows, plan)
+        plan.chosen = Read(torch.zeros(2, 10, dtype=torch.int32), torch.tensor([7, 6], dtype=torch.int32))
+        for layer in (1, 3):
+            counters.record_sets(layer, rows, plan)
+        attended.append(counters.read()["tokens_attended"])
+    assert attended == [3 * 30 + 2 * 7 + 5 * 6, 30 + 4 * 7 + 5 * 6]
+
+
+def test_a_request_of_one_token_counts_for_nothing_with_overlap():
+    # SGLang launches the step before it knows that the prefill's token was the last one.
+    counters = build(overlap=True)
+    record(counters, [3], [1], [30])
+    counters.discard(torch.tensor([3]), [0])
+    assert not any(counters.read().values())
+    counters.settle()
+    assert not any(counters.read().values())
+
+
+def test_a_request_of_n_tokens_counts_n_minus_1_steps_whoever_decodes_beside_it():
+    counters, seen = build(overlap=True), []
+    # Rows 1 and 2 finish by a stop token: the step after their last is thrown away, and looked at after one more.
+    steps = [
+        ([1, 2, 4], []),
+        ([1, 2, 4], []),
+        ([1, 2, 4], []),
+        ([2, 4], [(0, [1, 2, 4])]),
+        ([4], [(0, [2, 4])]),
+        ([4], []),
+    ]
+    for number, (rows, discarded) in enumerate(steps):
+        record(counters, rows, [1] * len(rows), [20 + number] * len(rows))
+        for place, batch in discarded:
+            counters.discard(torch.tensor(batch), [place])
+        seen.append(counters.read()["decode_steps"])
+    counters.settle()
+    totals = counters.read()
+    lengths = [20, 21, 20, 21, 22, 20, 21, 22, 23, 24, 25]
+    assert totals["tokens_dense"] == 5 * sum(lengths)
+    assert totals["tokens_attended"] == sum(3 * n + 2 * 10 for n in lengths)
+    assert (totals["selections"], totals["requests"], totals["decode_steps"]) == (2 * len(lengths), 3, 6)
+    # The newest step is not known to be kept before the next one is launched.
+    assert seen == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_next_tenant_of_a_row_may_decode_when_the_last_one_s_step_is_taken_out():
+    counters = build(overlap=True)
+    record(counters, [3], [1], [20])
+    record(counters, [3], [1], [21])
+    counters.forget(torch.tensor([3]))
+    counters.discard(torch.tensor([3]), [0])
+    record(counters, [3], [2], [7])
+    counters.settle()
+    totals = counters.read()
+    assert (totals["tokens_dense"], totals["requests"], totals["requests_dense"]) == (5 * (20 + 7), 2, 1)
+
+
+def test_a_request_that_outgrew_the_budget_for_nothing_stays_dense():
+    counters = build(overlap=True)
+    record(counters, [3], [1], [10])
+    record(counters, [3], [1], [11])
+    counters.discard(torch.tensor([3]), [0])
+    counters.settle()
+    assert (counters.read()["requests_dense"], counters.read()["selections"]) == (1, 0)
+
+
+def test_totals_never_go_down_whatever_is_thrown_away():
+    """A schedule as SGLang's: the results of a step are looked at once the next one, if any, has been launched."""
+    generator = random.Random(5)
+    counters, left, tenants, queued, last = build(overlap=True), {}, [0] * 8, None, {}
+    kept = 0
+    for _ in range(300):
+        if generator.random() < 0.5:
+            row = generator.randrange(1, 8)
+            if row not in left and row not in (queued or {}):
+                left[row], tenants[row] = generator.randrange(0, 6), tenants[row] + 1
+        launched = {row: tenants[row] for row in left} or None
+        if launched:
+            generations = torch.tensor(tenants)
+            counters.learn_generations(generations)
+            counters.record(torch.tensor(list(launched)), plan_for([20] * len(launched)))
+        # The results of the step before, or a prefill's: requests without anything left have finished.
+        thrown = [place for place, row in enumerate(queued or {}) if row not in left]
+        if thrown:
+            counters.discard(torch.tensor(list(queued)), thrown)
+        kept += len(queued or {}) - len(thrown)
+        for row in list(left):
+            if row in (queued or {}) or left[row] == 0:
+                left[row] -= 1
+                if left[row] <= 0:
+                    del left[row]
+        if not launched and not queued:
+            counters.settle()
+        queued = launched
+        totals = {name: total for name, total in counters.read().items() if name != "requests_dense"}
+        assert all(totals[name] >= last.get(name, 0) for name in totals)
+        last = totals
+    assert 0 <= 20 * 5 * kept - last["tokens_dense"] <= 20 * 5 * 7, "only the newest step may be missing"
+    assert kept > 100

@@ -82,7 +82,7 @@ def test_what_was_given_is_told_as_typed():
         ("{bad", "LESSISMORE_CONFIG must hold a JSON object"),
         ("/no/such/file.json", "LESSISMORE_CONFIG must hold a JSON object"),
         ('{"budgets": 1}', "unknown keys budgets; known are aggregate, budget"),
-        ('{"selection_layers": "2;4"}', "expected layer indices separated by commas"),
+        ('{"selection_layers": "2;4"}', "expected layer indices separated by commas, or default"),
     ],
     ids=["json", "file", "key", "layers"],
 )
@@ -99,7 +99,7 @@ def test_unreadable_environment_is_refused(monkeypatch, text, message):
         ("--lim-top-p", "half", "expected a share, got 'half'"),
         ("--lim-recency", "half", "expected a share or auto, got 'half'"),
         ("--lim-early-sets", "perhaps", "expected on or off, got 'perhaps'"),
-        ("--lim-selection-layers", "a,b", "expected layer indices separated by commas, got 'a,b'"),
+        ("--lim-selection-layers", "a,b", "expected layer indices separated by commas, or default, got 'a,b'"),
         ("--lim-method", "x", "invalid choice: 'x'"),
         ("--lim-prefix-selection", "all", "invalid choice: 'all'"),
     ],

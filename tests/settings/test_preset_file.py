@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,8 @@ import pytest
 from sgl_lim.settings import flags as under_test
 from sgl_lim.settings import preset_file
 from sgl_lim.settings.config import ENV, configure
+from sgl_lim.settings.layers import resolve_layers
 from sgl_lim.settings.preset_file import PresetError
-from sgl_lim.settings.presets import resolve_layers
 from sgl_lim.settings.refusals import model_problems
 
 
@@ -141,22 +140,10 @@ def test_early_sets_need_a_layer_before_the_preset_s_first(preset_path, model):
     assert model_problems(layers, model) == []
 
 
-def test_flag_then_file_then_built_in_preset(preset_path, model_of):
-    model = model_of(path="models/chain-tracer")
-    both = configure(budget=256, preset=preset_path, selection_layers=(3, 9))
-    assert resolve_layers(both, model) == ((3, 9), "--lim-selection-layers")
-    layers, source = resolve_layers(configure(budget=200, preset=preset_path), model)
-    assert layers == (1, 7) and source == f"--lim-preset {preset_path}, calibrated at budget 256"
-    assert resolve_layers(configure(budget=200), model) == ((2, 8), "preset chain-tracer")
-
-
-def test_a_server_that_differs_from_the_calibration_is_told(preset_path, model, caplog):
-    with caplog.at_level(logging.WARNING):
-        resolve_layers(configure(budget=64, preset=preset_path), model)
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING):
-        resolve_layers(configure(budget=64, preset=preset_path, aggregate="max", scope="kv_head"), model)
-    told = [record.getMessage() for record in caplog.records]
+def test_a_server_that_differs_from_the_calibration_is_told(preset_path, model):
+    assert resolve_layers(configure(budget=64, preset=preset_path), model).remarks == ()
+    told = resolve_layers(configure(budget=64, preset=preset_path, aggregate="max", scope="kv_head"), model).remarks
+    assert all(text.startswith(f"--lim-preset {preset_path} was calibrated with ") for text in told)
     assert [text.split("with ")[1] for text in told] == ["aggregate union, not max", "scope global, not kv_head"]
 
 

@@ -21,6 +21,7 @@ MODEL = {
     "is_hybrid_swa": False,
     "sliding_window_size": None,
     "num_hidden_layers": 12,
+    "model_path": "some/model",
 }
 SERVER = {
     "attention_backend": "lessismore",
@@ -36,6 +37,7 @@ SERVER = {
     "speculative_algorithm": None,
     "speculative_draft_attention_backend": None,
     "enable_torch_compile": False,
+    "load_format": "auto",
 }
 
 

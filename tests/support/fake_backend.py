@@ -97,7 +97,7 @@ def runner_of(table, num_slots=400):
         model_config=model,
         req_to_token_pool=rows,
         token_to_kv_pool=Pool(num_slots),
-        server_args=SimpleNamespace(load_format="auto"),
+        server_args=SimpleNamespace(load_format="auto", disable_overlap_schedule=True),
     )
 
 

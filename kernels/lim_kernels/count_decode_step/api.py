@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from lim_kernels.count_decode_step import reference
-from lim_kernels.count_decode_step.ledger import Ledger
+from lim_kernels.count_decode_step.ledger import Layers, Ledger, Sharing
 from lim_kernels.dispatch import implementation_of, require, require_rows
-from lim_kernels.prefix_groups import PrefixGroups
 
 
 def count_decode_step(
@@ -14,31 +13,23 @@ def count_decode_step(
     rows: Tensor,
     generations: Tensor,
     seq_lens: Tensor,
+    layers: Layers,
     *,
     budget: int,
-    num_layers: int,
-    sparse_layers: int,
-    selection_layers: int,
     actions: Tensor | None = None,
-    early_layers: int = 0,
-    groups: PrefixGroups | None = None,
-    grouped_layers: int = 0,
-    set_groups: PrefixGroups | None = None,
-    set_counts: Tensor | None = None,
+    sharing: Sharing | None = None,
     implementation: str | None = None,
 ) -> None:
-    """Count one decode step.
+    """Count one decode step; it is pending until the second step after it, as `Ledger` says.
 
     Args:
         rows: int32 or int64 [B], rows of the request pool; row 0 only pads a captured graph and is not counted.
         generations: int64 [R], tenancy of each row.
         seq_lens: int32 or int64 [B], the current token included.
-        budget: token budget; num_layers, sparse_layers, selection_layers: layers of the model by role.
+        layers: how the model's layers read.
+        budget: token budget.
         actions: uint8 [B], bits of `lim_kernels.row_actions`. None: all rows longer than the budget select.
-        early_layers: layers in which rows with EARLY attend to a set.
-        groups: the batch's prefix groups, if any layers use them; grouped_layers: how many do.
-        set_groups, set_counts: as `groups_of_sets` gives them, where sparse layers read the tokens of groups once.
-            None: they do not, and sets have as many tokens as the budget allows.
+        sharing: what rows read together, if anything.
 
     Raises:
         ValueError: wrong shape, or an unknown implementation.
@@ -53,27 +44,18 @@ def count_decode_step(
         f"actions {list(rows.shape)}",
         actions is not None and actions.shape,
     )
-    given = [part is not None for part in (set_groups, set_counts)]
-    require(given in ([False] * 2, [groups is not None] * 2), op, "set_groups and set_counts beside groups", given)
-    require(set_counts is None or set_counts.shape == rows.shape, op, f"set_counts {list(rows.shape)}", set_counts)
-    require_rows(op, set_counts)
+    if sharing is not None:
+        _check_sharing(op, rows, sharing)
     count = implementation_of(reference.count_decode_step, implementation, rows)
-    count(
-        ledger,
-        rows,
-        generations,
-        seq_lens,
-        budget=budget,
-        num_layers=num_layers,
-        sparse_layers=sparse_layers,
-        selection_layers=selection_layers,
-        actions=actions,
-        early_layers=early_layers,
-        groups=groups,
-        grouped_layers=grouped_layers,
-        set_groups=set_groups,
-        set_counts=set_counts,
-    )
+    count(ledger, rows, generations, seq_lens, layers, budget=budget, actions=actions, sharing=sharing)
+
+
+def _check_sharing(op: str, rows: Tensor, sharing: Sharing) -> None:
+    given = [part is not None for part in (sharing.in_sets, sharing.set_counts)]
+    require(given in ([False] * 2, [True] * 2), op, "in_sets and set_counts together", given)
+    counts = sharing.set_counts
+    require(counts is None or counts.shape == rows.shape, op, f"set_counts {list(rows.shape)}", counts)
+    require_rows(op, counts)
 
 
 def count_sets(
@@ -86,13 +68,13 @@ def count_sets(
     layers: int,
     implementation: str | None = None,
 ) -> None:
-    """Correct `tokens_attended` where sets have fewer tokens than `count_decode_step` took them to have.
+    """Correct `tokens_attended` of the newest step, whose sets have fewer tokens than `count_decode_step` took them to.
 
     Args:
         rows, seq_lens, budget: of the step, as `count_decode_step` had them.
         set_counts: int32 [B] or [B, H_kv], tokens in each row's set or in those of its KV heads, which share the
-            layer evenly: a remainder over the batch is rounded down to a whole token.
-        layers: how many sparse layers attend to these sets.
+            layer evenly: what remains of a row is rounded down to a whole token.
+        layers: how many layers attend to these sets.
 
     Raises:
         ValueError: wrong shape or dtype, or an unknown implementation.
