@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sgl_lim.evaluate.checkpoint import Checkpoint, Prompt
+from lim_kernels.page_bounds import PAGE
+from sgl_lim.evaluate.checkpoint import Checkpoint, Prompt, shared_tokens
 from sgl_lim.evaluate.items import Item, Suite
 from sgl_lim.evaluate.pool import Pool
 from sgl_lim.evaluate.step_rows import Rows
@@ -62,8 +63,10 @@ class Part:
         self._checkpoint, self._done = checkpoint, done
         self._items = [(suite, item) for suite in suites for item in suite.items]
         fed: list[tuple[Prompt, list[int]]] = []
+        room = _slots([item for _, item in self._items])
         for _, item in self._items:
-            fed.append((checkpoint.prefill(item.prompt, beside=fed[-1][0] if fed else None), item.right[:-1]))
+            prompt = checkpoint.prefill(item.prompt, beside=fed[-1][0] if fed else None, room=room)
+            fed.append((prompt, item.right[:-1]))
             done(prompt_work(item))
         self.pool: Pool = fed[0][0].pool
         self._batches = [self._batch(*of) for of in _scored(checkpoint.rows_behind(fed, rows=rows), self._items)]
@@ -115,6 +118,16 @@ def work(suites: Sequence[Suite]) -> tuple[int, int]:
     """
     items = [item for suite in suites for item in suite.items]
     return sum(map(prompt_work, items)), sum(len(item.right) - 1 for item in items)
+
+
+def _slots(items: Sequence[Item]) -> int:
+    """Slots that items take, at most: prompts that begin alike share theirs."""
+    before: Sequence[int] = ()
+    total = 0
+    for item in items:
+        total += len(item) - shared_tokens(before, item.prompt, len(item.prompt)) + 2 * PAGE
+        before = item.prompt
+    return total
 
 
 def _first(item: Item) -> int:

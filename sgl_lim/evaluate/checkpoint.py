@@ -97,17 +97,18 @@ class Checkpoint:
         return whole[: next(places, 0)]
 
     @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int], *, keep: int = 1, beside: Prompt | None = None) -> Prompt:
+    def prefill(self, tokens: Sequence[int], *, keep: int = 1, beside: Prompt | None = None, room: int = 0) -> Prompt:
         """Dense causal pass over a prompt, with the logits of its last `keep` tokens.
 
         Args:
             beside: a prompt whose pool this one joins, and whose slots it shares as far as both begin equally.
+            room: slots that a new pool will have in the end, if that is known.
 
         Raises:
             UnsupportedModel: the model's attention is not all by transformers' interface.
         """
-        pool = Pool() if beside is None else beside.pool
-        shared = 0 if beside is None else _shared(beside.tokens, tokens, len(tokens) - keep)
+        pool = Pool(room=room) if beside is None else beside.pool
+        shared = 0 if beside is None else shared_tokens(beside.tokens, tokens, len(tokens) - keep)
         slots = pool.take(len(tokens) - shared, self.model.device)
         if beside is not None:
             slots = torch.cat((beside.slots[:shared], slots))
@@ -174,7 +175,7 @@ class Checkpoint:
         return found.logits[0].float()
 
 
-def _shared(one: Sequence[int], other: Sequence[int], most: int) -> int:
+def shared_tokens(one: Sequence[int], other: Sequence[int], most: int) -> int:
     """Leading tokens that are equal, at most so many and in whole pages."""
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return min(sum(1 for _ in pairs), most) // PAGE * PAGE

@@ -14,6 +14,8 @@ class Pool:
 
     used: int = 0
     """Slots that are taken, from 0 on."""
+    room: int = 0
+    """Slots that memory is taken for at once."""
     _layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def take(self, count: int, device: torch.device, *, go_on: bool = False) -> Tensor:
@@ -40,7 +42,7 @@ class Pool:
 
     def _grown(self, kept: Tensor | None, like: Tensor) -> Tensor:
         """Room for all slots that are taken, with what is kept."""
-        made = like.new_zeros(self.used, like.shape[1], like.shape[3])
+        made = like.new_zeros(max(self.used, self.room), like.shape[1], like.shape[3])
         if kept is not None:
             made[: len(kept)] = kept
         return made

@@ -37,7 +37,7 @@ class Pass(Protocol):
     """What the layers of one forward pass do."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Attention [1, S, H, D_v] of q [1, H, S, D], with k [1, H_kv, S, D] and v [1, H_kv, S, D_v] of these tokens."""
+        """Attention [1, S, H, D_v] of q [1, H, S, D], with k [1, H_kv, S, D] and v [1, H_kv, S, D_v] of them."""
         ...
 
 

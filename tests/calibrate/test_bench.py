@@ -152,9 +152,8 @@ def test_a_prompt_is_continued_greedily_until_its_end(checkpoint: Checkpoint) ->
 class FakePart:
     """A world in which layer 9 has to read a set of layer 6 or 7, and all else costs little."""
 
-    full = [ItemScore("t", "text", 100, 0.0, 100.0, False, 0.0)]
-
     def __init__(self) -> None:
+        self.full = [ItemScore("t", "text", 100, 0.0, 100.0, False, 0.0)]
         self.scored: list[Candidate] = []
 
     def score(self, candidate: Candidate) -> list[ItemScore]:

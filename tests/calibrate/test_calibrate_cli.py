@@ -167,9 +167,8 @@ def test_equal_commands_write_equal_files_and_keep_them(tiny, small, tmp_path, c
         within = [row for row in searched if float(row["full_reads"]) <= 2.5 and row["keeps"] == "True"]
         least = min(float(row["kl"]) for row in within)
         layers = "-".join(map(str, entry.selection_layers))
-        chosen = next(
-            row for row in within if (row["selection_layers"], row["attends"]) == (layers, entry.selection_attends)
-        )
+        named = (layers, entry.selection_attends)
+        chosen = next(row for row in within if (row["selection_layers"], row["attends"]) == named)
         assert float(chosen["kl"]) <= least + 0.0002
         assert {row["part"] for row in of_budget} == {"quick", "search", "held out", "coverage"}
         held = next(r for r in of_budget if r["part"] == "held out" and r["selection_layers"] == layers)

@@ -67,7 +67,7 @@ def test_if_none_keeps_needles_the_one_that_loses_least_is_chosen():
 
 
 def test_nothing_that_reads_so_little_is_told():
-    with pytest.raises(ValueError, match="at most 0.5 full layers"):
+    with pytest.raises(ValueError, match=r"at most 0\.5 full layers"):
         choose([of((0, 3), 0.02)], reads=0.5)
 
 

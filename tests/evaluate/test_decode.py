@@ -198,12 +198,9 @@ def test_a_selection_layer_that_attends_to_its_set_reads_keys_and_the_set(
     checkpoint: Checkpoint, tokens: list[int]
 ) -> None:
     prompt = checkpoint.prefill(tokens[:PROMPT])
-    found = checkpoint.decode(
-        prompt, tokens[PROMPT:104], method_of("lessismore:selection_attends=set", 32, (1,)), rows=4
-    )
+    small, large = (method_of("lessismore:selection_attends=set", budget, (1,)) for budget in (32, 256))
+    found = checkpoint.decode(prompt, tokens[PROMPT:104], small, rows=4)
     # Of four layers the first is dense, the second reads keys and the set, the others the set.
     assert found.read.tolist() == pytest.approx([(n + n / 2 + 3 * 32) / 4 for n in range(101, 105)])
-    within = checkpoint.decode(
-        prompt, tokens[PROMPT:104], method_of("lessismore:selection_attends=set", 256, (1,)), rows=4
-    )
+    within = checkpoint.decode(prompt, tokens[PROMPT:104], large, rows=4)
     assert within.read.tolist() == [101, 102, 103, 104]
