@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lim_kernels import Scaling, SetSizes, choose_tokens, decode_with_scores, score_tokens
+from lim_kernels import Scaling, SetSizes, choose_tokens, decode_with_scores, score_context, score_tokens
 from lim_kernels.select_tokens.reference import candidate_mask
 
 Call = Callable[[], object]
@@ -74,6 +74,13 @@ def attend_and_score(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`decode_with_scores` as `Operands.calls` calls an operator."""
     return decode_with_scores(q, keys, values, slots, lens, Scaling(scale), **options)
+
+
+def score_alone(
+    q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lens: Tensor, *, scale: float, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`score_context` as `Operands.calls` calls an operator, which leaves the values alone."""
+    return score_context(q, keys, slots, lens, Scaling(scale), **options)
 
 
 @dataclass(frozen=True)
@@ -293,14 +300,24 @@ def decode_deviation(operands: Operands, *found: Tensor) -> float:
         operands: what the first call of `operands.calls` had.
         found: what it returned, for all rows.
     """
+    if not all(bool(ours.isfinite().all()) for ours in found[:2]):  # logits may be undefined in some rows
+        return float("nan")
+    return _deviation(operands, found, slice(None))
+
+
+def scores_deviation(operands: Operands, lse: Tensor, logits: Tensor) -> float:
+    """The same of what attention without values gives; all rows are longer than `score_beyond`."""
+    return _deviation(operands, (lse, logits), slice(1, None))
+
+
+def _deviation(operands: Operands, found: tuple[Tensor, ...], of: slice) -> float:
+    """Largest ‖a − b‖ / ‖b‖ of `found` and those parts `of` the reference's (out, lse, logits); NaN stays NaN."""
     deviations = [torch.zeros((), dtype=torch.float64, device=operands.q.device)]
     for row, wanted in reference_rows(operands):
         deviations += [
             (ours[row].double() - theirs[0]).norm() / theirs[0].norm()
-            for ours, theirs in zip(found, wanted, strict=False)
+            for ours, theirs in zip(found, wanted[of], strict=False)
         ]
-    if not all(bool(ours.isfinite().all()) for ours in found[:2]):  # logits may be undefined in some rows
-        return float("nan")
     return float(torch.stack(deviations).max())
 
 

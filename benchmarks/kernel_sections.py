@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.failures import reason
 from benchmarks.forest import Forest
 from benchmarks.kernel_forests import Cascade, attend_in_groups, draw_forest, groups_deviation, stored_tokens
+from benchmarks.kernel_layers import ATTENDS, SelectionLayer
 from benchmarks.kernel_operands import (
     CACHES,
     COPIED_BYTES,
@@ -29,20 +30,24 @@ from benchmarks.kernel_operands import (
     full_lens,
     head_logits,
     scattered_slots,
+    score_alone,
     score_deviation,
+    scores_deviation,
     set_deviation,
     slots_to_positions,
 )
-from lim_kernels import Scaling, decode_with_scores, find_prefix_groups, sparse_decode
+from lim_kernels import find_prefix_groups, sparse_decode
+from lim_kernels.prefix_groups import PrefixGroups
 from lim_kernels.select_tokens import AGGREGATES
 
 Case = tuple[int, int]
 Row = dict[str, Any]
-SECTIONS = ("sparse_decode", "decode_with_scores", "selection", "layer", "grouped")
+SECTIONS = ("sparse_decode", "decode_with_scores", "score_context", "selection", "layer", "grouped")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-5}
 """Largest deviation of attention from the reference, by dtype."""
 SHARES = (0.0, 0.7)
+GROUPED_AGGREGATES = ("max", "union")
 FLASHINFER_MOST = 2048
 COLUMNS = (
     *("section", "op", "implementation", "batch", "context", "prefixes", "tokens", "aggregate"),
@@ -168,23 +173,39 @@ class Bench:
         if fa3:
             yield self.decode_row("decode_with_scores", case, fa3, fa3, op="dense decode", implementation="fa3")
 
+    def score_context_rows(self, case: Case) -> Iterator[Row]:
+        """Logits from keys alone, which bandwidth counts alone."""
+        operands = self.operands_of(case)
+        calls: list[Any] = operands.calls(score_alone, implementation=self.implementation)
+        measured = self.measure(calls, lambda: scores_deviation(operands, *calls[0]()), self.limit)
+        cells: dict[str, Any] = {"op": "score_context", "implementation": self.implementation}
+        key_bytes = self.shape.kv_bytes(case[0] * case[1]) // 2
+        yield self.decode_row("score_context", case, measured, self.fa3_of(case), key_bytes, **cells)
+
     def layer_rows(self, case: Case) -> Iterator[Row]:
-        """Attention with logits, scores and choice in one graph, as a selection layer runs them."""
-        operands, fa3 = self.operands_of(case), self.fa3_of(case)
-        for aggregate in AGGREGATES:
-            options = {"selection": self.sizes, "aggregate": aggregate, "implementation": self.implementation}
-            calls = operands.calls(selection_layer, **options)
-            check = partial(layer_deviation, calls, operands, self.sizes, aggregate)
-            yield self.decode_row(
-                "layer",
-                case,
-                self.measure(calls, check, self.limit),
-                fa3,
-                op="decode_with_scores + score_tokens + choose_tokens",
-                implementation=self.implementation,
-                aggregate=aggregate,
-                note="; ".join(self.within_budget(case)),
-            )
+        """Scoring, choice and attention in one graph, as selection layers run them that attend to either."""
+        fa3, note = self.fa3_of(case), "; ".join(self.within_budget(case))
+        for attends in ATTENDS:
+            for aggregate in AGGREGATES:
+                layer = SelectionLayer(self.sizes, aggregate, attends, self.implementation)
+                yield self.layer_row("layer", case, layer, self.operands_of(case), fa3, note=note)
+
+    def layer_row(
+        self,
+        section: str,
+        case: Case,
+        layer: SelectionLayer,
+        operands: Operands,
+        fa3: Measured | None,
+        stored: int = 0,
+        **cells: Any,
+    ) -> Row:
+        """A whole selection layer; `stored` as in `grouped_rows`."""
+        calls: list[Any] = operands.calls(layer)
+        measured = self.measure(calls, lambda: layer.deviation(operands, calls[0]()), self.limit)
+        kv_bytes = layer.kv_bytes(self.shape, *case, stored or case[0] * case[1])
+        of = {"op": layer.op, "implementation": self.implementation, "aggregate": layer.aggregate}
+        return self.decode_row(section, case, measured, fa3, kv_bytes, **of, **cells)
 
     def selection_rows(self, case: Case) -> Iterator[Row]:
         """Scores and choice by themselves, on logits drawn for it."""
@@ -212,6 +233,7 @@ class Bench:
     def grouped_rows(self, forest: Forest) -> Iterator[Row]:
         """Attention of a forest's rows, by what reads a shared prefix once, and by what reads it for every row."""
         operands, case, stored = draw_forest(self.pool, forest), (forest.batch, forest.context), stored_tokens(forest)
+        kv_bytes = self.shape.kv_bytes(stored)
         ours: dict[str, Any] = {"implementation": self.implementation}
         cells: dict[str, Any] = {"prefixes": forest.prefixes, "batch": case[0], "context": case[1]}
         note = f"{stored} tokens stored, {forest.batch * forest.context} attended"
@@ -234,14 +256,30 @@ class Bench:
         }
         for op, (calls, said) in kernels.items():
             measured = self.measure_decode(calls, operands)
-            yield self.decode_row("grouped", case, measured, fa3, stored, op=op, note=said, **ours, **cells)
+            yield self.decode_row("grouped", case, measured, fa3, kv_bytes, op=op, note=said, **ours, **cells)
         if fa3:
             how: dict[str, Any] = {"op": "dense decode", "implementation": "fa3", "note": note}
-            yield self.decode_row("grouped", case, fa3, fa3, stored, **how, **cells)
+            yield self.decode_row("grouped", case, fa3, fa3, kv_bytes, **how, **cells)
         for name, cascade in self.cascades.items():
             measured = self.measure_baseline(partial(cascade, operands, forest), operands)
             how = {"op": "cascade", "implementation": name, "note": note}
-            yield self.decode_row("grouped", case, measured, fa3, stored, **how, **cells)
+            yield self.decode_row("grouped", case, measured, fa3, kv_bytes, **how, **cells)
+        yield from self.grouped_selection_rows(forest, operands, groups, fa3)
+
+    def grouped_selection_rows(
+        self, forest: Forest, operands: Operands, groups: PrefixGroups, fa3: Measured | None
+    ) -> Iterator[Row]:
+        """Logits from the keys of a forest's rows, and whole selection layers that choose for each row by itself."""
+        case, stored = (forest.batch, forest.context), stored_tokens(forest)
+        cells: dict[str, Any] = {"prefixes": forest.prefixes}
+        calls: list[Any] = operands.calls(score_alone, groups=groups, implementation=self.implementation)
+        measured = self.measure(calls, lambda: scores_deviation(operands, *calls[0]()), self.limit)
+        of = {"op": "score_context", "implementation": self.implementation}
+        yield self.decode_row("grouped", case, measured, fa3, self.shape.kv_bytes(stored) // 2, **of, **cells)
+        for attends in ATTENDS:
+            for aggregate in GROUPED_AGGREGATES:
+                layer = SelectionLayer(self.sizes, aggregate, attends, self.implementation, groups)
+                yield self.layer_row("grouped", case, layer, operands, fa3, stored, **cells)
 
     def select(self, drawn: list[Tensor], aggregate: str) -> Iterator[tuple[str, str, Measured]]:
         """Operator, implementation and measurement of every step of one selection from logits [B, H, L]."""
@@ -324,37 +362,13 @@ class Bench:
         return ["within the budget: nothing to select"] if case[1] <= self.sizes.budget else []
 
     def decode_row(
-        self, section: str, case: Case, measured: Measured, fa3: Measured | None, stored: int = 0, **cells: Any
+        self, section: str, case: Case, measured: Measured, fa3: Measured | None, kv_bytes: int = 0, **cells: Any
     ) -> Row:
-        """A row of attention over all tokens of a case, of which `stored` are there where rows share some."""
+        """A row of attention over all tokens of a case; `kv_bytes` where it reads others than all keys and values."""
         batch, tokens = case
         place = {"section": section, "batch": batch, "context": tokens, "tokens": tokens, **cells}
-        kv_bytes, fa3_us = self.shape.kv_bytes(stored or batch * tokens), fa3.us if fa3 else None
+        fa3_us, kv_bytes = fa3.us if fa3 else None, kv_bytes or self.shape.kv_bytes(batch * tokens)
         return make_row(measured, kv_bytes=kv_bytes, copy_gb_per_s=self.copy_gb_per_s, fa3_us=fa3_us, **place)
-
-
-def selection_layer(
-    *operands: Tensor, scale: float, selection: Selection, aggregate: str, implementation: str
-) -> tuple[Tensor, ...]:
-    """What a selection layer does beside its projections: out, lse, logits, and the chosen slots with their counts."""
-    q, keys, values, slots, lens = operands
-    out, lse, logits = decode_with_scores(
-        q, keys, values, slots, lens, Scaling(scale), score_beyond=selection.budget, implementation=implementation
-    )
-    scores = selection.score(logits, lens, lse, aggregate=aggregate, implementation=implementation)
-    return out, lse, logits, *selection.choose(scores, lens, slots, implementation=implementation)
-
-
-def layer_deviation(calls: list[Any], operands: Operands, selection: Selection, aggregate: str) -> float:
-    """Deviation of attention, or 1 if the set is not the reference's of the very logits that attention wrote."""
-    out, lse, logits, chosen, counts = calls[0]()
-    within = logits.shape[2] <= selection.budget
-    deviation = decode_deviation(operands, out, lse, *(() if within else (logits,)))
-    rows = checked_rows(len(out))
-    lens = operands.lens[rows]
-    scores = selection.score(logits[rows], lens, lse[rows], aggregate=aggregate, implementation="reference")
-    positions = slots_to_positions(chosen[rows], operands.slots[0][rows])
-    return 1.0 if set_deviation(positions, counts[rows], scores, lens, selection) else deviation
 
 
 def composed_note(fa3_us: float) -> str:

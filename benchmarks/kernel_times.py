@@ -8,13 +8,16 @@
 Sections, on a model layer's shape (Qwen3-8B's by default):
 - sparse_decode: attention over a budget of tokens; FA3 over the same slots.
 - decode_with_scores: dense attention that also writes every head's logits; FA3's dense attention over the same slots.
+- score_context: every head's logits from keys alone, which `gb_per_s` counts alone.
 - selection: logits to scores, scores to the chosen tokens' slots, for heads that agree and heads that do not;
   FlashInfer's top-k of the same scores where it can be compiled, which can take minutes (`--no-flashinfer`: without).
-- layer: both in one graph, as in a selection layer, against FA3's dense layer. The target is a ratio of at most 1.2 at
-  16x32768.
+- layer: a whole selection layer in one graph, against FA3's dense layer. It attends to the context, as in the paper, or
+  scores the context by its keys and attends to its set; `gb_per_s` then counts those keys, and keys and values of the
+  sets. At 16x32768 the target is a ratio of at most 1.2, and 400 us by `max` where it attends to its set.
 - grouped: dense attention of rows that share prefixes, level by level from the root: `1x4096/4x12288/8x256` is a prefix
   of 4096 tokens, behind it 4 of 12288, behind each 8 rows with 256 of their own. Ours in groups, and finding them; ours
-  over every row's slots; FA3; FlashInfer's cascade, whose levels are planned before anything is timed.
+  over every row's slots; scores by groups, and whole selection layers; FA3; FlashInfer's cascade, whose levels are
+  planned before anything is timed.
 
 Before a kernel is timed, its output is compared with the float64 reference in at most four rows (`deviation`: relative
 for attention, of log-weights for scores, the share of tokens that differ for sets); beyond the limit it has no time.

@@ -18,6 +18,7 @@ from lim_kernels.grouped_decode import grouped_decode
 from lim_kernels.operands import Scaling, SetSizes
 from lim_kernels.page_bounds import bound_pages, expand_pages, score_pages
 from lim_kernels.prefix_groups import find_prefix_groups
+from lim_kernels.score_context import score_context
 from lim_kernels.select_tokens import choose_tokens, score_tokens, select_tokens
 from lim_kernels.set_memory import decide_actions, keep_sets, place_sets
 from lim_kernels.sparse_decode import sparse_decode
@@ -39,6 +40,7 @@ __all__ = [
     "groups_of_sets",
     "keep_sets",
     "place_sets",
+    "score_context",
     "score_pages",
     "score_tokens",
     "select_tokens",

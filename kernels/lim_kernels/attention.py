@@ -69,22 +69,33 @@ def attend(
         out [B, H, D_v] in q's dtype; lse [B, H] and logits [B, H, K] in the arithmetic's dtype. `logits` are the
         scaled (and capped) ones, -inf beyond `counts`.
     """
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     valid, safe = valid_slots(slots, counts)
     # Keys are let go before values are gathered: on a CPU fresh memory costs as much as the arithmetic.
-    queries = group_queries(q, k_cache.shape[1]).to(compute) * (scaling.scale * scaling.k_scale)
-    # [B, H_kv, G, K]
-    logits = _products(queries, k_cache, safe)
-    if scaling.logit_cap > 0:
-        logits = logits.div_(scaling.logit_cap).tanh_().mul_(scaling.logit_cap)
+    logits = scaled_logits(q, k_cache, safe, scaling)
     logits.masked_fill_(~valid.view(valid.shape[0], -1, 1, valid.shape[-1]), float("-inf"))
     lse = logits.logsumexp(dim=3)
-    out = (logits - lse.unsqueeze(3)).exp_() @ gather_slots(v_cache, safe).to(compute)
+    out = (logits - lse.unsqueeze(3)).exp_() @ gather_slots(v_cache, safe).to(logits.dtype)
     if scaling.v_scale != 1.0:
         out = out * scaling.v_scale
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2), logits.flatten(1, 2)
 
 
-def _products(queries: Tensor, k_cache: Tensor, slots: Tensor) -> Tensor:
-    """[B, H_kv, G, D] by the keys of [B, K] slots: [B, H_kv, G, K]."""
-    return queries @ gather_slots(k_cache, slots).to(queries.dtype).transpose(2, 3)
+def scaled_logits(q: Tensor, k_cache: Tensor, slots: Tensor, scaling: Scaling) -> Tensor:
+    """Scaled (and capped) logits [B, H_kv, H / H_kv, K] of q [B, H, D] by the keys of int64 slots, as `gather_slots`.
+
+    In float32, or float64 for a q of float64.
+    """
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    queries = group_queries(q, k_cache.shape[1]).to(compute) * (scaling.scale * scaling.k_scale)
+    logits = queries @ gather_slots(k_cache, slots).to(compute).transpose(2, 3)
+    return logits.div_(scaling.logit_cap).tanh_().mul_(scaling.logit_cap) if scaling.logit_cap > 0 else logits
+
+
+def as_one_row(q: Tensor, kv_heads: int) -> Tensor:
+    """Queries [rows, H, D] as the heads [1, H_kv * rows * G, D] of one row, so that all of them meet its slots."""
+    return q.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(0, 2).unsqueeze(0)
+
+
+def as_rows(result: Tensor, rows: int, kv_heads: int) -> Tensor:
+    """What came of `as_one_row`, [1, H_kv * rows * G, …], as [rows, H, …]."""
+    return result[0].unflatten(0, (kv_heads, rows, -1)).transpose(0, 1).flatten(1, 2)

@@ -8,6 +8,7 @@ import triton.language as tl
 def plan(
     lens_ptr,
     starts_ptr,
+    score_beyond,
     batch,
     stride_row,
     fewest_items,
@@ -16,16 +17,22 @@ def plan(
     BLOCK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
+    SKIP_SHORT: tl.constexpr,
 ):
     """Slots of each row (HAS_STARTS: from its start on), and into how many chunks they are cut.
+
+    With SKIP_SHORT rows of at most `score_beyond` slots have none: nobody asks for their logits.
 
     A row of n slots is cut into equal chunks, multiples of BLOCK, of about max(total / most_items, min(preferred,
     total / fewest_items)) slots, so there are at most `most_items + batch` work items.
     """
     rows = tl.arange(0, BLOCK_ROWS)
     lens = tl.load(lens_ptr + rows * stride_row, mask=rows < batch, other=0).to(tl.int32)
+    whole = lens
     if HAS_STARTS:
         lens -= tl.load(starts_ptr + rows, mask=rows < batch, other=0)
+    if SKIP_SHORT:
+        lens = tl.where(whole > score_beyond, lens, 0)
     return lens, tl.cdiv(lens, chunk_size(tl.sum(lens, axis=0), fewest_items, most_items, preferred, BLOCK))
 
 
@@ -90,7 +97,8 @@ def attend_chunk(
 ):
     """Queries [BLOCK_QUERIES, BLOCK_DIM] of one KV head over positions `begin` … `end` - 1 of a row of slots.
 
-    Logits go to `logits_ptrs` + position where `logits_wanted`, both [BLOCK_QUERIES].
+    Logits go to `logits_ptrs` + position where `logits_wanted`, both [BLOCK_QUERIES]. Values of no width (DIM_V of 0)
+    are not read.
 
     Returns:
         Weighted values [BLOCK_QUERIES, BLOCK_DIM_V], and of each query the largest logit (base 2) and the sum of
@@ -123,14 +131,15 @@ def attend_chunk(
         rescale = tl.exp2(peak - new_peak)
         norm = norm * rescale + tl.sum(weights, axis=1)
         peak = new_peak
-        # [BLOCK, BLOCK_DIM_V]
-        v = tl.load(
-            v_head_ptr + slots[:, None] * stride_v_slot + dims_v[None, :],
-            mask=inside[:, None] & (dims_v < DIM_V)[None, :],
-            other=0.0,
-        )
-        acc = acc * rescale[:, None]
-        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
+        if DIM_V > 0:
+            # [BLOCK, BLOCK_DIM_V]
+            v = tl.load(
+                v_head_ptr + slots[:, None] * stride_v_slot + dims_v[None, :],
+                mask=inside[:, None] & (dims_v < DIM_V)[None, :],
+                other=0.0,
+            )
+            acc = acc * rescale[:, None]
+            acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
     return acc, peak, norm
 
 
@@ -141,15 +150,17 @@ def merge_parts(
     """Add the partial results at `places`, where `there`, to a query head's."""
     dims_v = tl.arange(0, BLOCK_DIM_V)
     lse = tl.load(partial_lse_ptr + places, mask=there, other=-float("inf"))
-    parts = tl.load(
-        partial_ptr + places[:, None] * DIM_V + dims_v[None, :],
-        mask=there[:, None] & (dims_v < DIM_V)[None, :],
-        other=0.0,
-    )
+    if DIM_V > 0:
+        parts = tl.load(
+            partial_ptr + places[:, None] * DIM_V + dims_v[None, :],
+            mask=there[:, None] & (dims_v < DIM_V)[None, :],
+            other=0.0,
+        )
     new_peak = tl.maximum(peak, tl.max(lse, axis=0))
     weights = tl.exp(lse - new_peak)
     rescale = tl.exp(peak - new_peak)
-    acc = acc * rescale + tl.sum(parts * weights[:, None], axis=0)
+    if DIM_V > 0:
+        acc = acc * rescale + tl.sum(parts * weights[:, None], axis=0)
     return acc, new_peak, norm * rescale + tl.sum(weights, axis=0)
 
 
@@ -168,11 +179,12 @@ def store_part(
 ):
     """Store what `attend_chunk` returned, at rows [BLOCK_QUERIES] of the partial results, where `there`."""
     dims_v = tl.arange(0, BLOCK_DIM_V)
-    tl.store(
-        partial_ptr + out_rows[:, None] * DIM_V + dims_v[None, :],
-        acc * (v_scale / norm)[:, None],
-        mask=there[:, None] & (dims_v < DIM_V)[None, :],
-    )
+    if DIM_V > 0:
+        tl.store(
+            partial_ptr + out_rows[:, None] * DIM_V + dims_v[None, :],
+            acc * (v_scale / norm)[:, None],
+            mask=there[:, None] & (dims_v < DIM_V)[None, :],
+        )
     tl.store(partial_lse_ptr + out_rows, (peak + tl.log2(norm)) * 0.6931471805599453, mask=there)
 
 
@@ -208,5 +220,6 @@ def merge_row(
 def store_merged(out_ptr, lse_ptr, out_row, acc, peak, norm, DIM_V: tl.constexpr, BLOCK_DIM_V: tl.constexpr):
     """Store a query head's result, merged of all its parts."""
     dims_v = tl.arange(0, BLOCK_DIM_V)
-    tl.store(out_ptr + out_row * DIM_V + dims_v, (acc / norm).to(out_ptr.dtype.element_ty), mask=dims_v < DIM_V)
+    if DIM_V > 0:
+        tl.store(out_ptr + out_row * DIM_V + dims_v, (acc / norm).to(out_ptr.dtype.element_ty), mask=dims_v < DIM_V)
     tl.store(lse_ptr + out_row, peak + tl.log(norm))

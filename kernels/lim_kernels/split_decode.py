@@ -1,4 +1,4 @@
-"""Flash decode over KV slots in Triton: the kernel pair that sparse decode and decode with scores share.
+"""Flash decode over KV slots in Triton: the kernel pair that sparse decode, decode with scores and scoring share.
 
 Each row's slots are cut into chunks, every program attends one chunk for the query heads of one KV head, and a second
 kernel merges a row's chunks. The cut is planned on the device from the lengths of all rows, so that a captured graph
@@ -89,6 +89,7 @@ def split_kernel(
     lens, chunks = plan(
         lens_ptr + kv_head * stride_lens_head,
         starts_ptr,
+        score_beyond,
         batch,
         stride_lens_row,
         fewest_items,
@@ -97,6 +98,7 @@ def split_kernel(
         BLOCK,
         BLOCK_ROWS,
         HAS_STARTS,
+        DIM_V == 0,
     )
     row, begin, end = find_chunk(lens, chunks, item, BLOCK, BLOCK_ROWS)
     if row >= batch:
@@ -148,7 +150,7 @@ def split_kernel(
     store_part(partial_ptr, partial_lse_ptr, out_rows, in_group, acc, peak, norm, v_scale, DIM_V, BLOCK_DIM_V)
 
 
-@triton.jit(do_not_specialize=["batch", "fewest_items", "most_items", "preferred"])
+@triton.jit(do_not_specialize=["batch", "score_beyond", "fewest_items", "most_items", "preferred"])
 def merge_kernel(
     partial_ptr,
     partial_lse_ptr,
@@ -157,6 +159,7 @@ def merge_kernel(
     out_ptr,
     lse_ptr,
     batch,
+    score_beyond,
     fewest_items,
     most_items,
     preferred,
@@ -177,6 +180,7 @@ def merge_kernel(
     _, chunks = plan(
         lens_ptr + (head // GROUP) * stride_lens_head,
         starts_ptr,
+        score_beyond,
         batch,
         stride_lens_row,
         fewest_items,
@@ -185,6 +189,7 @@ def merge_kernel(
         BLOCK,
         BLOCK_ROWS,
         HAS_STARTS,
+        DIM_V == 0,
     )
     acc, peak, norm = merge_row(
         partial_ptr, partial_lse_ptr, chunks, row, head, HEADS, DIM_V, BLOCK_DIM_V, BLOCK_ROWS, BLOCK_ITEMS
@@ -303,9 +308,10 @@ def split_decode(
     """Attention of one query token a row over its slots. Operands as in `sparse_decode`, already checked.
 
     Args:
+        v_cache: [num_slots, H_kv, D_v]; with a D_v of 0 keys are read for their logits alone.
         lens: valid leading slots, int32 or int64, [B] or [B, H_kv].
         logits: float32 [B, H, L] to be filled with scaled (and capped) logits, with `slots` [B, L].
-        score_beyond: rows of at most so many slots need no logits.
+        score_beyond: rows of at most so many slots need no logits; with a D_v of 0 they are not read.
 
     Returns:
         out [B, H, D_v] in q's dtype; lse float32 [B, H].
@@ -328,6 +334,7 @@ def split_decode(
         partial_lse_ptr=parts.lse,
         out_ptr=out,
         lse_ptr=lse,
+        score_beyond=score_beyond if v_cache.shape[2] == 0 else None,
         BLOCK_ITEMS=8,
         num_warps=2,
         **parts.cut,
@@ -351,7 +358,11 @@ def launch_for(q: Tensor, kv_heads: int, dim_v: int) -> Launch:
     programs, room = q.shape[0] * kv_heads, multiprocessors(q.device)
     # Whether the rows alone keep the device busy, uncut.
     busy = programs >= room * 0.9
-    block = max(16, min(256, (64 if busy else 128) * 256 // triton.next_power_of_2(row_bytes)))
+    # Keys alone: twice as many slots for the bytes of an iteration.
+    slots = 64 if busy and dim_v > 0 else 128
+    block = max(16, min(256, slots * 256 // triton.next_power_of_2(row_bytes)))
+    if dim_v == 0:
+        return Launch(block, warps=4, stages=3, programs_per_sm=2, waves=8, chunk=1024)
     if busy:
         return Launch(block, warps=2, stages=3, programs_per_sm=2, waves=8, chunk=1024 if programs >= 3 * room else 512)
     return Launch(block, warps=4, stages=3, programs_per_sm=2, waves=8, chunk=1024)

@@ -125,7 +125,7 @@ class StepRows:
         self._roles, self._pool, self._own = method.layer_roles(depth), pool, rows.own
         self._plan = plan_reads(method, rows.slots, rows.lens, own_heads=heads, granule=GRANULE)
         self._decode = LayerDecode(method, HeadsOfRank(0, heads, heads))
-        self._keys_alone = getattr(method, "selection_attends", "context") == "set"
+        self._keys_alone = method.selection_attends == "set"
         self._shares: dict[Role, list[Tensor]] = {role: [] for role in Role}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

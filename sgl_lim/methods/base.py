@@ -21,7 +21,7 @@ class Role(Enum):
     DENSE = "dense"
     """Attends to the whole context."""
     SELECT = "select"
-    """Attends to the whole context and chooses the set of the layers after it."""
+    """Scores the whole context, chooses the set of the layers after it, and attends as `selection_attends` says."""
     SPARSE = "sparse"
     """Attends to the set alone."""
     OWN = "own"
@@ -86,6 +86,11 @@ class Method(ABC):
     def sizes_vary(self) -> bool:
         """Whether a set may have fewer tokens than the budget and the context allow."""
         return False
+
+    @property
+    def selection_attends(self) -> str:
+        """What selection layers attend to: the whole "context", or the "set" that they choose."""
+        return "context"
 
     @property
     def rank_reduction(self) -> str | None:

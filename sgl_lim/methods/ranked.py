@@ -22,7 +22,9 @@ class Ranked(Budgeted):
     selection_attends: str = parameter(
         "context",
         Choice(("context", "set")),
-        "What selection layers attend to: the whole context, or the set that they choose by its keys",
+        "What selection layers attend to: all of the context, as in the paper, or the set that they choose, so that "
+        "they read no other values",
+        missing="has no selection layers",
     )
     top_p: float | None = parameter(
         None,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lim_kernels import Scaling, decode_with_scores, grouped_decode, sparse_decode
+from lim_kernels import Scaling, decode_with_scores, grouped_decode, score_context, sparse_decode
 from lim_kernels.page_bounds import PageBounds
 from sgl_lim.methods import HeadsOfRank, Method, Role
 from sgl_lim.serving.kept_sets import KeptSets
@@ -62,28 +62,31 @@ class LayerDecode:
                 raise RuntimeError(f"method {self.method.name} chooses by the bounds of pages, and none were given")
             plan.chosen = Read(*self.method.choose_own(layer.q, layer.bounds, plan.context.slots, plan.context.ends))
             return attend(plan.chosen, layer)
-        out, scores = self._attend_and_score(plan, layer)
-        plan.chosen = self._choose(plan, scores)
-        return attend(plan.chosen, layer) if self.method.selection_attends == "set" else out
+        return self._select(plan, layer)
 
-    def _attend_and_score(self, plan: Plan, layer: LayerInput) -> tuple[Tensor, Tensor]:
-        """Attention of a selection layer, and the scores of what it read, over all ranks.
-
-        Rows that choose together need not have been scored together, and scores are few beside logits.
-        """
+    def _select(self, plan: Plan, layer: LayerInput) -> Tensor:
+        """A selection layer: it scores what it reads, puts a set in force, and attends to that or to what it read."""
+        to_set = self.method.selection_attends == "set"
         outs, scores = [], []
         for scored in plan.select:
-            out, lse, logits = attend_with_logits(scored, layer)
-            part = self.method.score(
-                logits, plan.choose_lens[scored.rows], lse=lse, kv_heads=layer.k_cache.shape[1], heads=self.heads
-            )
+            if to_set:
+                lse, logits = score_keys(scored, layer)
+            else:
+                out, lse, logits = attend_with_logits(scored, layer)
+                outs.append(out)
+            scores.append(self._over_ranks(plan.choose_lens[scored.rows], logits, lse, layer.k_cache.shape[1]))
             # The logits' memory serves the next rows.
             del logits
-            if self.combine_ranks is not None and self.method.rank_reduction is not None:
-                part = self.combine_ranks(part, self.method.rank_reduction)
-            outs.append(out)
-            scores.append(part)
-        return (outs[0], scores[0]) if len(outs) == 1 else (torch.cat(outs), torch.cat(scores))
+        # Rows that choose together need not have been scored together, and scores are few beside logits.
+        plan.chosen = self._choose(plan, _together(scores))
+        return attend(plan.chosen, layer) if to_set else _together(outs)
+
+    def _over_ranks(self, lens: Tensor, logits: Tensor, lse: Tensor, kv_heads: int) -> Tensor:
+        """The scores of rows by which they choose, over all ranks."""
+        scores = self.method.score(logits, lens, lse=lse, kv_heads=kv_heads, heads=self.heads)
+        if self.combine_ranks is None or self.method.rank_reduction is None:
+            return scores
+        return self.combine_ranks(scores, self.method.rank_reduction)
 
     def _choose(self, plan: Plan, scores: Tensor) -> Read:
         """The set that a selection layer puts in force."""
@@ -138,3 +141,23 @@ def attend_with_logits(scored: ScoredRead, layer: LayerInput) -> tuple[Tensor, T
     )
     assert logits is not None
     return out, lse, logits[:, :, scored.set_places :]
+
+
+def score_keys(scored: ScoredRead, layer: LayerInput) -> tuple[Tensor, Tensor]:
+    """The keys of a read of some rows: lse float32 [b, H], logits float32 [b, H, L] by position."""
+    read = scored.read
+    lse, logits = score_context(
+        layer.q[scored.rows],
+        layer.k_cache,
+        read.slots,
+        read.ends,
+        layer.scaling,
+        groups=read.groups,
+        score_beyond=scored.score_beyond,
+    )
+    return lse, logits[:, :, scored.set_places :]
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    """The rows of all parts."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -61,6 +61,9 @@ def test_the_rows_of_a_forest() -> None:
         ("sparse_decode over all slots", "reference"),
         ("dense decode", "fa3"),
         ("cascade", "flashinfer"),
+        ("score_context", "reference"),
+        *[("grouped_decode + score_tokens + choose_tokens", "reference")] * 2,
+        *[("score_context + score_tokens + choose_tokens + sparse_decode", "reference")] * 2,
     ]
     for of_forest in (tree, plain):
         assert [(row["op"], row["implementation"]) for row in of_forest] == kernels
@@ -70,7 +73,12 @@ def test_the_rows_of_a_forest() -> None:
     assert {(row["batch"], row["context"]) for row in plain} == {(4, 20)}
     assert tree[1]["note"] == "64 tokens stored, 144 attended; 64 read"
     # All of them beside the same work: what is stored, once.
-    assert {row["gb_per_s"] for row in tree[1:]} == {round(2 * 64 * 2 * 8 * 4 / 10 / 1e3, 1)}
+    stored, sets = 2 * 64 * 2 * 8 * 4, 2 * 3 * 16 * 2 * 8 * 4
+    assert {row["gb_per_s"] for row in tree[1:5] + tree[6:8]} == {round(stored / 10 / 1e3, 1)}
+    # Keys alone, and beside them what the rows choose.
+    assert tree[5]["gb_per_s"] == round(stored / 2 / 10 / 1e3, 1)
+    assert {row["gb_per_s"] for row in tree[8:]} == {round((stored / 2 + sets) / 10 / 1e3, 1)}
+    assert [row["aggregate"] for row in tree[6:]] == ["max", "union"] * 2
     assert plain[1]["note"] == "80 tokens stored, 80 attended; 80 read" and tree[0]["gb_per_s"] == ""
 
 
@@ -98,7 +106,7 @@ def test_a_forest_that_cannot_be_set_up_leaves_the_others(monkeypatch: pytest.Mo
     monkeypatch.setattr("benchmarks.kernel_sections.draw_forest", draw)
     found = rows()
     assert [(row["op"], row["prefixes"]) for row in of(found, error="out of memory")] == [("grouped", "1x40")]
-    assert len(of(found, section="grouped", error="")) == 4
+    assert len(of(found, section="grouped", error="")) == 4 + 1 + 2 * 2
 
 
 def test_groupings_differ_by_every_defined_entry() -> None:

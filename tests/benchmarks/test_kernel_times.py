@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import kernel_operands, kernel_sections, kernel_times
+from benchmarks.kernel_layers import SelectionLayer
 from benchmarks.kernel_operands import COPIED_BYTES, Operands, Pool, Selection, Shape, attend_and_score
 from benchmarks.kernel_sections import COLUMNS, DTYPES, SECTIONS, Bench, Measured, Row, make_row
 from benchmarks.kernel_times import markdown, parse, parse_case
@@ -74,8 +75,9 @@ def test_every_section_runs_and_agrees_with_the_reference(dtype: str) -> None:
     assert len(of(rows, section="sparse_decode")) == 2 * 2
     assert len(of(rows, section="decode_with_scores")) == 3 * 2
     assert len(of(rows, section="selection")) == 3 * 2 * 3 * 3
-    assert len(of(rows, section="layer")) == 3 * 3
-    assert len(of(rows, section="grouped")) == 2 * 4
+    assert len(of(rows, section="score_context")) == 3
+    assert len(of(rows, section="layer")) == 3 * 2 * 3
+    assert len(of(rows, section="grouped")) == 2 * (4 + 1 + 2 * 2)
     assert {row["ratio_to_fa3"] for row in of(rows, section="layer")} == {1.0}
     assert all(float(row["deviation"]) <= 1e-2 for row in rows if row["deviation"] != "")
     assert {row["deviation"] for row in of(rows, op="choose_tokens") + of(rows, op="top-k")} == {"0"}
@@ -115,7 +117,7 @@ def test_sections_are_independent_and_attention_is_measured_once() -> None:
     both = bench(sections=("decode_with_scores", "layer"))
     list(both.rows())
     assert isinstance(both.timer, CountingTimer)
-    assert len(both.timer.variants) == 3 * (1 + 1 + 3)
+    assert len(both.timer.variants) == 3 * (1 + 1 + 2 * 3)
 
 
 def test_calls_rotate_over_caches_and_slots() -> None:
@@ -159,6 +161,24 @@ def test_one_wrong_row_of_logits_or_of_the_last_request_is_enough() -> None:
         wrong = [tensor.clone() for tensor in right]
         wrong[i][-1] *= 2
         assert kernel_operands.decode_deviation(operands, *wrong) == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize("attends", ["context", "set"])
+def test_every_wrong_part_of_a_selection_layer_shows(attends: str) -> None:
+    operands = Pool(Shape(4, 2, 8, torch.bfloat16), 16 * 6 * 40, CPU).draw(6, 40)
+    layer = SelectionLayer(SELECTION, "max", attends, "reference")
+    right = operands.calls(layer)[0]()
+    assert isinstance(right, tuple) and layer.deviation(operands, right) < 1e-2
+    for i in range(3):
+        wrong = [tensor.clone() for tensor in right]
+        wrong[i][-1] *= 2
+        # Twice the logits may lead to another set.
+        assert layer.deviation(operands, tuple(wrong)) == pytest.approx(1, rel=0.05)
+    out, lse, logits, chosen, counts = right
+    assert layer.deviation(operands, (out * float("nan"), lse, logits, chosen, counts)) != 0
+    assert layer.deviation(operands, (out, lse, logits, chosen.flip(0), counts)) == 1
+    other = SelectionLayer(SELECTION, "max", "set" if attends == "context" else "context", "reference")
+    assert other.deviation(operands, right) > 0.1, "what it attends to would not show"
 
 
 def test_at_most_four_rows_are_checked_the_last_among_them() -> None:

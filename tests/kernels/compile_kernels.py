@@ -38,6 +38,7 @@ from lim_kernels import (
     groups_of_sets,
     keep_sets,
     place_sets,
+    score_context,
     score_pages,
     score_tokens,
     select_tokens,
@@ -111,6 +112,15 @@ def launch_grouped(batch, heads, kv_heads, dim, dtype, cache_dtype=None, *, scor
     grouped_decode(q, cache, cache, *indices, groups, Scaling(0.1, **scales), **how)
 
 
+def launch_scores(batch, heads, kv_heads, dim, dtype, cache_dtype=None, *, grouped=False, **scales) -> None:
+    q = empty(batch, heads, dim, dtype=dtype)
+    keys = empty(1 << 16, kv_heads, dim, dtype=cache_dtype or dtype)
+    indices = empty(batch, 4096), empty(batch)
+    groups = find_prefix_groups(*indices, granule=128, implementation="triton") if grouped else None
+    how = {"groups": groups, "score_beyond": 2048, "implementation": "triton"}
+    score_context(q, keys, *indices, Scaling(0.1, **scales), **how)
+
+
 def launch_set_memory(layers: int, *, interval: int, early: bool) -> None:
     sizes, triton = SetSizes(2048, recent=508, sinks=4), {"implementation": "triton"}
     per_row = empty(9, dtype=torch.int64), empty(9), empty(9)
@@ -154,6 +164,15 @@ def launch_all(*, fp8: bool, widest: bool) -> None:
     if fp8:
         launch_grouped(16, 32, 8, 128, bf16, torch.float8_e4m3fn, scored=True, k_scale=0.5, v_scale=2.0)
     launch_decode(3, 16, 1, 64, bf16)
+    for batch in (1, 64):
+        for grouped in (False, True):
+            launch_scores(batch, 32, 8, 128, bf16, grouped=grouped)
+            launch_scores(batch, 16, 8, 256, fp32, grouped=grouped, logit_cap=50.0)
+            launch_scores(batch, 9, 3, 64, bf16, grouped=grouped)
+            if fp8:
+                launch_scores(batch, 32, 8, 128, bf16, torch.float8_e4m3fn, grouped=grouped, k_scale=0.5)
+    launch_scores(17, 4, 1, 256, bf16)
+    launch_scores(17, 14, 2, 80, fp16, grouped=True)
     sparse_decode(
         empty(3, 32, 128, dtype=bf16),
         *[empty(1 << 16, 8, 128, dtype=bf16)] * 2,

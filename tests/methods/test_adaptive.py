@@ -47,7 +47,7 @@ def positions_of(plan, row):
     return [[position[s] for s in held[: int(n)].tolist()] for held, n in zip(slots, counts, strict=True)]
 
 
-@pytest.mark.parametrize("scope", ["global", "kv_head"])
+@pytest.mark.parametrize(("scope", "attends"), [("global", "context"), ("global", "set"), ("kv_head", "set")])
 @pytest.mark.parametrize(
     "fields",
     [
@@ -58,8 +58,8 @@ def positions_of(plan, row):
     ],
     ids=["top-p", "floor", "auto", "both"],
 )
-def test_sets_hold_what_they_are_to_hold_and_are_attended_to(fields, scope):
-    method = build(**fields, scope=scope)
+def test_sets_hold_what_they_are_to_hold_and_are_attended_to(fields, scope, attends):
+    method = build(**fields, scope=scope, selection_attends=attends)
     sizes = {"budget": BUDGET, "sinks": 2, "top_p": method.top_p, "floor": method.floor if method.sizes_vary else 1}
     sizes["recent"] = None if method.window_varies else method.sizes.recent
     seen = set()
@@ -70,7 +70,7 @@ def test_sets_hold_what_they_are_to_hold_and_are_attended_to(fields, scope):
             if role is not Role.DENSE:
                 sets = positions_of(plan, row)
                 assert len(sets) == (KV_HEADS if scope == "kv_head" else 1)
-                attended = sets if role is Role.SPARSE else attended
+                attended = sets if role is Role.SPARSE or attends == "set" else attended
             if role is Role.SELECT:
                 exact, slack = exact_logits(q[row], k[context], SCALE)
                 for head, (logits, chosen) in enumerate(zip(exact.chunk(len(sets)), sets, strict=True)):

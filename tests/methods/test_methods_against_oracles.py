@@ -10,19 +10,24 @@ from torch import Tensor
 from lim_kernels import bound_pages
 from lim_kernels.page_bounds import PAGE, PageBounds
 from sgl_lim.methods import METHODS, Method, Role
-from support.driven_layers import build_method, decode_of, layer_of, plan_of, scopes_of, sizes_of
+from support.driven_layers import attends_of, build_method, decode_of, layer_of, plan_of, scopes_of, sizes_of
 from support.fleet import SELECTION_LAYERS
 from support.set_oracle import SetRule
 from support.step_checks import check_row, expected_roles
 
 BUDGET, WIDTH, LENS, SCALE = 48, 301, [301, 48, 100, 7, 49, 176], 0.3
 HEADS, KV_HEADS, DIM, SLOTS = 6, 3, 8, 2048
-CASES = [(name, scope) for name, kind in METHODS.items() for scope in scopes_of(kind)]
+CASES = [
+    (name, scope, attends)
+    for name, kind in METHODS.items()
+    for scope in scopes_of(kind)
+    for attends in attends_of(kind)
+]
 
 
-def rule_of(name: str, scope: str) -> SetRule:
+def rule_of(name: str, scope: str, attends: str) -> SetRule:
     """The rule by the sizes that the method keeps to, whatever it is given."""
-    return SetRule(name, BUDGET, *sizes_of(METHODS[name]), "max", scope)
+    return SetRule(name, BUDGET, *sizes_of(METHODS[name]), "max", scope, attends)
 
 
 def drawn_rows(generator: torch.Generator, width: int) -> tuple[Tensor, Tensor]:
@@ -42,17 +47,17 @@ def learnt(keys: Tensor, slots: Tensor, lens: Tensor) -> PageBounds:
     return bounds
 
 
-def build(name: str, scope: str) -> Method:
-    """A method with this scope, if it has a choice."""
+def build(name: str, scope: str, attends: str) -> Method:
+    """A method with this scope, if it has a choice, and such selection layers, if it has any."""
     values = {"budget": BUDGET, "recency": 0.25, "sinks": 4, "aggregate": "max", "selection_layers": SELECTION_LAYERS}
-    return build_method(name, **values, scope=scope)
+    return build_method(name, **values, scope=scope, selection_attends=attends)
 
 
-def run(name: str, scope: str, width: int = WIDTH, granule: int | None = None) -> list[dict]:
+def run(name: str, scope: str, attends: str, width: int = WIDTH, granule: int | None = None) -> list[dict]:
     """One step of a small model's layers, recorded as the servers' probe does."""
     generator = torch.Generator().manual_seed(8)
     slots, lens = drawn_rows(generator, width)
-    decode = decode_of(build(name, scope), HEADS)
+    decode = decode_of(build(name, scope, attends), HEADS)
     plan, records = plan_of(decode, slots, lens, granule), []
     for layer, role in enumerate(decode.method.layer_roles(6)):
         q = torch.randn(len(LENS), HEADS, DIM, generator=generator)
@@ -80,17 +85,17 @@ def run(name: str, scope: str, width: int = WIDTH, granule: int | None = None) -
 
 @pytest.mark.parametrize("granule", [None, PAGE], ids=["alone", "prefix-groups"])
 @pytest.mark.parametrize("width", [WIDTH, BUDGET, 41], ids=["beyond", "at-the-budget", "within"])
-@pytest.mark.parametrize(("name", "scope"), CASES)
-def test_every_layer_does_what_its_role_says(name, scope, width, granule):
-    rule, records = rule_of(name, scope), run(name, scope, width, granule)
+@pytest.mark.parametrize(("name", "scope", "attends"), CASES)
+def test_every_layer_does_what_its_role_says(name, scope, attends, width, granule):
+    rule, records = rule_of(name, scope, attends), run(name, scope, attends, width, granule)
     assert [record["role"] for record in records] == expected_roles(rule)
     for row in range(len(LENS)):
         check_row(rule, (HEADS, KV_HEADS), records, row)
 
 
-@pytest.mark.parametrize(("name", "scope"), CASES)
-def test_a_row_within_the_budget_attends_to_all_it_has_beside_rows_beyond(name, scope):
-    for record in run(name, scope):
+@pytest.mark.parametrize(("name", "scope", "attends"), CASES)
+def test_a_row_within_the_budget_attends_to_all_it_has_beside_rows_beyond(name, scope, attends):
+    for record in run(name, scope, attends):
         if record["role"] in ("sparse", "own"):
             counts = record["set_counts"].view(len(LENS), -1)
             for row, length in enumerate(LENS):
@@ -100,7 +105,7 @@ def test_a_row_within_the_budget_attends_to_all_it_has_beside_rows_beyond(name, 
 
 
 def test_quest_keeps_to_its_own_rule():
-    method = build("quest", "kv_head")
+    method = build("quest", "kv_head", "context")
     assert method.settings() == {"budget": BUDGET, "scope": "kv_head"} and method.per_kv_head
     assert [role.value for role in method.layer_roles(4)] == ["dense", "dense", "own", "own"]
     (problem,) = build_method("quest", budget=40).conflicts()

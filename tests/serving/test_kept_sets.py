@@ -3,6 +3,7 @@
 `RADIX_SCHEDULES` sets how many schedules run; a failure names its seed.
 """
 
+import itertools
 import os
 import random
 
@@ -39,10 +40,10 @@ def _config():
 class Driven:
     """A backend that is shown every prefill and decode step of a world, beside a plain account of what it may know."""
 
-    def __init__(self, world, interval, granule=4, early=False):
-        self.world, self.interval, self.early = world, interval, early
+    def __init__(self, world, interval, granule=4, early=False, attends="context"):
+        self.world, self.interval, self.early, self.attends = world, interval, early, attends
         num_slots = len(world.filled)
-        how = {"selection_interval": interval, "early_sets": early}
+        how = {"selection_interval": interval, "early_sets": early, "selection_attends": attends}
         self.backend = build(world.table, granule=granule, num_slots=num_slots, **how)
         self.backend.lim.rows.req_generation = world.generations
         self.filled = world.filled.clone()
@@ -138,10 +139,10 @@ class Driven:
             assert [int(stamps[slot]) for slot in slots] == [self.when(slot) or 0 for slot in slots]
 
     def check_attention(self, plan, rows, actions, out):
-        """Rows that do not select attend to their sets, in the selection layer as well."""
+        """Rows that do not select attend to their sets, in the selection layer as well; with "set" all rows do."""
         attended = [
-            slots if action & SELECT else plan.chosen.slots[n].tolist()
-            for n, (slots, action) in enumerate(zip(rows, actions, strict=True))
+            slots if action & SELECT and self.attends == "context" else chosen
+            for slots, action, chosen in zip(rows, actions, whole_rows(plan), strict=True)
         ]
         self.check_output(attended, out)
 
@@ -292,15 +293,16 @@ def test_nothing_is_remembered_of_slots_that_were_freed_and_filled_again():
     assert step(driven, [again]) == [SELECT]
 
 
-@pytest.mark.parametrize("early", [False, True], ids=["", "early"])
-@pytest.mark.parametrize("page", [1, 16], ids=["page1", "page16"])
-def test_any_schedule(page, early):
+@pytest.mark.parametrize(
+    ("page", "attends", "early"), [*itertools.product((1, 16), ("context",), (False, True)), (1, "set", True)], ids=str
+)
+def test_any_schedule(page, attends, early):
     seen = dict.fromkeys((KEEP, SELECT, RECALL, *[EARLY] * early), 0)
     for seed in range(SCHEDULES // 2):
         draw = random.Random(seed)
         world = RadixWorld(page, num_slots=draw.choice((96, 192, 384)), generator=draw)
         interval = draw.choice((1, 2, 3, 5) if early else (2, 3, 5))
-        driven = Driven(world, interval, granule=draw.choice((1, 4)), early=early)
+        driven = Driven(world, interval, granule=draw.choice((1, 4)), early=early, attends=attends)
         done, before = [], {}
         try:
             for name in random_schedule(draw, world):

@@ -42,15 +42,16 @@ def tree() -> torch.Tensor:
     return slots
 
 
-def build_rule(rule, aggregate="union", selection="group"):
+def build_rule(rule, aggregate="union", selection="group", attends="context"):
     """The method that follows a rule."""
     values = {"budget": rule.budget, "recency": rule.recency, "sinks": rule.sinks, "aggregate": aggregate}
-    return build_method("lessismore", **values, selection_layers=(1,), prefix_selection=selection)
+    values |= {"selection_layers": (1,), "prefix_selection": selection, "selection_attends": attends}
+    return build_method("lessismore", **values)
 
 
-def run(aggregate="union", selection="group", rule=RULE):
+def run(aggregate="union", selection="group", rule=RULE, attends="context"):
     """A selection layer and a sparse layer over the tree."""
-    decode = decode_of(build_rule(rule, aggregate, selection), HEADS)
+    decode = decode_of(build_rule(rule, aggregate, selection, attends), HEADS)
     plan = plan_of(decode, tree(), int32(LENS), GRANULE)
     generator = torch.Generator().manual_seed(4)
     k, v = (torch.randn(SLOTS, 2, 8, generator=generator) for _ in range(2))
@@ -72,9 +73,10 @@ def sets_of(done):
 
 @pytest.mark.parametrize("sizes", [(24, 0.25, 2), (24, 0.0, 0), (50, 0.5, 4)], ids=str)
 @pytest.mark.parametrize("aggregate", ["union", "max", "sum"])
-def test_sets_are_the_rule_s_and_attention_is_over_them(aggregate, sizes):
+@pytest.mark.parametrize("attends", ["context", "set"])
+def test_sets_are_the_rule_s_and_attention_is_over_them(attends, aggregate, sizes):
     rule = SetRule("lessismore", *sizes, aggregate)
-    done = run(aggregate, rule=rule)
+    done = run(aggregate, rule=rule, attends=attends)
     sets, slots = sets_of(done), done.plan.context.slots.long()
     exact = [
         exact_logits(done.q[Role.SELECT][row], done.k[slots[row, :length]], SCALE) for row, length in enumerate(LENS)
@@ -83,7 +85,8 @@ def test_sets_are_the_rule_s_and_attention_is_over_them(aggregate, sizes):
     assert (shared[0][1], shared[0][2], shared[0][4], shared[0][5]) == (60, 40, 0, 0)
     check_group_sets(rule, sets, *(list(part) for part in zip(*exact, strict=True)), shared)
     for row, length in enumerate(LENS):
-        for role, positions in ((Role.SELECT, list(range(length))), (Role.SPARSE, sets[row])):
+        selecting = sets[row] if attends == "set" else list(range(length))
+        for role, positions in ((Role.SELECT, selecting), (Role.SPARSE, sets[row])):
             keys, values = (cache[slots[row, positions]] for cache in (done.k, done.v))
             check_attention(done.q[role][row], keys, values, SCALE, done.out[role][row], f"{role} of row {row}")
     assert sets != sets_of(run(aggregate, "request", rule=rule)), "each row for itself would pass as well"
@@ -106,12 +109,13 @@ def test_what_a_group_chose_is_read_once():
     assert torch.equal(out[:7], done.out[Role.SPARSE][:7])
 
 
+@pytest.mark.parametrize("attends", ["context", "set"])
 @pytest.mark.parametrize("selection", ["group", "request"])
 @pytest.mark.parametrize("rows_at_once", [1, 3])
-def test_rows_scored_in_parts_choose_the_same(selection, rows_at_once, monkeypatch):
-    whole = run(selection=selection)
+def test_rows_scored_in_parts_choose_the_same(selection, rows_at_once, attends, monkeypatch):
+    whole = run(selection=selection, attends=attends)
     score_rows_at_once(monkeypatch, rows_at_once, heads=HEADS, width=WIDTH)
-    parts = run(selection=selection)
+    parts = run(selection=selection, attends=attends)
     assert len(parts.plan.select) == -(-len(LENS) // rows_at_once)
     assert sets_of(whole) == sets_of(parts)
     for role in whole.out:

@@ -23,6 +23,12 @@ def scopes_of(kind: type[Method]) -> tuple[str, ...]:
     return ("global",) if declared is None else declared.form.choices
 
 
+def attends_of(kind: type[Method]) -> tuple[str, ...]:
+    """What a method's selection layers may attend to, the default first."""
+    declared = parameters_of(kind).get("selection_attends")
+    return ("context",) if declared is None else declared.form.choices
+
+
 def sizes_of(kind: type[Method]) -> tuple[float, int]:
     """Recency and sinks of a method's sets if it is given 0.25 and 4: none where it has no sinks to keep."""
     return (0.25, 4) if "sinks" in parameters_of(kind) else (0.0, 0)

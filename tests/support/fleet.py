@@ -51,6 +51,7 @@ class LimCase:
         """Id of the server in test names and log files."""
         more = "-group" if self.prefix_selection == "group" else ""
         more += "-heads" if self.rule.scope == "kv_head" else ""
+        more += "-set" if self.rule.attends == "set" else ""
         more += "-hybrid" if self.hybrid else ""
         return f"{self.kind}-page{self.page_size}-{self.dtype}-{self.method}{more}-{self.release}"
 
@@ -74,6 +75,7 @@ class LimCase:
             "aggregate": rule.aggregate,
             "prefix_selection": self.prefix_selection,
             "scope": rule.scope,
+            "selection_attends": rule.attends,
         }
 
     def turned_on(self) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
@@ -91,7 +93,7 @@ GROUP = replace(MAIN, prefix_selection="group")
 _GIVEN_CASES = (
     MAIN,
     LimCase("gqa", 16, SetRule("lessismore", 256, 0.3, 5, "max")),
-    LimCase("mqa", 16, SetRule("lessismore", 193, 0.5, 0, "sum")),
+    LimCase("mqa", 16, SetRule("lessismore", 193, 0.5, 0, "sum", attends="set")),
     LimCase("mha", 1, SetRule("window", 256, 0.25, 4, "union")),
     LimCase("mha", 16, SetRule("lessismore", 256, 0.0, 4, "union")),
     LimCase("gqa", 1, SetRule("lessismore", 256, 0.25, 4, "union", "kv_head"), hybrid=True),

@@ -18,6 +18,8 @@ class SetRule:
     sinks: int
     aggregate: str
     scope: str = "global"
+    attends: str = "context"
+    """What selection layers attend to."""
 
     @property
     def middle(self) -> int:

@@ -37,7 +37,7 @@ def check_answers(
     for step in steps:
         for row, length in enumerate(step[0]["seq_lens"].tolist()):
             for record in step:
-                sparse = record["role"] in ("sparse", "own")
+                sparse = record["role"] in ("sparse", "own") or (record["role"], case.rule.attends) == ("select", "set")
                 sets[record["layer"], length] = served_sets(record, row, length) if sparse else None
     model = Float64Qwen3(fleet.model(case.kind), torch.float32)
     error, _ = errors(model, prompts, answers, lambda layer, length: sets[layer, length])
@@ -87,6 +87,8 @@ def check_row(rule: SetRule, heads: tuple[int, int], step: Step, row: int, *, se
                 exact, slack = (x.unflatten(0, (len(kept), -1)) for x in exact_logits(q, k, record["scale"]))
                 for head, chosen in enumerate(kept):
                     assert rule.explains(chosen, exact[head], length, slack[head]), f"{place}: not the oracle's set"
+            if rule.attends == "set":
+                attended = kept
         elif record["role"] == "own":
             attended = kept = served_sets(record, row, length)
             heads_of = q.unflatten(0, (heads[1], -1))

@@ -6,7 +6,7 @@ It asks the host which groups there are, which costs nothing on a CPU.
 import torch
 from torch import Tensor
 
-from lim_kernels.attention import attend
+from lim_kernels.attention import as_one_row, as_rows, attend
 from lim_kernels.operands import Scaling
 from lim_kernels.prefix_groups import PrefixGroups
 
@@ -49,20 +49,14 @@ def grouped_decode(
     for group in found:
         rows = groups.members[group, : counts[group]].long()
         start, end = int(groups.starts[group]), int(groups.ends[group])
-        # One row's slots for all of them: the queries of all rows meet them as heads of one row.
-        queries = q[rows].unflatten(1, (k_cache.shape[1], -1)).transpose(0, 1).flatten(1, 2).flatten(0, 1)
+        queries = as_one_row(q[rows], k_cache.shape[1])
         shared = slots[rows[:1], start:end]
         length = torch.full_like(seq_lens[:1], end - start)
-        parts = attend(queries.unsqueeze(0), k_cache, v_cache, shared, length, scaling)
-        part, part_lse, part_logits = (_by_row(t[0], len(rows), k_cache.shape[1]) for t in parts)
+        parts = attend(queries, k_cache, v_cache, shared, length, scaling)
+        part, part_lse, part_logits = (as_rows(t, len(rows), k_cache.shape[1]) for t in parts)
         merged = torch.logaddexp(lse[rows], part_lse)
         out[rows] = out[rows] * (lse[rows] - merged).exp().unsqueeze(2) + part * (part_lse - merged).exp().unsqueeze(2)
         lse[rows] = merged
         if logits is not None:
             logits[rows, :, start:end] = part_logits
     return out.to(q.dtype), lse, None if logits is None else logits[..., :-1]
-
-
-def _by_row(part: Tensor, rows: int, kv_heads: int) -> Tensor:
-    """[H_kv · rows · G, …] as [rows, H, …]."""
-    return part.unflatten(0, (kv_heads, rows, -1)).transpose(0, 1).flatten(1, 2)
