@@ -47,7 +47,7 @@ ON_CPU = Scale(
         Counts(windows=2, others=1, facts=1, alike=1, chains=4),
         Counts(windows=3, others=1, facts=2, alike=1, chains=6),
     ),
-    effort=Effort(first=16, rounds=4, each=8, finalists=10),
+    effort=Effort(first=12, rounds=3, each=6, finalists=8),
 )
 ON_GPU = Scale(
     context=4096,
