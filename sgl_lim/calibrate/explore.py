@@ -18,6 +18,8 @@ from sgl_lim.calibrate.search import Model, Recall, neighbours, spaced
 from sgl_lim.methods import Method
 
 Build = Callable[[Candidate], Method]
+SLACK = 1.0
+"""Layers that may be read beyond the limit while searching: what they would buy is told."""
 _FRONTIER = 0.5
 """Layers read whole: candidates are compared within steps of this size."""
 
@@ -47,17 +49,17 @@ class Space:
     depth: int
     max_dense: int
     reads: float
-    """Layers read whole, at most."""
+    """Layers read whole, at most, in what may be chosen."""
     attends: tuple[str, ...]
 
     def most(self, attends: str) -> int:
         """Selection layers at most."""
-        return max(1, min(self.depth - 1, int(self.reads / (0.5 if attends == "set" else 1.0))))
+        return max(1, min(self.depth - 1, int((self.reads + SLACK) / (0.5 if attends == "set" else 1.0))))
 
     def has(self, one: Candidate) -> bool:
         """Whether it reads little enough, and leaves a sparse layer."""
         last = one.layers[-1] < self.depth and one.layers[0] + len(one.layers) < self.depth
-        return one.full_reads <= self.reads + 1e-9 and one.layers[0] <= self.max_dense and last
+        return one.full_reads <= self.reads + SLACK + 1e-9 and one.layers[0] <= self.max_dense and last
 
 
 @dataclass

@@ -55,7 +55,7 @@ def preset_of(options: Options, job: Job, checkpoint: Checkpoint, results: Seque
         rule=rule_of(job.method(Candidate((0,), "context"), job.budgets[0])),
         calibration={
             "model": Path(options.model_path).name,
-            "reads": job.reads,
+            "reads": job.space.reads,
             "max_dense": job.space.max_dense,
             "attends": list(job.space.attends),
             "context": job.sizes.context,

@@ -21,8 +21,6 @@ from sgl_lim.settings.config import LimConfig, RefusedConfig
 from sgl_lim.settings.layers import SPACED_ATTENDS, spaced_layers
 from sgl_lim.settings.presets import find_preset
 
-_SLACK = 1.0
-"""Layers that may be read beyond the limit while searching: what they would buy is told."""
 _FRONTIER = 5
 """Points of the frontier that are measured on what was held out."""
 
@@ -69,7 +67,6 @@ class Job:
     rule: LimConfig
     budgets: tuple[int, ...]
     space: Space
-    reads: float
     scale: Scale
     sizes: Sizes
     max_tokens: int
@@ -133,8 +130,7 @@ def prepare(options: Options, config: Any) -> Job:
     job = Job(
         rule=options.rule,
         budgets=budgets,
-        space=Space(depth, max_dense, reads + _SLACK, options.attends),
-        reads=reads,
+        space=Space(depth, max_dense, reads, options.attends),
         scale=scale,
         sizes=Sizes(context, min(scale.decoded, context // 8), options.seed, scale.counts),
         max_tokens=options.max_tokens,
@@ -207,7 +203,7 @@ class _Run:
 
     def _result(self, budget: int, trials: Trials, recall: Recall, searched: list[Outcome]) -> Result:
         quick = tuple(trials.outcome(one, (0,)) for one in trials.tried(0))
-        best = choose(searched, self._job.reads).candidate
+        best = choose(searched, self._job.space.reads).candidate
         points = _thinned([one.candidate for one in frontier(searched)], best)
         named = {**self._job.references, **_variants(best, quick)}
         measured = {one: trials.outcome(one, (2,)) for one in dict.fromkeys([best, *named.values(), *points])}

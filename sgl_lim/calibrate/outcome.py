@@ -11,8 +11,8 @@ from sgl_lim.programs.intervals import clustered_interval, standard_error, wilso
 
 POINTS = 2.0
 """Of 100 needles or chains that full attention has right, how many the choice may lose; one, if that is more."""
-NATS = 0.15
-"""How much of the log-probability of a whole right answer the choice may lose, in the mean over answers."""
+NATS = 0.3
+"""How much of an answer's log-probability the choice may lose, mean over those that full attention has right."""
 ALIKE = 0.0002
 """Divergences, in nats a token, that differ by less are alike."""
 TELLS = 0.5
@@ -28,7 +28,7 @@ class Retrieval:
     full: float
     """Share that full attention has right."""
     lost_nats: float
-    """Log-probability of a right answer that is lost, mean over items."""
+    """Log-probability of the right answer that is lost, mean over items that full attention has right."""
 
     @property
     def lost_points(self) -> float:
@@ -123,7 +123,7 @@ def _retrieval(task: str, scores: Sequence[ItemScore], full: Sequence[ItemScore]
     if can < TELLS:
         return None
     right = statistics.fmean(one.whole for one, _ in pairs)
-    lost = statistics.fmean(other.log_probability - one.log_probability for one, other in pairs)
+    lost = statistics.fmean(other.log_probability - one.log_probability for one, other in pairs if other.whole)
     return Retrieval(len(pairs), Share.of(right, wilson_interval(right, len(pairs))), can, lost)
 
 
