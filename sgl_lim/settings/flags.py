@@ -60,8 +60,6 @@ def load() -> LimConfig:
             values[name] = forms[name].read(values[name])
         except argparse.ArgumentTypeError as error:
             raise RefusedConfig([f"{ENV}: {name}: {error}"]) from None
-    if isinstance(values.get("record_budgets"), list):
-        values["record_budgets"] = tuple(values["record_budgets"])
     return configure(**values)
 
 
