@@ -18,6 +18,8 @@ from sgl_lim.methods import Full, Method
 
 _PROMPT_TOKENS = 3
 """Tokens of a prompt that cost as much as one decoded token."""
+_AS_FULL = -1
+"""In place of a right token: the one that full attention says."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Part:
         room = _slots([item for _, item in self._items])
         for _, item in self._items:
             prompt = checkpoint.prefill(item.prompt, beside=fed[-1][0] if fed else None, room=room)
-            fed.append((prompt, item.right[:-1]))
+            fed.append((prompt, item.fed))
             done(prompt_work(item))
         self.pool: Pool = fed[0][0].pool
         self._batches = [self._batch(*of) for of in _scored(checkpoint.rows_behind(fed, rows=rows), self._items)]
@@ -94,16 +96,17 @@ class Part:
             sums.index_add_(0, batch.items, figures.double())
         found = []
         for (suite, item), (tokens, divergence, agreed, hits, sure) in zip(self._items, sums.tolist(), strict=True):
-            whole = hits == len(item.right) - _first(item)
+            whole = hits == len(item.right) + item.ends - _first(item)
             found.append(ItemScore(suite.name, suite.task, int(tokens), divergence, agreed, whole, sure))
         return found
 
     def _batch(self, rows: Rows, places: list[tuple[int, int, int]]) -> _Batch:
         device = rows.ids.device
         scored, items, right = torch.tensor(places, dtype=torch.int64, device=device).reshape(-1, 3).unbind(1)
-        logits = self._checkpoint.step(self.pool, rows, Full()).logits
+        full = self._checkpoint.step(self.pool, rows, Full()).logits[scored].log_softmax(-1)
         self._done(len(rows.ids))
-        return _Batch(rows, scored, items, right, logits[scored].log_softmax(-1))
+        right = torch.where(right == _AS_FULL, full.argmax(-1), right)
+        return _Batch(rows, scored, items, right, full)
 
 
 def prompt_work(item: Item) -> int:
@@ -117,7 +120,7 @@ def work(suites: Sequence[Suite]) -> tuple[int, int]:
     Prompts that begin alike are counted as if each ran whole.
     """
     items = [item for suite in suites for item in suite.items]
-    return sum(map(prompt_work, items)), sum(len(item.right) - 1 for item in items)
+    return sum(map(prompt_work, items)), sum(len(item.fed) for item in items)
 
 
 def _slots(items: Sequence[Item]) -> int:
@@ -140,9 +143,9 @@ def _scored(
 ) -> list[tuple[Rows, list[tuple[int, int, int]]]]:
     """Each batch with row, item and right token of what counts in it."""
     places = [
-        (number, item.right[place + 1], place + 1 >= _first(item))
+        (number, right, place >= _first(item))
         for number, (_, item) in enumerate(items)
-        for place in range(len(item.right) - 1)
+        for place, right in enumerate([*item.right, _AS_FULL][1 : len(item.fed) + 1], start=1)
     ]
     found, begin = [], 0
     for rows in batches:

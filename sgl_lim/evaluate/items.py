@@ -44,6 +44,13 @@ class Item:
     """Place in `right` of the first token that counts: those before it are given."""
     depth: int | None = None
     """One of `DEPTHS`, where a fact is hidden."""
+    ends: bool = False
+    """Whether one more token counts, the one that full attention says behind the right ones: does the text end?"""
+
+    @property
+    def fed(self) -> list[int]:
+        """The tokens that decode steps are fed. What follows the last one counts only of an item that ends."""
+        return self.right if self.ends else self.right[:-1]
 
     def __len__(self) -> int:
         """Tokens at its end."""
@@ -131,7 +138,7 @@ def chain_suite(encoder: Encoder, sizes: Sizes) -> Suite:
 
     def problem(index: int, facts: int) -> Item:
         chain = make_chain(random.Random(f"{sizes.seed}/{index}"), num_facts=facts, num_steps=sizes.steps)
-        return split(encoder, chain.prompt, f" {chain.solution}")
+        return replace(split(encoder, chain.prompt, f" {chain.solution}"), ends=True)
 
     def longest(facts: int) -> int:
         return max(len(problem(index, facts)) for index in range(sizes.items))

@@ -95,6 +95,17 @@ def test_a_part_scores_as_items_one_by_one(checkpoint: Checkpoint, suites: list[
         )
 
 
+def test_of_an_item_that_ends_what_full_attention_says_behind_it_counts(checkpoint: Checkpoint) -> None:
+    method, prompt, right = method_of("lessismore", BUDGET, (1,)), tokens(40, 5), tokens(8, 6)
+    dense = checkpoint.decode(checkpoint.prefill(prompt), right, Full(), rows=64).logits
+    longer = [*right, int(dense[-1].argmax())]
+    scores = [
+        Part(checkpoint, [Suite("c", "chains", (item,))], rows=5, done=lambda _: None).score(method)
+        for item in (Item(prompt, right, ends=True), Item(prompt, longer))
+    ]
+    assert scores[0] == scores[1] and scores[0][0].tokens == len(right)
+
+
 def test_coverage_is_attention_that_lies_in_the_sets(checkpoint: Checkpoint) -> None:
     """Two layers of one step, whose attention and sets are computed here."""
     torch.manual_seed(3)

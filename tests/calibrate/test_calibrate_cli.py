@@ -163,7 +163,7 @@ def test_equal_commands_write_equal_files_and_keep_them(tiny, small, tmp_path, c
         of_budget = [row for row in rows if row["budget"] == str(entry.budget)]
         searched = [row for row in of_budget if row["part"] == "search"]
         # Spaced layers of four: 2 alone.
-        assert entry.measured["beside"]["spaced default"]["selection_layers"] == [2]
+        assert entry.measured["beside"]["spaced default"]["selection_layers"] == [1]
         within = [row for row in searched if float(row["full_reads"]) <= 2.5 and row["keeps"] == "True"]
         least = min(float(row["kl"]) for row in within)
         layers = "-".join(map(str, entry.selection_layers))

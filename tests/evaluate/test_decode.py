@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from sgl_lim.evaluate.checkpoint import Checkpoint, Prompt, check_config, load
-from sgl_lim.evaluate.choices import FULL, ROUNDING, method_of
+from sgl_lim.evaluate.choices import FULL, ROUNDING, Choice, method_of
 from sgl_lim.evaluate.items import Item, Suite
 from sgl_lim.evaluate.measure import measure
 from sgl_lim.evaluate.step_rows import UnsupportedModel
@@ -124,6 +124,21 @@ def test_one_pass_is_decode_but_for_rounding(tokens: list[int]) -> None:
         again.perplexity == pytest.approx(full.perplexity, rel=1e-3) and again.attended_tokens == full.attended_tokens
     )
     assert Checkpoint(tiny("llama").bfloat16(), None).rounds and not Checkpoint(tiny("llama"), None).rounds
+
+
+def test_of_an_item_that_ends_what_full_attention_says_behind_it_counts(
+    checkpoint: Checkpoint, tokens: list[int]
+) -> None:
+    prompt, right = tokens[:80], tokens[80:110]
+    said = int(checkpoint.decode(checkpoint.prefill(prompt), right, Full(), rows=64).logits[-1].argmax())
+    choices = [Choice("lessismore", method_of("lessismore", 32, (1,)))]
+    ends, longer = (
+        measure(checkpoint, Suite("s", "chains", (item,)), choices, rows=32, done=lambda _: None)
+        for item in (Item(prompt, right, ends=True), Item(prompt, [*right, said]))
+    )
+    for one, other in zip(ends, longer, strict=True):
+        assert (one.tokens, one.right, one.perplexity) == (31, other.right, other.perplexity)
+        assert (one.agreement.value, one.overlap) == (other.agreement.value, other.overlap)
 
 
 @pytest.mark.parametrize("spec", ["lessismore:aggregate=max", "quest"])
