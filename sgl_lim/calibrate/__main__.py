@@ -2,6 +2,10 @@
 
 import sys
 
-from sgl_lim.calibrate.cli import main
+from sgl_lim import command
 
-sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":
+    command.announce("sgl_lim.calibrate")
+    from sgl_lim.calibrate.cli import main
+
+    command.run(lambda: main(sys.argv[1:]))
