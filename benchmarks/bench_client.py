@@ -1,6 +1,7 @@
 """SGLang's own `bench_serving` as the client, its result in our figures."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from typing import Any
 
 from benchmarks.closed_loop import LoadError
 from benchmarks.figures import Figures
+from sgl_lim.programs import api_key, proxies
 
 
 def run_bench_serving(
@@ -44,10 +46,19 @@ def run_bench_serving(
         command += ["--random-input-len", str(input_len), "--random-output-len", str(output_len)]
         command += ["--num-prompts", str(requests), "--max-concurrency", str(concurrency), "--seed", str(seed)]
         command += ["--warmup-requests", str(warmup), "--flush-cache", "--disable-tqdm", "--output-file", str(result)]
-        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        proxies.keep_direct(url)
+        run = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **_key()}
+        )
         if run.returncode or not result.exists():
             raise LoadError(f"bench_serving ended with {run.returncode}\n{run.stdout[-4000:]}")
         return read_result(json.loads(result.read_text().splitlines()[-1]), requests, output_len)
+
+
+def _key() -> dict[str, str]:
+    """The variable by which `bench_serving` takes a key; none without a key."""
+    key = api_key.effective(None)
+    return {} if key is None else {"OPENAI_API_KEY": key}
 
 
 def read_result(result: Mapping[str, Any], requests: int, output_len: int) -> Figures:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
+from sgl_lim.programs import api_key, proxies
+
 _COUNT = b'"completion_tokens":'
 _NUMBER = re.compile(rb"\s*(\d+)")
 _EVENT = b"data: {"
@@ -126,9 +128,12 @@ async def _run(url: str, bodies: list[tuple[bytes, int]], concurrency: int, time
     async def client(session: aiohttp.ClientSession) -> None:
         for body, output_len in waiting:
             generations.append(Generation(time.monotonic()))
-            await _generate(session, url, body, output_len, generations[-1])
+            await _generate(session, url, proxy, body, output_len, generations[-1])
 
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=no_limits) as session:
+    proxy = proxies.proxy_of(url)
+    headers = {"Content-Type": "application/json", **api_key.headers(None)}
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=no_limits, headers=headers) as session:
         begun, computed = time.monotonic(), time.process_time()
         clients = [asyncio.create_task(client(session)) for _ in range(concurrency)]
         finished, running = await asyncio.wait(clients, timeout=time_limit, return_when=asyncio.FIRST_EXCEPTION)
@@ -143,13 +148,15 @@ async def _run(url: str, bodies: list[tuple[bytes, int]], concurrency: int, time
 
 
 async def _generate(
-    session: aiohttp.ClientSession, url: str, body: bytes, output_len: int, generation: Generation
+    session: aiohttp.ClientSession, url: str, proxy: str | None, body: bytes, output_len: int, generation: Generation
 ) -> None:
     reader, received = ChunkReader(), 0
     try:
-        async with session.post(url, data=body, headers={"Content-Type": "application/json"}) as response:
+        async with session.post(url, data=body, proxy=proxy) as response:
             if response.status != 200:
-                raise LoadError(f"{url}: HTTP {response.status}: {(await response.text())[:500]}")
+                advice = api_key.advice(response.status, had_key="Authorization" in session.headers)
+                said = (await response.text())[:500]
+                raise LoadError(f"{url}{proxies.through(url)}: HTTP {response.status}: {said}{advice}")
             async for data in response.content.iter_any():
                 tokens = reader.feed(data)
                 if tokens is not None and tokens > received:
@@ -157,7 +164,9 @@ async def _generate(
                     generation.times.append(time.monotonic())
                     generation.tokens.append(tokens)
     except aiohttp.ClientError as error:
-        raise LoadError(f"{url}: the connection broke after {received} tokens ({error!r})") from error
+        raise LoadError(
+            f"{url}{proxies.through(url)}: the connection broke after {received} tokens ({error!r})"
+        ) from error
     if received != output_len:
         raise LoadError(f"{url}: a request ended after {received} of {output_len} tokens; the server's log says why")
     generation.ended = time.monotonic()

@@ -48,6 +48,7 @@ from torch import Tensor
 from benchmarks.decode_step_worker import Outcome, work
 from benchmarks.forest import Forest
 from benchmarks.results_file import append_rows, require_columns
+from sgl_lim import command
 from sgl_lim.methods import LessIsMore
 from sgl_lim.settings.config import ENV, LimConfig, RefusedConfig, configure
 
@@ -324,4 +325,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

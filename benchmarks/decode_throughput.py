@@ -17,7 +17,6 @@ import random
 import statistics
 import sys
 import time
-import urllib.request
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -27,7 +26,9 @@ from typing import Any
 from benchmarks.machine import machine_line
 from benchmarks.results_file import append_rows
 from benchmarks.targets import add_target_flags, chosen_targets, endpoint, log_folder
-from sgl_lim.programs.endpoint import request_json
+from sgl_lim import command
+from sgl_lim.programs.endpoint import EndpointError, asked, request_json
+from sgl_lim.programs.server_process import ServerFailed
 from sgl_lim.tasks.chains import generate_chains, parse_answer
 
 
@@ -51,10 +52,9 @@ def solve_chains(url: str, count: int, facts: int, steps: int) -> list[str | Non
 def stream(url: str, prompt: list[int], new_tokens: int) -> list[tuple[float, int]]:
     """When (seconds, monotonic) and how many tokens one streamed generation had, chunk by chunk."""
     body = {"input_ids": prompt, "sampling_params": greedy(new_tokens, ignore_eos=True), "stream": True}
-    request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"})
     chunks = []
-    with urllib.request.urlopen(request, timeout=1800) as answer:
-        for line in answer:
+    with asked(f"{url}/generate", body, timeout=1800, stream=True) as answer:
+        for line in answer.iter_lines(chunk_size=1 << 16):
             if line.startswith(b"data: {"):
                 meta = json.loads(line[len(b"data: ") :])["meta_info"]
                 chunks.append((time.monotonic(), int(meta["completion_tokens"])))
@@ -91,9 +91,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     targets, logs = chosen_targets(parser, args), log_folder(args)
-    with ExitStack() as stack:
-        servers = {target.name: stack.enter_context(endpoint(target, logs, args.start_timeout)) for target in targets}
-        rows = measure(args, servers)
+    try:
+        with ExitStack() as stack:
+            started = {one.name: stack.enter_context(endpoint(one, logs, args.start_timeout)) for one in targets}
+            rows = measure(args, started)
+    except (EndpointError, ServerFailed) as error:
+        raise SystemExit(f"error: {error}") from None
     if args.output:
         append_rows(args.output, list(rows[0]), rows)
 
@@ -131,4 +134,4 @@ def measure(args: argparse.Namespace, servers: Mapping[str, str]) -> list[dict[s
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -43,6 +43,7 @@ from benchmarks.kernel_operands import Dense, GraphTimer, Shape, TopK, load_fa3,
 from benchmarks.kernel_sections import COLUMNS, DTYPES, SECTIONS, Bench, Case, Row
 from benchmarks.machine import machine_line
 from benchmarks.results_file import append_rows, require_columns
+from sgl_lim import command
 
 QUICK_REPLAYS = 3
 _NAMES = ("section", "op", "implementation", "batch", "context", "prefixes", "aggregate")
@@ -173,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -6,6 +6,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from sgl_lim import command
+
 
 def machine_line() -> str:
     """Device, driver, versions and commit, separated by `; `."""
@@ -55,4 +57,4 @@ def _commit() -> str:
 
 
 if __name__ == "__main__":
-    print(machine_line())
+    command.run(lambda: print(machine_line()))

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sgl_lim import command
+
 Row = dict[str, str]
 # Okabe and Ito's colours, told apart with any colour vision; the baseline is grey.
 COLOURS = ["#444444", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -104,12 +106,19 @@ def machines(rows: list[Row]) -> str:
     return " | ".join(dict.fromkeys(filter(None, found)))
 
 
-def new_figure(panels: int, caption: str) -> tuple[Any, list[Any]]:
-    """A figure with `panels` axes side by side. Raises SystemExit if matplotlib is missing."""
+def require_matplotlib() -> None:
+    """Raises SystemExit, with the command that installs it, if matplotlib is missing or does not load."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SystemExit("plotting needs matplotlib: pip install '.[bench]'") from None
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        install = command.how_to_install("matplotlib")
+        raise SystemExit(f"plotting needs matplotlib ({error}); install it with: {install}") from None
+
+
+def new_figure(panels: int, caption: str) -> tuple[Any, list[Any]]:
+    """A figure with `panels` axes side by side."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5.2 * max(panels, 1.7), 4.2), dpi=150, layout="constrained")
     axes = [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
     for ax in axes:
@@ -290,6 +299,7 @@ def main(argv: list[str] | None = None) -> None:
             figure.add_argument("--column", default="whole", help="the CSV's column of shares")
             figure.add_argument("--methods", type=lambda t: t.split(","), default=(), help="by commas; default: all")
     args = parser.parse_args(argv)
+    require_matplotlib()
     rows = read_rows(args.csv)
     if args.figure == "decode":
         drawn = decode_figure(rows, args.batch, args.context)
@@ -304,4 +314,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

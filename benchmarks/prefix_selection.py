@@ -32,6 +32,7 @@ from torch import Tensor
 from benchmarks.machine import machine_line
 from benchmarks.results_file import append_rows, require_columns
 from lim_kernels import Scaling
+from sgl_lim import command
 from sgl_lim.methods import Full, HeadsOfRank, LessIsMore, Method, SharedSets
 from sgl_lim.serving.kept_sets import KeptSets
 from sgl_lim.serving.layer import LayerDecode, LayerInput
@@ -232,4 +233,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

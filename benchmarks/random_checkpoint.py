@@ -18,6 +18,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sgl_lim import command
+
 
 def write(shape: Path, folder: Path, seed: int, device: str) -> None:
     """Initialise a model of the shape in `shape`/config.json, in bfloat16, and save it in `folder` with a tokenizer."""
@@ -57,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -5,13 +5,13 @@ import os
 import shlex
 import sys
 import tempfile
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sgl_lim.programs.endpoint import EndpointError
+from sgl_lim.programs import api_key
+from sgl_lim.programs.endpoint import EndpointError, asked
 from sgl_lim.programs.server_process import Launch, launch_command, running_server
 from sgl_lim.settings.kept_calibration import FOLDER_ENV
 
@@ -54,9 +54,10 @@ def flush_cache(url: str) -> None:
         EndpointError: the server did not, for instance because other clients' requests run.
     """
     try:
-        urllib.request.urlopen(f"{url}/flush_cache?timeout=60", data=b"", timeout=90).close()
-    except OSError as error:
-        raise EndpointError(f"{url}/flush_cache: {error}; do other clients use the server?") from error
+        with asked(f"{url}/flush_cache?timeout=60", method="POST", timeout=90):
+            pass
+    except EndpointError as error:
+        raise EndpointError(f"{error}; do other clients use the server?") from error
 
 
 def add_target_flags(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +66,7 @@ def add_target_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server", action="append", default=[], metavar="NAME=ARGUMENTS", help="a server to start")
     parser.add_argument("--common", default="", metavar="ARGUMENTS", help="launch arguments of all servers to start")
     parser.add_argument("--logs", type=Path, help="folder of the servers' logs (default: a new temporary one)")
+    api_key.add_flag(parser)
     parser.add_argument("--start-timeout", type=float, default=900, metavar="S")
 
 
@@ -76,7 +78,11 @@ def chosen_targets(
     Args:
         parser, args: with the flags of `add_target_flags`.
         more: launch arguments behind `--common`, for all servers to start.
+
+    The key of `--api-key` goes into this process's environment, where every client finds it.
     """
+    if args.api_key is not None:
+        os.environ[api_key.VARIABLES[0]] = args.api_key
     if bool(args.endpoints) == bool(args.server):
         parser.error("give running servers as NAME=URL, or servers to start with --server; one of the two")
     named = [entry.partition("=") for entry in args.endpoints or args.server]

@@ -38,6 +38,7 @@ from benchmarks.load_spec import LoadSpec, add_load_flags, chosen_loads
 from benchmarks.machine import machine_line_apart
 from benchmarks.results_file import append_rows, markdown, ratio, require_columns, rounded
 from benchmarks.targets import add_target_flags, chosen_targets, endpoint, flush_cache, log_folder
+from sgl_lim import command
 from sgl_lim.programs.endpoint import EndpointError, server_info
 from sgl_lim.programs.server_process import ServerFailed
 from sgl_lim.programs.server_stats import attended_fraction, parse_server_info
@@ -205,4 +206,4 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

@@ -31,6 +31,7 @@ from benchmarks.load_spec import positive
 from benchmarks.machine import machine_line_apart
 from benchmarks.results_file import append_rows, markdown, ratio, require_columns, rounded
 from benchmarks.targets import add_target_flags, chosen_targets, endpoint, flush_cache, log_folder
+from sgl_lim import command
 from sgl_lim.programs.endpoint import EndpointError, count_tokens, server_info
 from sgl_lim.programs.run_records import Generation
 from sgl_lim.programs.server_process import ServerFailed
@@ -246,4 +247,4 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

@@ -33,6 +33,7 @@ from benchmarks.prefix_selection import Pool, decoder_of, forward, siblings
 from benchmarks.results_file import append_rows, require_columns
 from lim_kernels import decide_actions, keep_sets
 from lim_kernels.row_actions import EARLY, RECALL, SELECT
+from sgl_lim import command
 from sgl_lim.methods import Keeping, LessIsMore, SharedSets
 from sgl_lim.serving.counters import Counters
 from sgl_lim.serving.kept_sets import KeptSets
@@ -218,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,1 +1,1 @@
-"""Selection layers measured on a model: what a set chosen at one layer covers of the attention of later layers."""
+"""Finds the layers that should select on a checkpoint, by what the model says with them."""

@@ -2,8 +2,10 @@
 
 import sys
 
+from sgl_lim import command
+
 if __name__ == "__main__":
-    # SGLang's spawned processes import this file too, and need none of it.
+    command.announce("sgl_lim.calibrate")
     from sgl_lim.calibrate.cli import main
 
-    sys.exit(main(sys.argv[1:]))
+    command.run(lambda: main(sys.argv[1:]))

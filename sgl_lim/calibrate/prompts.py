@@ -6,16 +6,10 @@ from typing import Any
 
 from sgl_lim.programs.problems import DEFAULT_PROMPT_TEMPLATE, PLACEHOLDER
 from sgl_lim.tasks import jsonl
-from sgl_lim.tasks.chains import generate_chains
 
 
 class PromptError(ValueError):
     """Prompts cannot be used; the message names the flag, the file and what to change."""
-
-
-def chain_prompts(count: int, *, num_facts: int, num_steps: int, seed: int) -> list[str]:
-    """Generated chains; prompt `i` depends on the sizes and `(seed, i)` only."""
-    return [chain.prompt for chain in generate_chains(count, num_facts=num_facts, num_steps=num_steps, seed=seed)]
 
 
 def file_prompts(paths: Iterable[Path]) -> list[str]:

@@ -1,82 +1,89 @@
-"""What a calibration shows: the recall matrix as text, as CSV and as a heat map."""
+"""What a calibration prints: a small table, and last of all the choice and what it loses."""
 
-import csv
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from sgl_lim.calibrate.recording import Recording
-from sgl_lim.calibrate.search import Choice, Recall
-from sgl_lim.settings.preset_file import PresetFile
-
-CSV_FIELDS = ("budget", "chosen_at", "read_at", "coverage", "rows")
+from sgl_lim.calibrate.candidates import Candidate
+from sgl_lim.calibrate.job import Job, Result
+from sgl_lim.calibrate.outcome import Outcome, Retrieval
 
 
-def matrix_text(recall: Recall) -> str:
-    """The recall matrix in whole percent; a row is the layer that chose, a column the layer that reads."""
-    depth = len(recall)
-    lines = ["set of   " + "".join(f"{j:4d}" for j in range(depth)) + "   <- attention of layer"]
-    for i, row in enumerate(recall):
-        cells = "".join("   ." if j < i else f"{100 * share:4.0f}" for j, share in enumerate(row))
-        lines.append(f"layer {i:2d} {cells}")
-    return "\n".join(lines)
-
-
-def choice_text(choice: Choice, depth: int) -> str:
-    """One line: layers, mean, weighted and lowest coverage."""
-    sparse = depth - choice.selection_layers[0] - len(choice.selection_layers)
-    return (
-        f"selection layers {','.join(map(str, choice.selection_layers))}: {choice.coverage:.2%} of the attention of "
-        f"{sparse} sparse layers ({choice.weighted_coverage:.2%} weighted by depth), "
-        f"least at layer {choice.lowest_layer}: {choice.lowest:.2%}"
+def table(result: Result, job: Job) -> str:
+    """The choice, what a server would take otherwise, what more and less would buy, and the frontier."""
+    tasks = list(result.chosen.retrieval)
+    lines = [["", "layers", "attends", "full reads", "KL", "agreement", *tasks]]
+    rows = {"chosen": result.chosen, **result.named}
+    shown = [*rows.items(), *(("frontier", one) for one in result.frontier if one not in rows.values())]
+    for name, one in shown:
+        lines.append([name, *_cells(one, tasks)])
+    lines.append(["full attention", "", "", f"{job.space.depth}", "0", "100%", *_full(result.chosen, tasks)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    what = "text" if any(name != "chains" for name in result.chosen.by_suite) else "chains"
+    head = (
+        f"budget {result.budget}, contexts of {job.sizes.context} tokens: {result.chosen.tokens} decoded tokens of "
+        f"{what} that were held out, with 95% intervals"
     )
+    return "\n".join([head, *text])
 
 
-def write_csv(path: Path, recording: Recording) -> None:
-    """One row for each budget, layer that chose and layer that reads. Raises OSError."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(CSV_FIELDS)
-        for budget, recall in recording.recall.items():
-            for i, row in enumerate(recall):
-                for j in range(i, len(row)):
-                    writer.writerow((budget, i, j, f"{row[j]:.6f}", recording.rows[budget]))
-
-
-def draw_heat_map(path: Path, recall: Mapping[int, Recall], preset: PresetFile, title: str) -> None:
-    """A panel for each budget, with the preset's choice.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        OSError: `path` cannot be written.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    depth = preset.num_layers
-    figure, axes = pyplot.subplots(
-        1, len(recall), squeeze=False, figsize=(4 * len(recall) + 1, 4.6), layout="constrained"
-    )
-    for axis, entry in zip(axes[0], preset.entries, strict=True):
-        shown = axis.imshow(_upper(recall[entry.budget]), vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-        for layer in entry.selection_layers:
-            axis.axhline(layer, color="red", linewidth=0.8)
-        layers = ", ".join(map(str, entry.selection_layers))
-        axis.set_title(
-            f"budget {entry.budget}: layers {layers} cover {entry.measured['coverage']:.1%}, plain mean", fontsize=9
+def conclusion(result: Result, job: Job) -> str:
+    """Sentences: what was chosen, what it loses, and what the others lose."""
+    chosen, budget = result.chosen, result.budget
+    found = [
+        f"Budget {budget}: layers {_layers(chosen.candidate)} select and attend to {_attended(chosen.candidate)}. A "
+        f"step reads as much as {chosen.candidate.full_reads:g} of {job.space.depth} layers whole, beside the sets. "
+        f"{_loss(chosen)}"
+    ]
+    found += [f"{_named(name)}, {_layers(one.candidate)}: {_loss(one)}" for name, one in result.named.items()]
+    if not chosen.keeps:
+        found.append(
+            "What was chosen does not keep needles and chains as it should: allow more with --reads, or take a larger "
+            "--budgets."
         )
-        axis.set_xlabel("attention of layer")
-        ticks = range(0, depth, max(1, depth // 12))
-        axis.set_xticks(ticks)
-        axis.set_yticks(ticks)
-    axes[0][0].set_ylabel("set chosen at layer")
-    figure.suptitle(title, fontsize=10)
-    figure.colorbar(shown, ax=list(axes[0]), label="share of attention covered", shrink=0.8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return "\n".join(found)
 
 
-def _upper(recall: Recall) -> Sequence[Sequence[float]]:
-    """The matrix with NaN, which is left blank, where a layer would read what a later one chose."""
-    return [[share if j >= i else float("nan") for j, share in enumerate(row)] for i, row in enumerate(recall)]
+def _cells(one: Outcome, tasks: Sequence[str]) -> list[str]:
+    error = "" if one.divergence_error is None else f" ±{1.96 * one.divergence_error:.3f}"
+    share = one.agreement
+    return [
+        ",".join(map(str, one.candidate.layers)),
+        one.candidate.attends,
+        f"{one.candidate.full_reads:g}",
+        f"{one.divergence:.3f}{error}",
+        f"{100 * share.value:.1f}% [{100 * share.low:.1f}, {100 * share.high:.1f}]",
+        *(_right(one.retrieval[task]) if task in one.retrieval else "-" for task in tasks),
+    ]
+
+
+def _right(one: Retrieval) -> str:
+    return f"{round(one.right.value * one.items)} of {one.items}"
+
+
+def _full(chosen: Outcome, tasks: Sequence[str]) -> list[str]:
+    return [f"{round(one.full * one.items)} of {one.items}" for task in tasks if (one := chosen.retrieval[task])]
+
+
+def _layers(candidate: Candidate) -> str:
+    return ",".join(map(str, candidate.layers))
+
+
+def _attended(candidate: Candidate) -> str:
+    return "the sets that they choose" if candidate.attends == "set" else "the whole context"
+
+
+def _named(name: str) -> str:
+    return name[0].upper() + name[1:]
+
+
+def _loss(one: Outcome) -> str:
+    """What is lost, in one sentence."""
+    suites = ""
+    if len(one.by_suite) > 1:
+        suites = " (" + ", ".join(f"{name} {100 * share:.1f}%" for name, share in one.by_suite.items()) + ")"
+    found = [f"{100 * one.agreement.value:.1f}% of next tokens are those of full attention{suites}"]
+    found += [
+        f"{_right(retrieval)} {task} are right, densely {round(retrieval.full * retrieval.items)}"
+        for task, retrieval in one.retrieval.items()
+    ]
+    return "; ".join(found) + "."

@@ -1,112 +1,123 @@
-"""Which layers should select: the best choice there is, by dynamic programming over layers in exact arithmetic.
+"""Which layers to try next, by what their sets miss of the attention of the layers that read them.
 
-An early layer's error is carried through all later ones, so coverage is weighted by depth: measured on a model of ours,
-layers chosen so agree with full attention on 94.6% of tokens, those of the plain mean on 90.9% (docs/calibration.md).
+What a layer misses does not say what that costs: some layers hardly matter, and errors of early ones are carried
+through all later ones. So each layer has a weight. It begins with the number of layers from it on, and is fitted to the
+divergences of the candidates that were tried; the best candidates by the fit are tried next.
 """
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sgl_lim.calibrate.candidates import Candidate
 
 Recall = Sequence[Sequence[float]]
-"""[layers][layers]: `[i][j]`, i < j, is the share of layer j's attention that the set of layer i covers."""
+"""[layers][layers]: `[i][j]`, i <= j, is the share of layer j's attention that the set of layer i covers."""
+
+_TRUST = 0.003
+"""How strongly the fit holds to the weights that it began with: so much as so many candidates contradict it."""
+_SWEEPS = 200
+"""Of coordinate descent."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Selection layers and what their sets cover."""
+class Model:
+    """A candidate's expected divergence: the weighted sum of what its layers miss."""
 
-    selection_layers: tuple[int, ...]
-    weighted_coverage: float
-    """Mean share of attention covered, over the sparse layers, each weighted by the number of layers from it on."""
-    coverage: float
-    """Their plain mean."""
-    lowest: float
-    """The share covered at the sparse layer that is covered least."""
-    lowest_layer: int
+    missed: NDArray[np.float64]  # [layers, layers], [i, j] for i <= j
+    weights: NDArray[np.float64]  # [layers], not negative
 
+    @classmethod
+    def by_depth(cls, recall: Recall) -> "Model":
+        """Before anything was tried: each layer by the number of layers from it on."""
+        depth = len(recall)
+        return cls(1.0 - np.asarray(recall, dtype=np.float64), np.arange(depth, 0.0, -1.0) / depth)
 
-def best_layers(recall: Recall, *, selections: int, max_dense: int) -> Choice:
-    """The `selections` layers whose sets cover most, in the mean over all sparse layers weighted by depth.
+    def expected(self, candidate: Candidate) -> float:
+        """Divergence by this model, in nats once it was fitted."""
+        return float(self._features(candidate) @ self.weights)
 
-    Sparse layers are those after the first selection layer that do not select; each reads the set of the last selection
-    layer before it, and layer l of `depth` layers has the weight depth - l. Layers before the first selection layer, at
-    most `max_dense`, are dense. Of choices that cover equally much the one with the fewest dense layers wins, then the
-    one whose layers come earliest. Sums are exact, so the result is the best, whatever the order of summation.
+    def fitted(self, tried: Iterable[tuple[Candidate, float]]) -> "Model":
+        """With weights for these divergences, each counted by its ratio to the expected one."""
+        found = list(tried)
+        divergences = np.array([max(divergence, 1e-6) for _, divergence in found])
+        # Column j is layer j's part of the divergence, if its weight were the old one.
+        parts = np.stack([self._features(candidate) for candidate, _ in found]) * self.weights / divergences[:, None]
+        scale = 1.0 / max(float(np.median(parts.sum(1))), 1e-12)
+        factors = _descend(parts * scale, trust=_TRUST)
+        return Model(self.missed, self.weights * scale * factors)
 
-    Raises:
-        ValueError: no choice leaves a sparse layer.
-    """
-    depth = len(recall)
-    if selections < 1 or max_dense < 0 or selections >= depth:
-        raise ValueError(f"{selections} selections leave no sparse layer in {depth} layers, or are none")
-    # The sum of the weights depends on the choice as well: Dinkelbach's iteration, which ends where nothing is gained.
-    reached, gain = Fraction(0), Fraction(1)
-    while gain:
-        layers, gain = _most_above(reached, recall, selections, max_dense)
-        reached += gain / sum(_weight(j, depth) for j in _sparse(layers, depth))
-    return measure(recall, layers)
+    def best(self, attends: str, *, dense: range, most: int) -> list[Candidate]:
+        """The best candidate for each number of dense layers and each of 1 … `most` selections."""
+        depth = len(self.weights)
+        cost = self.weights * self.missed
+        own = np.diag(cost) if attends == "set" else np.zeros(depth)
+        # [i, e]: what layers i < j < e miss of the set of layer i.
+        spans = np.zeros((depth, depth + 1))
+        spans[:, 1:] = np.cumsum(np.triu(cost, k=1), axis=1)
+        totals = own + spans[:, depth]
+        chains: list[tuple[int, ...]] = [(i,) for i in range(depth)]
+        found: list[Candidate] = []
+        for count in range(1, most + 1):
+            if count > 1:
+                totals, chains = _one_more(own, spans, totals, chains)
+            found += [Candidate(chains[i], attends) for i in dense if np.isfinite(totals[i])]
+        return [one for one in found if one.layers[0] + len(one.layers) < depth]
 
-
-def measure(recall: Recall, selection_layers: tuple[int, ...]) -> Choice:
-    """What these selection layers cover.
-
-    Raises:
-        ValueError: they leave no sparse layer, or are not increasing layers of the model.
-    """
-    depth = len(recall)
-    increasing = all(a < b for a, b in itertools.pairwise((-1, *selection_layers, depth)))
-    sparse = _sparse(selection_layers, depth) if increasing else []
-    if not sparse:
-        raise ValueError(f"selection layers {selection_layers} leave no sparse layer in {depth} layers")
-    covered = [(recall[max(i for i in selection_layers if i < j)][j], j) for j in sparse]
-    lowest, layer = min(covered)
-    mean = sum(Fraction(share) for share, _ in covered) / len(covered)
-    weighted = sum(_weight(j, depth) * Fraction(share) for share, j in covered) / sum(_weight(j, depth) for j in sparse)
-    return Choice(selection_layers, float(weighted), float(mean), lowest, layer)
-
-
-def _weight(layer: int, depth: int) -> int:
-    """The number of layers that what this one misses goes through, itself included."""
-    return depth - layer
+    def _features(self, candidate: Candidate) -> NDArray[np.float64]:
+        """[layers]: what each layer misses under a candidate."""
+        layers, depth = candidate.layers, len(self.weights)
+        found = np.zeros(depth)
+        for first, end in zip(layers, (*layers[1:], depth), strict=True):
+            found[first + 1 : end] = self.missed[first, first + 1 : end]
+            if candidate.attends == "set":
+                found[first] = self.missed[first, first]
+        return found
 
 
-def _sparse(selection_layers: tuple[int, ...], depth: int) -> list[int]:
-    return [j for j in range(selection_layers[0], depth) if j not in selection_layers]
+def neighbours(candidate: Candidate, depth: int, max_dense: int) -> list[Candidate]:
+    """Candidates that differ by one selection layer: moved by one or two, dropped, or added."""
+    layers = set(candidate.layers)
+    found = [layers - {layer} for layer in layers]
+    found += [layers - {layer} | {layer + by} for layer in layers for by in (-2, -1, 1, 2)]
+    found += [layers | {layer} for layer in range(depth)]
+    made = {tuple(sorted(one)) for one in found if one and one != layers}
+    fits = (one for one in made if 0 <= one[0] <= max_dense and one[-1] < depth and one[0] + len(one) < depth)
+    return [Candidate(one, candidate.attends) for one in sorted(fits)]
 
 
-def _most_above(reached: Fraction, recall: Recall, selections: int, max_dense: int) -> tuple[tuple[int, ...], Fraction]:
-    """Layers with the largest weighted sum of what is covered above the share `reached`, and that sum.
-
-    Of equals the first: it has the fewest dense layers, and then the earliest layers.
-    """
-    depth = len(recall)
-    spans = _spans(recall, reached)
-    # From each layer on that selects, with as many selections to come: the largest sum, and who selects next.
-    totals = [span[depth] for span in spans]
-    choices: list[list[int]] = []
-    for _ in range(selections - 1):
-        # max keeps the first, hence earliest, of equals.
-        following = [
-            max(range(i + 1, len(totals)), key=lambda j, i=i: spans[i][j] + totals[j])  # type: ignore[misc]
-            for i in range(len(totals) - 1)
-        ]
-        totals = [spans[i][j] + totals[j] for i, j in enumerate(following)]
-        choices.append(following)
-    layers = [max(range(min(max_dense + 1, depth - selections)), key=totals.__getitem__)]
-    total = totals[layers[0]]
-    for following in reversed(choices):
-        layers.append(following[layers[-1]])
-    return tuple(layers), total
+def spaced(depth: int, max_dense: int, attends: str) -> list[Candidate]:
+    """Every third to eighth layer, from several first layers on; no layer would read what the last one chose."""
+    steps = ((step, first) for step in (3, 4, 5, 6, 8) for first in range(min(step, max_dense + 1)))
+    made = [tuple(range(first, depth - 1, step)) for step, first in steps]
+    return [Candidate(layers, attends) for layers in dict.fromkeys(made) if layers]
 
 
-def _spans(recall: Recall, reached: Fraction) -> list[list[Fraction]]:
-    """[layers][layers + 1]: `[i][e]`, weighted, what the set of layer i covers above `reached` in layers i < j < e."""
-    spans = []
-    for i, row in enumerate(recall):
-        sums = [Fraction(0)] * (i + 2)
-        for j in range(i + 1, len(row)):
-            sums.append(sums[-1] + _weight(j, len(row)) * (Fraction(row[j]) - reached))
-        spans.append(sums)
-    return spans
+def _one_more(
+    own: NDArray[np.float64], spans: NDArray[np.float64], totals: NDArray[np.float64], chains: list[tuple[int, ...]]
+) -> tuple[NDArray[np.float64], list[tuple[int, ...]]]:
+    """From each layer on, the best with one selection more than `totals` and `chains` have."""
+    depth = len(own)
+    better, longer = np.full(depth, np.inf), list(chains)
+    for i in range(depth - 1):
+        # argmin takes the first of equals.
+        following = spans[i, i + 1 : depth] + totals[i + 1 :]
+        j = i + 1 + int(np.argmin(following))
+        better[i], longer[i] = own[i] + following[j - i - 1], (i, *chains[j])
+    return better, longer
+
+
+def _descend(parts: NDArray[np.float64], *, trust: float) -> NDArray[np.float64]:
+    """Factors [layers], not negative, for which the rows of `parts` sum to about 1, near to 1 themselves."""
+    factors = np.ones(parts.shape[1])
+    rest = 1.0 - parts.sum(1)
+    curves = (parts**2).sum(0) + trust
+    for _ in range(_SWEEPS):
+        for j in range(len(factors)):
+            slope = parts[:, j] @ rest - trust * (factors[j] - 1.0)
+            moved = max(0.0, factors[j] + slope / curves[j])
+            rest -= parts[:, j] * (moved - factors[j])
+            factors[j] = moved
+    return factors

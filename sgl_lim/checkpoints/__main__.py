@@ -2,7 +2,9 @@
 
 import sys
 
+from sgl_lim import command
+
 if __name__ == "__main__":
     from sgl_lim.checkpoints.cli import main
 
-    sys.exit(main(sys.argv[1:]))
+    command.run(lambda: main(sys.argv[1:]))

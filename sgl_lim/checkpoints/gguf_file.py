@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sgl_lim import command
 from sgl_lim.checkpoints.catalogue import CheckpointError
 
 
@@ -17,7 +18,9 @@ class GgufFile:
         try:
             from gguf import GGUFReader
         except ImportError as error:
-            raise CheckpointError(f"{path.name} is read with gguf; pip install 'gguf>=0.19,<1'") from error
+            raise CheckpointError(
+                f"{path.name} is read with gguf ({error}); install it with: {command.how_to_install('gguf')}"
+            ) from error
         self._reader = GGUFReader(path)
         self._values: dict[str, Any] = {}  # lists of pieces take a while to decode
 

@@ -2,7 +2,10 @@
 
 import sys
 
+from sgl_lim import command
+
 if __name__ == "__main__":
+    command.announce("sgl_lim.evaluate")
     from sgl_lim.evaluate.cli import main
 
-    sys.exit(main(sys.argv[1:]))
+    command.run(lambda: main(sys.argv[1:]))

@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint in decode: a dense prompt, then known tokens as decode steps under any method."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,17 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgl_lim.evaluate.step_rows import INTERFACE, PromptPass, StepRows, UnsupportedModel, attention_interface, under_way
+from lim_kernels.page_bounds import PAGE
+from sgl_lim.evaluate.pool import Pool
+from sgl_lim.evaluate.step_rows import (
+    INTERFACE,
+    Pass,
+    PromptPass,
+    Rows,
+    StepRows,
+    UnsupportedModel,
+    attention_interface,
+    under_way,
+)
 from sgl_lim.methods import Method
+
+_WIDTHS = 64
+"""Tables of slots are as wide as a multiple of this, so that kernels meet few widths."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt in the cache."""
+    """A prompt in a pool."""
 
-    cache: Any  # transformers' DynamicCache, on the model's device
-    length: int
+    tokens: tuple[int, ...]
+    pool: Pool
+    slots: Tensor  # int64 [length], on the model's device
     logits: Tensor  # float32 [keep, vocab]: of the tokens after its last ones
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -31,7 +51,7 @@ class Decoded:
 
 
 class Checkpoint:
-    """A model and its tokenizer. The model's attention is `INTERFACE`, one sequence at a time."""
+    """A model and its tokenizer. The model's attention is `INTERFACE`."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         """Of a causal language model of transformers.
@@ -49,6 +69,11 @@ class Checkpoint:
     def depth(self) -> int:
         """Layers."""
         return self._text.num_hidden_layers
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self._text.num_attention_heads
 
     @property
     def rounds(self) -> bool:
@@ -72,58 +97,88 @@ class Checkpoint:
         return whole[: next(places, 0)]
 
     @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int], *, keep: int = 1) -> Prompt:
+    def prefill(self, tokens: Sequence[int], *, keep: int = 1, beside: Prompt | None = None, room: int = 0) -> Prompt:
         """Dense causal pass over a prompt, with the logits of its last `keep` tokens.
+
+        Args:
+            beside: a prompt whose pool this one joins, and whose slots it shares as far as both begin equally.
+            room: slots that a new pool will have in the end, if that is known.
 
         Raises:
             UnsupportedModel: the model's attention is not all by transformers' interface.
         """
-        from transformers import DynamicCache
-
-        dense, cache = PromptPass(), DynamicCache()
+        pool = Pool(room=room) if beside is None else beside.pool
+        shared = 0 if beside is None else shared_tokens(beside.tokens, tokens, len(tokens) - keep)
+        slots = pool.take(len(tokens) - shared, self.model.device)
+        if beside is not None:
+            slots = torch.cat((beside.slots[:shared], slots))
+        dense = PromptPass(pool, slots)
+        ids = torch.tensor(tokens[shared:], device=self.model.device)
+        positions = torch.arange(shared, len(tokens), device=self.model.device)
         with under_way(dense):
-            logits = self._logits(tokens, cache, first=0, keep=keep)
+            logits = self._logits(ids, positions, keep=keep)
         if dense.seen != set(range(self.depth)):
             raise UnsupportedModel(
                 f"{type(self.model).__name__}: {len(dense.seen)} of {self.depth} layers attend by transformers' "
                 "attention interface; all have to"
             )
-        return Prompt(cache, len(tokens), logits)
+        return Prompt(tuple(tokens), pool, slots, logits)
 
-    @torch.inference_mode()
     def decode(self, prompt: Prompt, fed: Sequence[int], method: Method, *, rows: int) -> Decoded:
         """Feed tokens [S] behind a prompt under a method, `rows` steps at once; the prompt stays as it was."""
-        parts = []
-        try:
-            for first in range(0, len(fed), rows):
-                parts.append(self._decode_rows(prompt, prompt.length + first, fed[first : first + rows], method))
-        finally:
-            prompt.cache.crop(prompt.length)
+        used = prompt.pool.used
+        parts = [self.step(prompt.pool, one, method) for one in self.rows_behind([(prompt, fed)], rows=rows)]
+        prompt.pool.used = used
         joined = (torch.cat([getattr(p, name) for p in parts]) for name in ("logits", "attended", "read"))
         return Decoded(*joined)
 
-    def _decode_rows(self, prompt: Prompt, before: int, fed: Sequence[int], method: Method) -> Decoded:
-        steps = StepRows(
-            method,
-            before=before,
-            rows=len(fed),
-            heads=self._text.num_attention_heads,
-            depth=self.depth,
-            device=self.model.device,
-        )
-        with under_way(steps):
-            logits = self._logits(fed, prompt.cache, first=before, keep=0)
-        return Decoded(logits, steps.attended(), steps.read())
+    def rows_behind(self, fed: Sequence[tuple[Prompt, Sequence[int]]], *, rows: int) -> list[Rows]:
+        """Tokens behind prompts of one pool, in order, at most `rows` at once; they get slots of their own.
 
-    def _logits(self, tokens: Sequence[int], cache: Any, *, first: int, keep: int) -> Tensor:
+        Methods that choose pages find them whole behind the pool's last prompt alone.
+        """
+        device, slots = self.model.device, []
+        ids: list[int] = []
+        # Of each row its sequence and its length.
+        places: list[tuple[int, int]] = []
+        for prompt, tokens in fed:
+            own = prompt.pool.take(len(tokens), device, go_on=int(prompt.slots[-1]) + 1 == prompt.pool.used)
+            slots.append(torch.cat((prompt.slots, own)).int())
+            ids += tokens
+            places += [(len(slots) - 1, len(prompt) + n + 1) for n in range(len(tokens))]
+        made = []
+        for first in range(0, len(ids), rows):
+            part = places[first : first + rows]
+            lens = torch.tensor([length for _, length in part], dtype=torch.int32, device=device)
+            width = -(-max(length for _, length in part) // _WIDTHS) * _WIDTHS
+            table = torch.zeros(len(part), width, dtype=torch.int32, device=device)
+            for row, (sequence, length) in enumerate(part):
+                table[row, :length] = slots[sequence][:length]
+            made.append(Rows(torch.tensor(ids[first : first + rows], device=device), table, lens))
+        return made
+
+    @torch.inference_mode()
+    def step(self, pool: Pool, rows: Rows, method: Method) -> Decoded:
+        """Rows of `rows_behind` under a method; those before them in their sequences ran already."""
+        steps = StepRows(method, pool, rows, heads=self.heads, depth=self.depth)
+        return Decoded(self.run(rows, steps), steps.attended(), steps.read())
+
+    @torch.inference_mode()
+    def run(self, rows: Rows, one: Pass) -> Tensor:
+        """Logits float32 [R, vocab] of the tokens after the rows, with attention by a pass."""
+        with under_way(one):
+            return self._logits(rows.ids, (rows.lens - 1).long(), keep=0)
+
+    def _logits(self, ids: Tensor, positions: Tensor, *, keep: int) -> Tensor:
         """float32 logits [S, vocab] of the last `keep` tokens, or with 0 of all."""
-        device = self.model.device
-        ids = torch.tensor([list(tokens)], device=device)
-        positions = torch.arange(first, first + len(tokens), device=device)[None]
-        found = self.model(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep
-        )
+        found = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep)
         return found.logits[0].float()
+
+
+def shared_tokens(one: Sequence[int], other: Sequence[int], most: int) -> int:
+    """Leading tokens that are equal, at most so many and in whole pages."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return min(sum(1 for _ in pairs), most) // PAGE * PAGE
 
 
 def load_config(path: str) -> Any:

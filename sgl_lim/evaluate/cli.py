@@ -98,7 +98,7 @@ def _suites(options: Options, checkpoint: Checkpoint, texts: dict[str, list[str]
 
 def _measure(options: Options, checkpoint: Checkpoint, suites: list[Suite], choices: list[Choice]) -> list[Row]:
     choices = measured(checkpoint, choices)
-    total = len(choices) * sum(len(item.right) - 1 for suite in suites for item in suite.items)
+    total = len(choices) * sum(len(item.fed) for suite in suites for item in suite.items)
     file, found, progress = CsvFile(options.output, _where(options, checkpoint)), [], Progress(total)
     try:
         progress.say(f"{total:,} tokens to decode: {len(choices)} choices on {', '.join(s.name for s in suites)}")

@@ -44,6 +44,13 @@ class Item:
     """Place in `right` of the first token that counts: those before it are given."""
     depth: int | None = None
     """One of `DEPTHS`, where a fact is hidden."""
+    ends: bool = False
+    """Whether one more token counts, the one that full attention says behind the right ones: does the text end?"""
+
+    @property
+    def fed(self) -> list[int]:
+        """The tokens that decode steps are fed. What follows the last one counts only of an item that ends."""
+        return self.right if self.ends else self.right[:-1]
 
     def __len__(self) -> int:
         """Tokens at its end."""
@@ -112,14 +119,14 @@ def _needle(encoder: Encoder, rng: random.Random, keys: int, depth: int, context
 
     def build(count: int, code: int) -> Item:
         prompt = f"{needle.text(prose[:count])}\n\nQuestion: {needle.question}\nAnswer:"
-        return _split(encoder, prompt, f" {needle.lead} {code}")
+        return split(encoder, prompt, f" {needle.lead} {code}")
 
     count = most_that_fits(lambda n: len(build(n, needle.code)), context, len(prose))
     if count < SHORTEST:
         raise ItemError(f"--context {context}: has no room for a hidden fact; raise it")
     # No digit of the other number is the right one.
     item, wrong = build(count, needle.code), build(count, 99_999 - needle.code)
-    return replace(item, scored_from=_common(item.right, wrong.right), depth=depth)
+    return replace(item, scored_from=common(item.right, wrong.right), depth=depth)
 
 
 def chain_suite(encoder: Encoder, sizes: Sizes) -> Suite:
@@ -131,7 +138,7 @@ def chain_suite(encoder: Encoder, sizes: Sizes) -> Suite:
 
     def problem(index: int, facts: int) -> Item:
         chain = make_chain(random.Random(f"{sizes.seed}/{index}"), num_facts=facts, num_steps=sizes.steps)
-        return _split(encoder, chain.prompt, f" {chain.solution}")
+        return replace(split(encoder, chain.prompt, f" {chain.solution}"), ends=True)
 
     def longest(facts: int) -> int:
         return max(len(problem(index, facts)) for index in range(sizes.items))
@@ -156,14 +163,14 @@ def most_that_fits(length: Callable[[int], int], room: int, most: int) -> int:
     return low
 
 
-def _split(encoder: Encoder, prompt: str, right: str) -> Item:
+def split(encoder: Encoder, prompt: str, right: str) -> Item:
     """An item of two texts, encoded as one, so that tokens are those of a text that goes on."""
     whole = encoder.encode(prompt + right)
-    cut = _common(whole, encoder.encode(prompt))
+    cut = common(whole, encoder.encode(prompt))
     return Item(encoder.beginning() + whole[:cut], whole[cut:])
 
 
-def _common(one: list[int], other: list[int]) -> int:
+def common(one: list[int], other: list[int]) -> int:
     """Leading tokens that are equal."""
     pairs = zip(one, other, strict=False)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

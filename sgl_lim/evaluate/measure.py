@@ -95,12 +95,12 @@ def measure(
             if choice == ROUNDING:
                 found = _in_one_pass(checkpoint, item)
             else:
-                found = checkpoint.decode(prompt, item.right[:-1], choice.method, rows=rows)
+                found = checkpoint.decode(prompt, item.fed, choice.method, rows=rows)
             logits = torch.cat((prompt.logits, found.logits))[item.scored_from :]
             dense = logits if dense is None else dense
             _add(tally, item, found, logits, dense)
             tally.seconds += time.monotonic() - begin
-            done(len(item.right) - 1)
+            done(len(item.fed))
     return [_row(suite, choice, tally) for choice, tally in zip(choices, tallies, strict=True)]
 
 
@@ -111,7 +111,7 @@ def measured(checkpoint: Checkpoint, choices: Sequence[Choice]) -> list[Choice]:
 
 def _in_one_pass(checkpoint: Checkpoint, item: Item) -> Decoded:
     """All steps of an item as transformers' own dense pass."""
-    fed = item.right[:-1]
+    fed = item.fed
     logits = checkpoint.prefill([*item.prompt, *fed], keep=len(fed)).logits
     lens = torch.arange(len(item.prompt) + 1, len(item.prompt) + len(fed) + 1, device=logits.device)
     return Decoded(logits, torch.ones_like(lens, dtype=torch.float32), lens.float())
@@ -120,6 +120,8 @@ def _in_one_pass(checkpoint: Checkpoint, item: Item) -> Decoded:
 def _add(tally: _Tally, item: Item, found: Decoded, logits: Tensor, dense: Tensor) -> None:
     """One item's figures. Logits [S, vocab] are those of scored tokens."""
     targets = torch.tensor(item.right[item.scored_from :], device=logits.device)
+    if item.ends:
+        targets = torch.cat((targets, dense[-1:].argmax(-1)))
     best = logits.argmax(-1)
     hits = best == targets
     tally.agreed.append((best == dense.argmax(-1)).float().mean().item())
@@ -138,8 +140,8 @@ def overlap(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _row(suite: Suite, choice: Choice, tally: _Tally) -> Row:
-    sizes = [len(item.right) - item.scored_from for item in suite.items]
-    contexts = [len(item.prompt) + len(item.right) / 2 for item in suite.items]
+    sizes = [len(item.right) + item.ends - item.scored_from for item in suite.items]
+    contexts = [len(item.prompt) + (len(item.fed) + 1) / 2 for item in suite.items]
     read = statistics.fmean(tally.read)
     whole = statistics.fmean(tally.whole)
     loss = sum(loss * size for loss, size in zip(tally.losses, sizes, strict=True)) / sum(sizes)

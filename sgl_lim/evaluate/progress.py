@@ -4,6 +4,7 @@ import sys
 import time
 
 _LINE_EVERY_SECONDS = 10.0
+_FIRST_LINE_SECONDS = 2.0
 
 
 class Progress:
@@ -11,7 +12,9 @@ class Progress:
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._what = total, 0, ""
-        self._began = self._last_line = time.monotonic()
+        self._began = time.monotonic()
+        # How long it takes is told early.
+        self._last_line = self._began - _LINE_EVERY_SECONDS + _FIRST_LINE_SECONDS
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm

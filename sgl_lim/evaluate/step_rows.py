@@ -2,7 +2,7 @@
 
 Where all tokens are given, the steps need not run one after another: at each layer the keys and values of all tokens
 are stored, and row t attends to positions 0 … t by `sgl_lim.serving.layer`. A row sees what the rows before it left,
-which sparse layers have shaped, as in a server.
+which sparse layers have shaped, as in a server. Rows of several sequences can run together.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lim_kernels import Scaling, bound_pages
 from lim_kernels.page_bounds import PAGE, PageBounds
+from sgl_lim.evaluate.pool import Pool
 from sgl_lim.methods import HeadsOfRank, Method, Role
 from sgl_lim.serving.layer import LayerDecode, LayerInput
 from sgl_lim.serving.reads import Plan, plan_reads
@@ -36,7 +37,7 @@ class Pass(Protocol):
     """What the layers of one forward pass do."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Attention [1, S, H, D_v] of q [1, H, S, D] over k [1, H_kv, L, D] and v [1, H_kv, L, D_v]."""
+        """Attention [1, S, H, D_v] of q [1, H, S, D], with k [1, H_kv, S, D] and v [1, H_kv, S, D_v] of them."""
         ...
 
 
@@ -76,59 +77,86 @@ def attention_interface(
 
 @dataclass
 class PromptPass:
-    """Dense causal attention from an empty cache, as a server's prefill."""
+    """Dense causal attention of a sequence's last tokens, as a server's prefill behind what its cache has."""
 
+    pool: Pool
+    slots: Tensor
+    """int64 [L]: of the whole sequence."""
     seen: set[int] = field(default_factory=set)
     """Layers that attended."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See `Pass`."""
-        if q.shape[2] != k.shape[2]:
-            raise RuntimeError(f"a prompt of {q.shape[2]} tokens runs on an empty cache, not one of {k.shape[2]}")
         self.seen.add(layer)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        rows, length, mask = q.shape[2], len(self.slots), None
+        self.pool.store(layer, self.slots[length - rows :], k, v)
+        if rows < length:
+            k, v = (kept[self.slots].transpose(0, 1)[None] for kept in self.pool.of_layer(layer))
+            mask = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
         return out.transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Known tokens, one a row, of one sequence or several."""
+
+    ids: Tensor  # int64 [R]
+    slots: Tensor  # int32 [R, W]: slot of each position, the row's own token's too
+    lens: Tensor  # int32 [R]: positions that a row attends to, its own included
+
+    @property
+    def own(self) -> Tensor:
+        """int64 [R]: the slots of the rows' own tokens."""
+        return self.slots.gather(1, (self.lens - 1).long().unsqueeze(1)).squeeze(1).long()
 
 
 class StepRows:
     """Decode steps of tokens that are known, as rows of one step."""
 
-    def __init__(self, method: Method, *, before: int, rows: int, heads: int, depth: int, device: torch.device) -> None:
+    def __init__(self, method: Method, pool: Pool, rows: Rows, *, heads: int, depth: int) -> None:
         """The plan of a step.
 
         Args:
-            before: tokens in the cache; rows: tokens fed; heads: query heads; depth: layers.
+            heads: query heads; depth: layers.
         """
-        self._roles = method.layer_roles(depth)
-        self._slots = torch.arange(before + rows, device=device, dtype=torch.int32).repeat(rows, 1)
-        lens = torch.arange(before + 1, before + rows + 1, device=device, dtype=torch.int32)
-        self._plan = plan_reads(method, self._slots, lens, own_heads=heads, granule=GRANULE)
+        self._roles, self._pool, self._own = method.layer_roles(depth), pool, rows.own
+        self._plan = plan_reads(method, rows.slots, rows.lens, own_heads=heads, granule=GRANULE)
         self._decode = LayerDecode(method, HeadsOfRank(0, heads, heads))
-        self._shares: list[Tensor] = []
+        self._keys_alone = method.selection_attends == "set"
+        self._shares: dict[Role, list[Tensor]] = {role: [] for role in Role}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """See `Pass`; the cache has the rows' own keys and values."""
-        keys, values = (t[0].transpose(0, 1).contiguous() for t in (k, v))
-        if len(keys) != self._slots.shape[1]:
-            raise RuntimeError(f"layer {layer} has {len(keys)} tokens in its cache, expected {self._slots.shape[1]}")
+        """See `Pass`; k and v are the rows' own."""
+        self._pool.store(layer, self._own, k, v)
+        keys, values = self._pool.of_layer(layer)
         role = self._roles[layer]
-        bounds = page_bounds_of(keys, self._slots[0]) if role is Role.OWN else None
+        bounds = page_bounds_of(keys, torch.arange(len(keys), device=q.device)) if role is Role.OWN else None
         rows = LayerInput(q[0].transpose(0, 1).contiguous(), keys, values, Scaling(scale), bounds)
         out = self._decode.run(self._plan, role, rows)
-        if role in (Role.SPARSE, Role.OWN):
-            self._shares.append(share_read(self._plan))
+        if role is not Role.DENSE:
+            self._shares[role].append(share_read(self._plan))
         return out[None]
 
     def attended(self) -> Tensor:
-        """Share of their context that sparse layers read, float32 [S], mean over them; 1 if there are none."""
-        if not self._shares:
-            return torch.ones(len(self._slots), device=self._slots.device)
-        return torch.stack(self._shares).mean(0)
+        """Share of their context that sparse layers read, float32 [R], mean over them; 1 if there are none."""
+        shares = self._shares[Role.SPARSE] + self._shares[Role.OWN]
+        return torch.stack(shares).mean(0) if shares else torch.ones_like(self._plan.seq_lens, dtype=torch.float32)
 
     def read(self) -> Tensor:
-        """Tokens that a layer reads, float32 [S], mean over all layers."""
-        missed = (1 - self.attended()) * len(self._shares) / len(self._roles)
-        return self._plan.seq_lens * (1 - missed)
+        """Tokens that a layer reads, float32 [R], mean over all layers.
+
+        A selection layer that attends to its set reads the keys of all tokens, which are half of what it has of each,
+        and the set.
+        """
+        shares = self._shares[Role.SPARSE] + self._shares[Role.OWN]
+        if self._keys_alone:
+            # Where nothing is sparse, the set is the context and is read once.
+            shares += [share.where(share == 1, 0.5 + share) for share in self._shares[Role.SELECT]]
+        missed = sum((1 - share for share in shares), torch.zeros_like(self._plan.seq_lens, dtype=torch.float32))
+        return self._plan.seq_lens * (1 - missed / len(self._roles))
 
 
 def page_bounds_of(keys: Tensor, slots: Tensor) -> PageBounds:

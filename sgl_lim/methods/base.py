@@ -175,10 +175,6 @@ class Method(ABC):
         """Why these parameters cannot be served on a device ("cuda" or "cpu"); reasons as in `conflicts`."""
         return []
 
-    def recording_problems(self) -> list[str]:
-        """Why calibration cannot record what this method would choose; reasons as in `conflicts`."""
-        return [f"--lim-method {self.name} ranks nothing that could be calibrated; leave the flag out"]
-
     def flags_that_follow_writes(self) -> list[str]:
         """Flags, as typed, that need to see everything that writes KV: bounds of pages are learnt from it."""
         return [] if self.page == 1 else [f"--lim-method {self.name}"]

@@ -135,12 +135,6 @@ class LessIsMore(Ranked):
             found.append("--lim-early-sets on: no layer comes before --lim-selection-layers 0; leave the flag out")
         return found
 
-    def recording_problems(self) -> list[str]:
-        """Calibration asks what one selection a layer, step and request would cover."""
-        reason = "calibration records what each request selects anew at every step; leave the flag out"
-        flags = self.flags_that_follow_writes() + self._group_flags()
-        return super().recording_problems() + [f"{flag}: {reason}" for flag in flags]
-
     def flags_that_follow_writes(self) -> list[str]:
         """Sets that outlive a step hold positions of slots that nobody may write unseen."""
         return self._interval_flags() + self._early_flags()

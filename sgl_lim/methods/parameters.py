@@ -23,6 +23,8 @@ class Form(ABC):
 
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
+    takes_list = False
+    """Whether its text has parts, separated by commas, that a YAML list may give one by one."""
 
     @abstractmethod
     def parse(self, text: str) -> Any:
@@ -145,6 +147,7 @@ class Increasing(Form):
     metavar: str | None = "I,J"
     noun: str = "layer indices"
     example: str = "2,12"
+    takes_list = True
     word: str | None = None
 
     def parse(self, text: str) -> tuple[int, ...] | str:

@@ -147,11 +147,6 @@ class Ranked(Budgeted):
             "--lim-aggregate max"
         ]
 
-    def recording_problems(self) -> list[str]:
-        """Calibration records given budgets."""
-        reason = "finds budgets, and calibration records given ones; leave the flag out"
-        return [f"{flag} {reason}" for flag in self._adaptive_flags()]
-
     def _adaptive_flags(self) -> list[str]:
         """Flags, as typed, by which sizes follow the attention."""
         flags = [] if self.top_p is None else [f"--lim-top-p {self.top_p}"]

@@ -4,9 +4,11 @@ import os
 import sys
 import threading
 
+from sgl_lim import command
 from sgl_lim.programs.cli import main
 
-if __name__ == "__main__":
+
+def _main() -> int:
     code = main(sys.argv[1:])
     waiting = [
         thread for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread()
@@ -17,4 +19,8 @@ if __name__ == "__main__":
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    command.run(_main)

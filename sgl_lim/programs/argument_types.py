@@ -17,6 +17,8 @@ def url(text: str) -> str:
         known = False
     if not known:
         raise argparse.ArgumentTypeError(f"must be such as http://127.0.0.1:30000, got {text!r}")
+    if "@" in parts.netloc:  # not shown: the part before it is a password
+        raise argparse.ArgumentTypeError("must have no user or password in it; an API key is given by --api-key")
     return text.rstrip("/")
 
 

@@ -1,7 +1,6 @@
 """`python -m sgl_lim.programs`: from a command line to an output file and a summary."""
 
 import json
-import shlex
 import signal
 import sys
 import threading
@@ -9,9 +8,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from sgl_lim.programs import endpoint, run_options, server_stats, token_limits
+from sgl_lim import command
+from sgl_lim.programs import api_key, endpoint, proxies, run_options, server_stats, token_limits
 from sgl_lim.programs.builtin_problems import BUILTIN, builtin_problems
 from sgl_lim.programs.graders import Grader, GradingError
 from sgl_lim.programs.grading import make_grader
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> int:
     chosen = run_options.parse(argv)
     # Failed requests are reported with their problem; the interpreter also warns with each one's traceback.
     warnings.filterwarnings("ignore", message="Error in stream_executor")
+    _say(f"looking at {chosen.endpoint} and the problems")
     try:
         return _run(prepare(chosen, argv))
     except Exit as error:
@@ -96,7 +98,7 @@ def prepare(chosen: Options, argv: list[str]) -> Run:
         grader = make_grader(source.kind)
         for problem in source.problems[: chosen.limit]:
             grader.expected(problem)
-        before = server_stats.parse_server_info(endpoint.server_info(chosen.endpoint))
+        before = server_stats.parse_server_info(endpoint.server_info(chosen.endpoint, api_key=chosen.api_key))
         max_tokens = token_limits.max_tokens(chosen, source.problems, before.max_input_tokens)
         token_limits.check_tree(chosen, max_tokens)
         forcing = None
@@ -122,8 +124,8 @@ def prepare(chosen: Options, argv: list[str]) -> Run:
         "top_p": chosen.top_p,
         "top_k": chosen.top_k,
     }
-    command = shlex.join(["python", "-m", "sgl_lim.programs", *argv])
-    return Run(chosen, source.problems[: chosen.limit], grader, before, forcing, settings, command)
+    resume_command = api_key.command("sgl_lim.programs", argv)
+    return Run(chosen, source.problems[: chosen.limit], grader, before, forcing, settings, resume_command)
 
 
 def _source(chosen: Options) -> ProblemSet:
@@ -147,12 +149,11 @@ def _chat_template(chosen: Options, model: str) -> str | None:
     """Name of the chat template; the frontend's own fallback, plain `USER:` text, is no model's, so it is refused."""
     if not chosen.chat:
         return None
-    from sgl_lim.programs import reasoning
-
+    reasoning = _reasoning()
     names = reasoning.chat_templates()
     if chosen.chat_template is not None and chosen.chat_template not in names:
         raise Exit(USAGE, f"--chat-template: no template {chosen.chat_template!r}; there are {', '.join(names)}")
-    name = _connect(chosen.endpoint, chosen.chat_template).get_chat_template().name
+    name = _connect(chosen, chosen.chat_template).get_chat_template().name
     if name == "default" and chosen.chat_template is None:
         raise Exit(
             USAGE,
@@ -164,11 +165,9 @@ def _chat_template(chosen: Options, model: str) -> str | None:
 
 def _ask(run: Run) -> Callable[[str], list[Generation]]:
     """The program as a function of the prompt; imports SGLang."""
-    from sgl_lim.programs import reasoning
-
     template, settings = run.settings["chat_template"], run.settings
-    return reasoning.make_ask(
-        _connect(run.options.endpoint, template),
+    return _reasoning().make_ask(
+        _connect(run.options, template),
         num_samples=run.options.samples,
         tree=run.options.tree,
         forcing=run.forcing,
@@ -180,14 +179,21 @@ def _ask(run: Run) -> Callable[[str], list[Generation]]:
     )
 
 
-def _connect(url: str, chat_template: str | None) -> Any:
-    """The endpoint as the frontend's backend; imports SGLang."""
-    from sgl_lim.programs import reasoning
+def _reasoning() -> ModuleType:
+    """The programs; importing them imports SGLang, and nothing was asked before that had to be kept."""
+    with command.importing():
+        from sgl_lim.programs import reasoning
+    return reasoning
 
+
+def _connect(chosen: Options, chat_template: str | None) -> Any:
+    """The endpoint as the frontend's backend; imports SGLang."""
+    reasoning = _reasoning()
     try:
-        return reasoning.connect(url, chat_template)
+        return reasoning.connect(chosen.endpoint, chat_template, chosen.api_key)
     except (OSError, RuntimeError) as error:
-        raise Exit(FAILED, f"{url}: the endpoint went away before the first request ({error})") from error
+        where = f"{chosen.endpoint}{proxies.through(chosen.endpoint)}"
+        raise Exit(FAILED, f"{where}: the endpoint went away before the first request ({error})") from error
 
 
 def _run(run: Run) -> int:
@@ -205,7 +211,10 @@ def _run(run: Run) -> int:
         _say(f"{run.options.output}: {len(done)} of {len(run.problems)} problems answered before, {len(todo)} to ask")
         if not todo:
             return _sum_up(run, records, Invocation(0, 0, 0.0, stopped=False))
-        asking = Asking(_ask(run), run.options.concurrency, lambda: endpoint.is_alive(run.options.endpoint))
+        key = run.options.api_key
+        asking = Asking(
+            _ask(run), run.options.concurrency, lambda: endpoint.is_alive(run.options.endpoint, api_key=key)
+        )
         progress = Progress(len(run.problems), done=len(done), correct=sum(row.correct for row in done))
         try:
             invocation = run_items(
@@ -231,7 +240,8 @@ def _run(run: Run) -> int:
 def _measure(run: Run, records: RecordFile, invocation: Invocation) -> None:
     """Record what is known of this invocation beside its rows."""
     try:
-        after = server_stats.parse_server_info(endpoint.server_info(run.options.endpoint))
+        info = endpoint.server_info(run.options.endpoint, api_key=run.options.api_key)
+        after = server_stats.parse_server_info(info)
     except endpoint.EndpointError as error:
         attended = server_stats.AttendedFraction(None, f"unknown: {error}")
     else:

@@ -2,8 +2,8 @@
 
 import argparse
 import json
+import os
 import re
-import shlex
 import subprocess
 import sys
 import threading
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sgl_lim.programs import cli, run_flags, run_options
+from sgl_lim import command
+from sgl_lim.programs import api_key, cli, run_flags, run_options
 from sgl_lim.programs.argument_types import url
 from sgl_lim.programs.cli import FAILED, OK, USAGE, Exit
 from sgl_lim.programs.comparison_plot import PlotError, draw
@@ -58,6 +59,7 @@ def main(argv: list[str]) -> int:
         plus the signal's number if stopped by SIGINT or SIGTERM.
     """
     comparison = _parse(argv)
+    _say(f"looking at {len(comparison.servers)} servers and the problems")
     try:
         asked = _check(comparison.servers)
         _ask_all(comparison)
@@ -94,7 +96,7 @@ def _parse(argv: list[str]) -> _Comparison:
         folder=args.output,
         at_once=args.at_once,
         machine=args.machine,
-        resume_command=shlex.join(["python", "-m", "sgl_lim.programs.compare_servers", *argv]),
+        resume_command=api_key.command("sgl_lim.programs.compare_servers", argv),
     )
 
 
@@ -102,6 +104,7 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="FOLDER", help="folder to write, or to resume")
     add("--at-once", action="store_true", help="ask all servers at the same time (default: one after the other)")
+    api_key.add_flag(parser)
     add("--machine", default="", metavar="TEXT", help="what the servers run on, for the tables and the plot")
 
 
@@ -177,8 +180,11 @@ class _Children(SignalHandlers):
     def start(self, server: _Server, stack: ExitStack) -> None:
         """Start a server's run; its lines get its name in front."""
         command = [sys.executable, "-m", "sgl_lim.programs", *server.argv]
+        key = server.options.api_key
+        # Not on its command line, which every user of the machine can read.
+        environment = {**os.environ, **({} if key is None else {api_key.VARIABLES[0]: key})}
         # A session of its own: a terminal's Ctrl-C is handed on by us, and would come twice otherwise.
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
         process = stack.enter_context(subprocess.Popen(command, start_new_session=True, **pipes))
         stack.callback(process.kill)
         readers = [
@@ -236,4 +242,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command.run(lambda: main(sys.argv[1:]))

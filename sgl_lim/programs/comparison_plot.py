@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sgl_lim import command
+
 # Okabe and Ito's colours, told apart with any colour vision; the first server is grey.
 _COLOURS = ("#444444", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "os^Dvpx"
@@ -31,8 +33,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PlotError(
-            f"the plot needs matplotlib ({error}); install it with: pip install 'matplotlib>=3.8,<4', and run the same "
-            "command again: nothing is asked twice"
+            f"the plot needs matplotlib ({error}); install it with: {command.how_to_install('matplotlib')}\n"
+            "and run the same command again: nothing is asked twice"
         ) from error
     found = points(rows)
     if not found:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sgl_lim import command
 from sgl_lim.checkpoints import CheckpointError, ensure
 from sgl_lim.programs import compare
 from sgl_lim.programs.server_process import (
@@ -61,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="sgl-lim-demo."))
     try:
+        _say(f"looking for the model {args.model}")
         task = _needles(args) if args.model == PUBLIC else _chains(args)
         _say(f"{args.problems} problems: {task.what} (logs in {folder})")
         with _servers(task, args.budget, folder) as servers:
@@ -202,4 +204,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command.run(lambda: main(sys.argv[1:]))

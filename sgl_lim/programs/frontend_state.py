@@ -3,6 +3,7 @@
 import sglang as sgl
 from sglang.lang.interpreter import ProgramState
 
+from sgl_lim.programs import proxies
 from sgl_lim.programs.run_records import Generation, dense_reads
 from sgl_lim.programs.thinking_tags import opens_thinking
 
@@ -39,7 +40,8 @@ def raise_error(s: ProgramState) -> None:
         message = error.args[0]["error"]["message"]  # the body of an HTTP error, as RuntimeEndpoint raises it
     except (LookupError, TypeError):
         message = error
-    raise GenerationError(str(message) or type(error).__name__) from error
+    backend = s.stream_executor.backend
+    raise GenerationError(f"{message or type(error).__name__}{proxies.through(backend.base_url)}") from error
 
 
 def generation(s: ProgramState, name: str = "answer", opened: bool = False) -> Generation:

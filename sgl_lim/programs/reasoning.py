@@ -9,7 +9,8 @@ import sglang as sgl
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.lang.interpreter import ProgramState
 
-from sgl_lim.programs import frontend_state
+from sgl_lim.programs import api_key as keys
+from sgl_lim.programs import frontend_state, proxies
 from sgl_lim.programs.budget_forcing import budget_forcing
 from sgl_lim.programs.frontend_state import GenerationError
 from sgl_lim.programs.run_records import Generation
@@ -118,14 +119,19 @@ def tree_of_thought(
     ]
 
 
-def connect(url: str, chat_template: str | None = None) -> RuntimeEndpoint:
+def connect(url: str, chat_template: str | None = None, api_key: str | None = None) -> RuntimeEndpoint:
     """The endpoint as a backend for `run`.
 
     Args:
         url: such as `http://127.0.0.1:30000`.
         chat_template: name of one of SGLang's frontend templates; None lets SGLang go by the model's path.
+        api_key: of a protected server; None for the environment's.
+
+    Raises:
+        OSError, RuntimeError: the server does not answer, or refuses; the message may be its bare answer.
     """
-    return RuntimeEndpoint(url, chat_template_name=chat_template)
+    proxies.keep_direct(url)
+    return RuntimeEndpoint(url, api_key=keys.effective(api_key), chat_template_name=chat_template)
 
 
 def chat_templates() -> list[str]:

@@ -1,11 +1,11 @@
 """The options of a run as the command line gives them: defaults, and which may go together."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sgl_lim.programs import run_flags
+from sgl_lim.programs import api_key, run_flags
 from sgl_lim.programs.argument_types import url
 from sgl_lim.programs.builtin_problems import BUILTIN
 from sgl_lim.programs.problems import DEFAULT_PROMPT_TEMPLATE, PLACEHOLDER
@@ -85,6 +85,7 @@ class Options:
     concurrency: int
     output: Path
     summary: Path | None
+    api_key: str | None = field(default=None, repr=False)  # None: the environment's
 
 
 def parse(argv: list[str]) -> Options:
@@ -101,6 +102,7 @@ def parse(argv: list[str]) -> Options:
     )
     add = parser.add_argument
     add("--endpoint", type=url, default="http://127.0.0.1:30000", metavar="URL", help="default: %(default)s")
+    api_key.add_flag(parser)
     run_flags.add_run_flags(parser)
     add("--output", type=Path, required=True, metavar="FILE", help="JSONL to write, or to resume")
     add("--summary", type=Path, metavar="FILE", help="write the summary as JSON too")
@@ -153,6 +155,7 @@ def checked(
         concurrency=args.concurrency,
         output=output,
         summary=summary,
+        api_key=args.api_key,
     )
 
 

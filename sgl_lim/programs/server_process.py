@@ -4,7 +4,6 @@ The demo, the benchmarks and the tests start their servers here. Linux only, lik
 """
 
 import contextlib
-import http.client
 import os
 import random
 import shlex
@@ -14,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import psutil
+import requests
+
+from sgl_lim.programs import api_key, proxies
 
 LAUNCHER = ("-m", "sglang.launch_server")  # arguments of a Python
 
@@ -59,8 +60,9 @@ class Launch:
 
 
 def launch_command(arguments: Sequence[str]) -> str:
-    """How a person starts the same server."""
-    return shlex.join(["python", *LAUNCHER, *arguments])
+    """How a person starts the same server, who knows its keys."""
+    keys = api_key.keys_in(arguments)
+    return shlex.join(["python", *LAUNCHER, *(api_key.hidden(argument, keys) for argument in arguments)])
 
 
 @contextlib.contextmanager
@@ -128,6 +130,7 @@ class ServerProcess:
         """Start the launcher; returns at once."""
         launch = self.launch
         ports = ["--host", "127.0.0.1", "--port", str(self.port), "--nccl-port", str(claim_port())]
+        environment = os.environ if launch.environment is None else launch.environment
         launch.log.parent.mkdir(parents=True, exist_ok=True)
         with launch.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -136,7 +139,8 @@ class ServerProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=launch.folder,
-                env=launch.environment,
+                # SGLang asks its own server for a first token, and would do so through a proxy.
+                env={**environment, **proxies.direct_loopback(environment)},
                 start_new_session=True,
             )
 
@@ -175,8 +179,9 @@ class ServerProcess:
             end_tree(process, grace)
 
     def log(self) -> str:
-        """Everything the server printed so far."""
-        return self.launch.log.read_text(errors="replace") if self.launch.log.exists() else ""
+        """Everything the server printed so far, but for its keys: SGLang prints all of its arguments."""
+        text = self.launch.log.read_text(errors="replace") if self.launch.log.exists() else ""
+        return api_key.hidden(text, api_key.keys_in(self.launch.arguments))
 
     def log_tail(self) -> str:
         """Where the log is, and its end."""
@@ -267,9 +272,9 @@ def is_running(process: psutil.Process) -> bool:
 
 
 def _is_healthy(url: str, timeout: float) -> bool:
+    proxies.keep_direct(url)
     try:
-        # The server generates a token before it answers.
-        with urllib.request.urlopen(f"{url}/health_generate", timeout=timeout) as answer:
-            return bool(answer.status == 200)
-    except (OSError, http.client.HTTPException):
+        # The server generates a token before it answers. It asks for no key here.
+        return requests.get(f"{url}/health_generate", timeout=timeout).status_code == 200
+    except requests.RequestException:
         return False

@@ -63,7 +63,7 @@ def _chain_tokens(options: Options, first: Problem) -> int:
     By the first problem alone, and with an eighth to spare for the others: how many are asked must not matter.
     """
     words = 8 * options.steps + 3  # the last is what ends the text, or a special token in front
-    counts = count_tokens(options.endpoint, [first.solution or ""])
+    counts = count_tokens(options.endpoint, [first.solution or ""], api_key=options.api_key)
     spared = words + 5
     return spared if counts is None or counts[0] <= words else max(spared, counts[0] + counts[0] // 8)
 
@@ -91,7 +91,7 @@ def thinking_end(options: Options) -> str:
     assert options.forcing is not None
     if options.forcing.thinking_end is not None:
         return options.forcing.thinking_end
-    known = has_token(options.endpoint, DEFAULT_END)
+    known = has_token(options.endpoint, DEFAULT_END, api_key=options.api_key)
     if known is None:
         raise LimitError(
             f"--thinking-end: the server does not say whether its tokenizer has {DEFAULT_END}; name what ends its "
@@ -134,7 +134,7 @@ def _longest_prompt(options: Options, problems: Sequence[Problem], *, exact_only
     If the server cannot count, bytes bound it from above, or it is None if `exact_only`.
     """
     prompts, said = [problem.prompt for problem in problems], _said(options)
-    counts = count_tokens(options.endpoint, [*prompts, *said])
+    counts = count_tokens(options.endpoint, [*prompts, *said], api_key=options.api_key)
     if counts is None:
         if exact_only:
             return None

@@ -184,13 +184,10 @@ def run_layer(lim: LimState, q: Tensor, layer: Any, forward_batch: Any) -> Tenso
         scaling=scaling_of(layer),
         bounds=None if lim.pages is None else lim.pages.bounds(index),
     )
-    if lim.recorder is not None:
-        out = lim.recorder.attend(index, lim.plan, operands)
-    else:
-        role = lim.roles[index]
-        out = lim.decode.run(lim.plan, role, operands)
-        if lim.method.sizes_vary and role in (Role.OWN, Role.SELECT):
-            lim.counters.record_sets(index, forward_batch.req_pool_indices, lim.plan)
+    role = lim.roles[index]
+    out = lim.decode.run(lim.plan, role, operands)
+    if lim.method.sizes_vary and role in (Role.OWN, Role.SELECT):
+        lim.counters.record_sets(index, forward_batch.req_pool_indices, lim.plan)
     return out.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
 
 

@@ -112,7 +112,6 @@ def summary(lim: LimState) -> str:
             f"layers {'/'.join(kinds)} {'/'.join(counts)}",
             f"dense backend {lim.dense_backend}",
             f"prefix groups {'on' if shown['prefix_groups'] else 'off'}",
-            *(() if lim.recorder is None else (f"recording budgets {','.join(map(str, lim.recorder.budgets))}",)),
         ]
     )
 
@@ -139,10 +138,7 @@ def describe() -> dict[str, Any] | None:
     """Block for `/server_info`: settings and counters, or None where this process has no lessismore backend."""
     if _State.lim is None:
         return None
-    block = {**settings(_State.lim), "counters": _State.lim.counters.read()}
-    if _State.lim.recorder is not None:
-        block["recording"] = _State.lim.recorder.read()
-    return block
+    return {**settings(_State.lim), "counters": _State.lim.counters.read()}
 
 
 def after_step(lim: LimState) -> None:

@@ -5,14 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
-from sgl_lim.methods import Full, HeadsOfRank, Method, Role
+from sgl_lim.methods import HeadsOfRank, Method, Role
 from sgl_lim.methods.ranked import Ranked
 from sgl_lim.serving.counters import Counters
 from sgl_lim.serving.kept_sets import KeptSets
 from sgl_lim.serving.layer import CombineRanks, LayerDecode
 from sgl_lim.serving.page_store import PageStore
 from sgl_lim.serving.reads import Plan
-from sgl_lim.serving.recorder import Recorder
 from sgl_lim.serving.snapshot import Snapshot
 from sgl_lim.settings.config import LimConfig
 from sgl_lim.settings.layers import Layers, resolve_layers
@@ -40,8 +39,6 @@ class LimState:
     """Shared prefixes are found in multiples of so many tokens; None where they are not looked for."""
     pages: PageStore | None = None
     """Bounds of the pages' keys, where layers choose pages for themselves."""
-    recorder: Recorder | None = None
-    """While a model is calibrated: every layer is dense and records what sets would have covered."""
     plan: Plan | None = None
     """Of the decode step that runs; None in all other steps."""
 
@@ -64,7 +61,7 @@ class LimState:
         """Whether layers of a role run on our operators in this step; if not, they are the dense backend's."""
         if self.plan is None:
             return False
-        if role is not Role.DENSE or self.dense_by_kernels or self.recorder is not None:
+        if role is not Role.DENSE or self.dense_by_kernels:
             return True
         # Dense layers read less by ours where prefixes are shared, and with early sets.
         return self.plan.dense is not self.plan.context or self.plan.dense.groups is not None
@@ -79,13 +76,9 @@ def build_state(
         heads, combine_ranks: as `share_of_heads` gives them.
     """
     num_layers, rows, pool = runner.model_config.num_hidden_layers, runner.req_to_token_pool, runner.token_to_kv_pool
-    table, recorder = rows.req_to_token, None
-    if config.record_budgets is None:
-        layers = agreed(resolve_layers(config, runner.model_config, runner.server_args.load_format), heads)
-        method = config.build(**layers.parameters)
-    else:
-        method, layers = Full(), Layers((), "context", "none while recording")
-        recorder = Recorder(recorded_rules(config), num_layers, heads, combine_ranks, table.device)
+    table = rows.req_to_token
+    layers = agreed(resolve_layers(config, runner.model_config, runner.server_args.load_format), heads)
+    method = config.build(**layers.parameters)
     kept_sets = build_kept_sets(method, table, pool.size + pool.page_size)
     roles = method.layer_roles(num_layers)
     choosing = [layer for layer, role in enumerate(roles) if role is Role.OWN]
@@ -107,9 +100,8 @@ def build_state(
             keys_alone=method.selection_attends == "set",
             overlap=not runner.server_args.disable_overlap_schedule,
         ),
-        granule=GRANULE if config.prefix_groups and recorder is None else None,
+        granule=GRANULE if config.prefix_groups else None,
         pages=PageStore(pool, choosing, runner.model_config.dtype) if choosing else None,
-        recorder=recorder,
     )
 
 
@@ -129,13 +121,6 @@ def build_kept_sets(method: Method, table: Tensor, num_slots: int) -> KeptSets |
         num_slots=num_slots,
         device=table.device,
     )
-
-
-def recorded_rules(config: LimConfig) -> list[Ranked]:
-    """The method under calibration, at each of the budgets to record."""
-    rules = [config.build(budget=budget, selection_layers=(0,)) for budget in config.record_budgets or ()]
-    # What ranks nothing was refused.
-    return [rule for rule in rules if isinstance(rule, Ranked)]
 
 
 def agreed(layers: Layers, heads: HeadsOfRank) -> Layers:

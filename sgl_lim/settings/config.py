@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sgl_lim.methods import DEFAULT, METHODS, Method
-from sgl_lim.methods.parameters import Increasing, Switch, Text, flag, parameter, parameters_of
+from sgl_lim.methods.parameters import Switch, Text, flag, parameter, parameters_of
 from sgl_lim.methods.selection_layers import DEFAULT_LAYERS
 
 ENV = "LESSISMORE_CONFIG"
@@ -43,8 +43,6 @@ class LimConfig:
     prefix_groups: bool = parameter(
         True, Switch(), "Read a prefix that several requests of a batch share once for all of them"
     )
-    record_budgets: tuple[int, ...] | None = None
-    """Decode densely and record what sets of these budgets would cover; only by the variable, for calibration."""
 
     @property
     def kind(self) -> type[Method] | None:
@@ -89,15 +87,13 @@ class LimConfig:
         found += self._value_problems()
         method = self.sound_method()
         if method is None:
-            return found + self._budgets_to_record_problems()
+            return found
         found += method.conflicts()
         if method.needs_prefix_groups and self.prefix_groups is False:
             found.append(
                 f"{method.needs_prefix_groups} needs the groups that --lim-prefix-groups off does not look for; "
                 "leave one of them out"
             )
-        if self.record_budgets is not None:
-            found += self._budgets_to_record_problems() or self._recording_problems(method)
         return found
 
     def _value_problems(self) -> list[str]:
@@ -128,21 +124,6 @@ class LimConfig:
         own = parameters_of(self.kind)
         return self.kind(**{n: v for n, v in self.own_parameters().items() if own[n].problem(v) is None})
 
-    def _budgets_to_record_problems(self) -> list[str]:
-        budgets = self.record_budgets
-        if budgets is None or Increasing(least=1).problem(budgets) is None:
-            return []
-        return [f"{ENV}: record_budgets must be increasing positive integers, got {budgets!r}"]
-
-    def _recording_problems(self, method: Method) -> list[str]:
-        """Calibration asks what one selection a layer, step and request would cover."""
-        assert self.record_budgets is not None
-        smallest, sinks = self.record_budgets[0], getattr(method, "sinks", 0)
-        found = method.recording_problems()
-        if smallest <= sinks:
-            found.append(f"--budgets {smallest} leaves no token beside {flag('sinks')} {sinks}; raise it")
-        return found
-
 
 def configure(**values: Any) -> LimConfig:
     """A configuration from values by name: of the record itself, or of any method's parameter.
@@ -152,7 +133,7 @@ def configure(**values: Any) -> LimConfig:
     Raises:
         RefusedConfig: a name that nothing has.
     """
-    general = {"method", *parameters_of(LimConfig), "record_budgets"}
+    general = {"method", *parameters_of(LimConfig)}
     known = general | set(METHODS.parameters())
     unknown = sorted(set(values) - known)
     if unknown:

@@ -7,7 +7,7 @@ the result back into the environment variable, which SGLang's spawned workers in
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,6 @@ def load() -> LimConfig:
             values[name] = forms[name].read(values[name])
         except argparse.ArgumentTypeError as error:
             raise RefusedConfig([f"{ENV}: {name}: {error}"]) from None
-    if isinstance(values.get("record_budgets"), list):
-        values["record_budgets"] = tuple(values["record_budgets"])
     return configure(**values)
 
 
@@ -86,12 +84,39 @@ def _add(group: Any, declared: Mapping[str, Parameter], only: tuple[str, ...]) -
     one = next(iter(declared.values()))
     notes = [] if one.default in (None, ()) else [f"default {one.form.show(one.default)}"]
     notes += [f"methods: {', '.join(only)}"] * bool(only)
+    # SGLang writes a list of its `--config` as several arguments behind the flag.
+    of_values = (
+        {"action": _Joined, "nargs": "+", "parse": one.form.parse} if one.form.takes_list else {"type": one.form.parse}
+    )
     group.add_argument(
         one.flag,
-        type=one.form.parse,
+        **of_values,
         choices=choices_of(declared),
         metavar=one.form.metavar,
         default=argparse.SUPPRESS,
         # argparse formats its help by %.
         help=(f"{one.help} ({'; '.join(notes)})." if notes else f"{one.help}.").replace("%", "%%"),
     )
+
+
+# SGLang takes flags of its own kinds of actions alone from `--config`.
+class _Joined(argparse._StoreAction):
+    """Stores one value whose parts, separated by commas, may also be arguments of their own."""
+
+    def __init__(self, *args: Any, parse: Callable[[str], Any], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._parse = parse
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Parse the arguments as one text."""
+        try:
+            value = self._parse(",".join(values or ()))
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+        setattr(namespace, self.dest, value)

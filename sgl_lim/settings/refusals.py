@@ -93,7 +93,7 @@ def resolved_problems(config: LimConfig, model: Any, load_format: str) -> list[s
             preset_file.load_for(config.preset, model)
         except preset_file.PresetError as error:
             return [f"--lim-preset {error}"]
-    if isinstance(config.selection_layers, tuple) or config.problems() or config.record_budgets is not None:
+    if isinstance(config.selection_layers, tuple) or config.problems():
         return []
     # What the method says of selection layers that a flag names, it says of these.
     layers = resolve_layers(config, model, load_format)
@@ -212,7 +212,7 @@ def warn_if_always_dense(config: LimConfig, model: Any) -> None:
     """
     method = config.build()
     has_budget = "budget" in parameters_of(type(method))
-    if config.record_budgets is None and has_budget and method.budget >= model.context_len:
+    if has_budget and method.budget >= model.context_len:
         logger.warning(
             "sgl-lim: --lim-budget %d is no less than the context of %d tokens, so that all decode is dense; lower it",
             method.budget,

@@ -88,6 +88,8 @@ class _StreamingHandler(_Handler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.refuses():
+            return
         if self.path.startswith("/flush_cache"):
             self.endpoint.flushes += 1
             self._send(200, {})

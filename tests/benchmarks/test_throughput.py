@@ -51,6 +51,33 @@ def test_a_server_that_does_not_start_shows_its_log(
     assert not shown.out and not output.exists()
 
 
+@pytest.mark.parametrize("how", ["flag", "SGLANG_API_KEY", "OPENAI_API_KEY"])
+def test_a_protected_server_is_measured(
+    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SGLANG_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, "kept" if name == how else "")  # what the flag sets is taken back, too
+    output = tmp_path / "rows.csv"
+    with StreamingEndpoint(api_key="kept") as server:
+        argv = [f"a={server.url}", *QUICK, "--output", str(output)]
+        assert throughput.main([*argv, *(["--api-key", "kept"] if how == "flag" else [])]) == 0
+        monkeypatch.setenv("SGLANG_API_KEY", "wrong")
+        assert throughput.main(argv) == 1
+    shown = capsys.readouterr()
+    assert "HTTP 401" in shown.err and "--api-key" in shown.err
+    assert "kept" not in output.read_text() + shown.out + shown.err
+
+
+def test_a_server_that_fails_does_not_show_its_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch_with(monkeypatch, "import sys; print('arguments', sys.argv[1:]); sys.exit(3)")
+    argv = ["--server", "a=--api-key kept --admin-api-key=hidden", "--logs", str(tmp_path)]
+    assert throughput.main(argv) == 1
+    said = capsys.readouterr().err
+    assert "'--api-key', '…'" in said and "kept" not in said and "hidden" not in said
+
+
 def test_rows_compare_with_the_first_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out" / "rows.csv"
     with StreamingEndpoint(pause=0.02) as slow, StreamingEndpoint(pause=0.005) as fast:

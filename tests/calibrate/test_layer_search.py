@@ -1,90 +1,87 @@
-"""The search for selection layers against trying them all."""
+"""The search for selection layers: the best by a model of losses, against trying them all."""
 
 import itertools
-from fractions import Fraction
+import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgl_lim.calibrate.search import best_layers, measure
+from sgl_lim.calibrate.candidates import Candidate
+from sgl_lim.calibrate.search import Model, neighbours, spaced
 
 
-def covered(recall, layers, weighted=True):
-    """Mean over the sparse layers, exactly, by the definition: each counts once for every layer from it on, or once."""
-    shares = []
-    for j in range(layers[0], len(recall)):
+def expected(missed, weights, layers, attends):
+    """By the definition: each layer that reads a set misses what the last selection layer before it missed."""
+    total = 0.0
+    for j in range(layers[0], len(missed)):
         if j not in layers:
-            share = Fraction(recall[max(i for i in layers if i < j)][j])
-            shares += [share] * (len(recall) - j if weighted else 1)
-    return sum(shares) / len(shares) if shares else None
-
-
-def best_by_trying(recall, selections, max_dense):
-    found = []
-    for layers in itertools.combinations(range(len(recall)), selections):
-        mean = covered(recall, layers)
-        if mean is not None and layers[0] <= max_dense:
-            found.append((-mean, layers))
-    # Of equals the smallest tuple has the fewest dense layers, and then the earliest layers.
-    return min(found)[1]
+            total += weights[j] * missed[max(i for i in layers if i < j)][j]
+        elif attends == "set":
+            total += weights[j] * missed[j][j]
+    return total
 
 
 @st.composite
-def cases(draw):
-    depth = draw(st.integers(2, 8))
-    # Few values make ties, two the most; floats make sums that depend on their order.
-    share = draw(
-        st.sampled_from([st.sampled_from([0.1, 0.3]), st.sampled_from([0.0, 0.1, 0.2, 1.0]) | st.floats(0, 1)])
-    )
-    recall = [[draw(share) for _ in range(depth)] for _ in range(depth)]
-    return recall, draw(st.integers(1, depth - 1)), draw(st.integers(0, depth))
+def models(draw):
+    depth = draw(st.integers(2, 7))
+    shares = st.floats(0, 1, allow_subnormal=False)
+    recall = [[draw(shares) for _ in range(depth)] for _ in range(depth)]
+    weights = np.array([draw(st.floats(0, 4, allow_subnormal=False)) for _ in range(depth)])
+    return Model(1 - np.array(recall), weights)
 
 
-@given(cases())
-def test_no_choice_covers_more(case):
-    recall, selections, max_dense = case
-    best = best_layers(recall, selections=selections, max_dense=max_dense)
-    assert best.selection_layers == best_by_trying(recall, selections, max_dense)
-    assert best.weighted_coverage == float(covered(recall, best.selection_layers))
-    assert best.coverage == float(covered(recall, best.selection_layers, weighted=False))
+@given(models(), st.sampled_from(["set", "context"]))
+def test_nothing_is_expected_to_lose_less(model, attends):
+    depth = len(model.weights)
+    found = model.best(attends, dense=range(depth), most=depth)
+    shapes = {(one.layers[0], len(one.layers)) for one in found}
+    assert shapes == {(f, n) for f in range(depth) for n in range(1, depth) if n <= depth - f and f + n < depth}
+    for one in found:
+        others = itertools.combinations(range(one.layers[0] + 1, depth), len(one.layers) - 1)
+        least = min(expected(model.missed, model.weights, (one.layers[0], *rest), attends) for rest in others)
+        assert model.expected(one) == pytest.approx(least, abs=1e-9)
+        assert model.expected(one) == pytest.approx(expected(model.missed, model.weights, one.layers, attends))
 
 
-def test_an_early_layer_counts_for_all_that_follow():
-    recall = [[0.0, 0.875, 0.25, 0.0], [0.0, 0.0, 0.75, 0.75], [0.0, 0.0, 0.0, 0.5], [0.0] * 4]
-    one, other = (measure(recall, layers) for layers in ((0, 1), (0, 2)))
-    assert (one.coverage, one.weighted_coverage) == (0.75, 0.75)
-    assert (other.coverage, other.weighted_coverage) == (0.6875, 0.78125)
-    assert best_layers(recall, selections=2, max_dense=0) == other
+def test_layers_before_anything_was_tried_count_by_depth():
+    recall = [[1.0, 0.5, 0.75, 1.0], [0.0, 1.0, 0.5, 0.5], [0.0, 0.0, 1.0, 0.0], [0.0] * 4]
+    model = Model.by_depth(recall)
+    assert model.weights.tolist() == [1.0, 0.75, 0.5, 0.25]
+    assert model.expected(Candidate((0, 1), "context")) == 0.5 * 0.5 + 0.25 * 0.5
 
 
-def test_equal_choices_go_to_fewer_dense_then_earlier_layers():
-    flat = [[0.1] * 6 for _ in range(6)]
-    assert best_layers(flat, selections=3, max_dense=2).selection_layers == (0, 1, 2)
+def test_the_fit_finds_the_layer_that_matters():
+    """Losses of a world where one layer decides, which coverage weighted by depth cannot know."""
+    rng, depth = random.Random(0), 10
+    recall = [[rng.uniform(0.6, 1.0) for _ in range(depth)] for _ in range(depth)]
+    begin = Model.by_depth(recall)
+    truth = Model(begin.missed, np.where(np.arange(depth) == 7, 1.0, 0.01))
+    tried = [Candidate(tuple(sorted(rng.sample(range(depth - 1), 3))), "set") for _ in range(30)]
+    fitted = begin.fitted((one, truth.expected(one)) for one in tried)
+    assert int(np.argmax(fitted.weights)) == 7 and (fitted.weights >= 0).all()
+    new = [Candidate(tuple(sorted(rng.sample(range(depth - 1), 2))), "set") for _ in range(30)]
+
+    def error(model):
+        return np.mean([abs(np.log(model.expected(one) / truth.expected(one))) for one in new])
+
+    assert error(fitted) < 0.3 < error(begin)
 
 
-def test_dense_layers_are_not_chosen_beyond_the_limit():
-    recall = [[0.0] * 6 for _ in range(6)]
-    recall[3] = [1.0] * 6
-    assert best_layers(recall, selections=1, max_dense=3).selection_layers == (3,)
-    assert best_layers(recall, selections=1, max_dense=2).selection_layers == (0,)
-    assert best_layers(recall, selections=2, max_dense=2).selection_layers == (2, 3)
+def test_neighbours_differ_by_one_layer():
+    found = {one.layers for one in neighbours(Candidate((1, 4), "set"), 6, 2)}
+    moved = {(0, 4), (2, 4), (1, 2), (1, 3), (1, 5)}
+    added = {(0, 1, 4), (1, 2, 4), (1, 3, 4), (1, 4, 5)}
+    # One that begins with layer 3 or 4 would have too many dense layers.
+    assert found == moved | added | {(1,)}
 
 
-def test_what_is_covered_least_is_named():
-    recall = [[0.9, 0.9, 0.4, 0.8], [0.0] * 4, [0.0, 0.0, 1.0, 0.6], [0.0] * 4]
-    choice = measure(recall, (0, 2))
-    assert (choice.coverage, choice.lowest, choice.lowest_layer) == (0.75, 0.6, 3)
-    assert choice.weighted_coverage == float((3 * Fraction(0.9) + Fraction(0.6)) / 4)
+def test_spaced_layers_leave_the_last_one():
+    found = [one.layers for one in spaced(9, 1, "set")]
+    assert (0, 4) in found and (1, 5) in found and (0, 3, 6) in found and all(layers[-1] < 8 for layers in found)
+    assert len(set(found)) == len(found)
 
 
-@pytest.mark.parametrize(("selections", "max_dense"), [(0, 2), (4, 2), (9, 0), (1, -1)])
-def test_what_leaves_no_sparse_layer_is_refused(selections, max_dense):
-    with pytest.raises(ValueError, match="sparse layer"):
-        best_layers([[0.5] * 4 for _ in range(4)], selections=selections, max_dense=max_dense)
-
-
-@pytest.mark.parametrize("layers", [(3,), (2, 1), (1, 1), (0, 1, 2, 3), (0, 4), (-1, 2)])
-def test_layers_that_read_nothing_are_not_measured(layers):
-    with pytest.raises(ValueError, match="no sparse layer"):
-        measure([[0.5] * 4 for _ in range(4)], layers)
+def test_what_is_read_whole_is_counted():
+    assert Candidate((2, 6, 10), "set").full_reads == 3.5 and Candidate((2, 8), "context").full_reads == 4

@@ -23,8 +23,8 @@ from transformers import (
     T5Config,
 )
 
-from sgl_lim.evaluate.checkpoint import Checkpoint, check_config, load
-from sgl_lim.evaluate.choices import FULL, ROUNDING, method_of
+from sgl_lim.evaluate.checkpoint import Checkpoint, Prompt, check_config, load
+from sgl_lim.evaluate.choices import FULL, ROUNDING, Choice, method_of
 from sgl_lim.evaluate.items import Item, Suite
 from sgl_lim.evaluate.measure import measure
 from sgl_lim.evaluate.step_rows import UnsupportedModel
@@ -126,6 +126,21 @@ def test_one_pass_is_decode_but_for_rounding(tokens: list[int]) -> None:
     assert Checkpoint(tiny("llama").bfloat16(), None).rounds and not Checkpoint(tiny("llama"), None).rounds
 
 
+def test_of_an_item_that_ends_what_full_attention_says_behind_it_counts(
+    checkpoint: Checkpoint, tokens: list[int]
+) -> None:
+    prompt, right = tokens[:80], tokens[80:110]
+    said = int(checkpoint.decode(checkpoint.prefill(prompt), right, Full(), rows=64).logits[-1].argmax())
+    choices = [Choice("lessismore", method_of("lessismore", 32, (1,)))]
+    ends, longer = (
+        measure(checkpoint, Suite("s", "chains", (item,)), choices, rows=32, done=lambda _: None)
+        for item in (Item(prompt, right, ends=True), Item(prompt, [*right, said]))
+    )
+    for one, other in zip(ends, longer, strict=True):
+        assert (one.tokens, one.right, one.perplexity) == (31, other.right, other.perplexity)
+        assert (one.agreement.value, one.overlap) == (other.agreement.value, other.overlap)
+
+
 @pytest.mark.parametrize("spec", ["lessismore:aggregate=max", "quest"])
 @pytest.mark.parametrize("name", ["chain-tracer", "source-reader"])
 def test_our_models_decode_as_in_their_bench(name: str, spec: str) -> None:
@@ -173,3 +188,34 @@ def test_a_layer_with_attention_of_its_own_is_refused(tokens: list[int]) -> None
     model.model.layers[2].self_attn = Own()
     with pytest.raises(UnsupportedModel, match="LlamaForCausalLM: 3 of 4 layers attend by transformers'"):
         Checkpoint(model, tokenizer=None).prefill(tokens)
+
+
+@pytest.mark.parametrize("name", ["lessismore", "lessismore:selection_attends=set", "tidaldecode"])
+def test_sequences_together_are_sequences_one_by_one(checkpoint: Checkpoint, tokens: list[int], name: str) -> None:
+    """Three of one pool, two of which share their beginning."""
+    method = method_of(name, 32, (1,))
+    prompts = [tokens[:70], [*tokens[:50], *tokens[60:90]], tokens[20:120]]
+    fed = [tokens[100:117], tokens[5:14], tokens[:12]]
+    alone = [checkpoint.decode(checkpoint.prefill(p), f, method, rows=64) for p, f in zip(prompts, fed, strict=True)]
+    made: list[Prompt] = []
+    for prompt in prompts:
+        made.append(checkpoint.prefill(prompt, beside=made[-1] if made else None))
+    assert made[1].slots[:48].tolist() == made[0].slots[:48].tolist() and made[1].slots[48] > made[0].slots[-1]
+    for rows in (64, 7):
+        batches = checkpoint.rows_behind(list(zip(made, fed, strict=True)), rows=rows)
+        found = [checkpoint.step(made[0].pool, batch, method) for batch in batches]
+        for name_of in ("logits", "attended", "read"):
+            together, expected = (torch.cat([getattr(d, name_of) for d in some]) for some in (found, alone))
+            torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_selection_layer_that_attends_to_its_set_reads_keys_and_the_set(
+    checkpoint: Checkpoint, tokens: list[int]
+) -> None:
+    prompt = checkpoint.prefill(tokens[:PROMPT])
+    small, large = (method_of("lessismore:selection_attends=set", budget, (1,)) for budget in (32, 256))
+    found = checkpoint.decode(prompt, tokens[PROMPT:104], small, rows=4)
+    # Of four layers the first is dense, the second reads keys and the set, the others the set.
+    assert found.read.tolist() == pytest.approx([(n + n / 2 + 3 * 32) / 4 for n in range(101, 105)])
+    within = checkpoint.decode(prompt, tokens[PROMPT:104], large, rows=4)
+    assert within.read.tolist() == [101, 102, 103, 104]

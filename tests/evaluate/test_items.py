@@ -99,6 +99,8 @@ def test_chains_are_the_tokens_that_our_models_learnt() -> None:
     prompt, solution = encoder.tokenizer.decode(item.prompt[1:]), encoder.tokenizer.decode(item.right)
     assert prompt.endswith(" steps 4 :") and " answer " in solution
     assert item.prompt[1:] == encoder.encode(prompt) and item.right == encoder.encode(solution)
+    # Whether the model knows that the chain is at its end counts as well.
+    assert item.ends and item.fed == item.right
 
 
 def test_chains_hold_as_many_facts_as_fit() -> None:

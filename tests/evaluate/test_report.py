@@ -13,6 +13,7 @@ from sgl_lim.evaluate.choices import FULL, ROUNDING, Choice, choices_of, method_
 from sgl_lim.evaluate.items import Item, Suite
 from sgl_lim.evaluate.measure import Row, Share, measure, overlap
 from sgl_lim.evaluate.plot import draw
+from sgl_lim.evaluate.pool import Pool
 from sgl_lim.evaluate.report import FIELDS, WHERE, CsvFile, table, verdict
 
 VOCABULARY = 4
@@ -25,7 +26,7 @@ class Scripted:
     rounds = False
 
     def prefill(self, tokens: list[int]) -> Prompt:
-        return Prompt(cache=None, length=len(tokens), logits=self._logits([tokens[-1]]))
+        return Prompt(tuple(tokens), Pool(), torch.arange(len(tokens)), logits=self._logits([tokens[-1]]))
 
     def decode(self, prompt: Prompt, fed: list[int], method: Any, *, rows: int) -> Decoded:
         logits = self._logits(fed)
@@ -33,7 +34,7 @@ class Scripted:
         if sparse:
             logits[1::2] = self._logits([3])
         share = torch.full((len(fed),), 0.5 if sparse else 1.0)
-        return Decoded(logits, share, share * prompt.length)
+        return Decoded(logits, share, share * len(prompt))
 
     @staticmethod
     def _logits(tokens: list[int]) -> torch.Tensor:

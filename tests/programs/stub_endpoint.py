@@ -25,6 +25,7 @@ class StubEndpoint:
     can_tokenize: bool = True
     tokens_per_word: int = 1
     tokens: list[str] = field(default_factory=list)  # texts that are one token; others have one unknown token a word
+    api_key: str | None = None  # of a protected server
     generate_requests: list[dict[str, Any]] = field(default_factory=list)
 
     def __enter__(self) -> "StubEndpoint":
@@ -110,7 +111,17 @@ class StubEndpoint:
 class _Handler(BaseHTTPRequestHandler):
     endpoint: StubEndpoint
 
+    def refuses(self) -> bool:
+        """Whether the request has no right key, and was told so, as SGLang does."""
+        key = self.endpoint.api_key
+        if key is None or self.headers["Authorization"] == f"Bearer {key}":
+            return False
+        self._send(401, {"error": "Unauthorized"})
+        return True
+
     def do_GET(self) -> None:
+        if self.refuses():
+            return
         if self.path == "/server_info":
             self._send(200, self.endpoint.server_info())
         elif self.path in ("/model_info", "/get_model_info"):
@@ -120,6 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.refuses():
+            return
         if self.path == "/generate":
             self._send(*self.endpoint.generate(request))
         elif self.path == "/tokenize" and self.endpoint.can_tokenize:

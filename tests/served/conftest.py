@@ -24,7 +24,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("served"):
             item.add_marker(pytest.mark.xdist_group(group_of(item)))
-    items.sort(key=lambda item: (item.get_closest_marker("served") is None, not shares_server(item)))
+    items.sort(
+        key=lambda item: (item.get_closest_marker("served") is None, not shares_server(item), not asks_chains(item))
+    )
 
 
 def shares_server(item: pytest.Item) -> bool:
@@ -32,8 +34,15 @@ def shares_server(item: pytest.Item) -> bool:
     return "server" in getattr(item, "fixturenames", ())
 
 
+def asks_chains(item: pytest.Item) -> bool:
+    """Whether a test runs on the server of the committed chain tracer, which several modules share."""
+    return "chain_server" in getattr(item, "fixturenames", ())
+
+
 def group_of(item: pytest.Item) -> str:
     """The case whose server a test shares, else its module, and with it the case that it is about."""
+    if asks_chains(item):
+        return "served/chain_server"
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     case = str(parameters.get("case", ""))
     return case if shares_server(item) else f"served/{item.path.stem}/{case}"

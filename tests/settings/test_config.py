@@ -119,7 +119,7 @@ def test_null_counts_as_not_given(monkeypatch):
 @pytest.mark.parametrize("value", [[], {}, [1], [[1]], "", "x", 0.5, math.nan, -1, 2**40, True, "1,2"], ids=repr)
 @pytest.mark.parametrize("method", [*METHODS, [], None])
 def test_no_value_of_a_wrong_type_is_more_than_refused(monkeypatch, method, value):
-    for name in {*METHODS.parameters(), *parameters_of(LimConfig), "record_budgets"}:
+    for name in {*METHODS.parameters(), *parameters_of(LimConfig)}:
         monkeypatch.setenv(ENV, json.dumps({"method": method, name: value}))
         try:
             problems = under_test.load().problems()
@@ -221,7 +221,6 @@ def test_selection_by_group_arrives_from_flag_and_environment(monkeypatch):
             {"recency": "auto", "aggregate": "max"},
             "--lim-recency auto: --lim-method quest weighs no tokens for a window",
         ),
-        ({"record_budgets": (64,)}, "--lim-method quest ranks nothing"),
     ],
     ids=str,
 )

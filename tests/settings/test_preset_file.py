@@ -183,32 +183,3 @@ def test_the_variable_may_name_a_preset(monkeypatch):
     assert under_test.load() == configure(preset="a.json") and under_test.load().problems() == []
     (reason,) = configure(preset=3).problems()
     assert reason.startswith("--lim-preset must be the path of a file")
-
-
-@pytest.mark.parametrize(
-    ("values", "reason"),
-    [
-        ({"record_budgets": ()}, "LESSISMORE_CONFIG: record_budgets must be increasing"),
-        ({"record_budgets": 64}, "LESSISMORE_CONFIG: record_budgets must be increasing"),
-        ({"record_budgets": (64, 64)}, "LESSISMORE_CONFIG: record_budgets must be increasing"),
-        ({"record_budgets": (0, 64)}, "LESSISMORE_CONFIG: record_budgets must be increasing"),
-        ({"record_budgets": (4, 64)}, "--budgets 4 leaves no token beside --lim-sinks 4"),
-        ({"method": "window"}, "--lim-method window ranks nothing"),
-        ({"method": "full"}, "--lim-method full ranks nothing"),
-        ({"selection_interval": 2}, "--lim-selection-interval 2: calibration records"),
-        ({"early_sets": True}, "--lim-early-sets on: calibration records"),
-        ({"prefix_selection": "group"}, "--lim-prefix-selection group: calibration records"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_recorded_is_refused(values, reason):
-    problems = configure(**{"record_budgets": (64, 128), **values}).problems()
-    assert len(problems) == 1 and problems[0].startswith(reason)
-
-
-def test_budgets_to_record_come_by_the_variable_alone(monkeypatch, capsys):
-    monkeypatch.setenv(ENV, json.dumps({"record_budgets": [64, 128]}))
-    assert under_test.load() == configure(record_budgets=(64, 128)) and under_test.load().problems() == []
-    with pytest.raises(SystemExit):
-        parse("--lim-record-budgets", "64")
-    assert "--lim-record-budgets" in capsys.readouterr().err
