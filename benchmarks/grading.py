@@ -8,11 +8,11 @@ compute are graded as the samples of one problem, on the clock. Exit code 1 if a
 import argparse
 import itertools
 import random
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from sgl_lim import command
 from sgl_lim.programs.builtin_problems import BUILTIN, builtin_problems
 from sgl_lim.programs.graders import Grader
 from sgl_lim.programs.grading import grade, make_grader
@@ -118,4 +118,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

@@ -43,24 +43,27 @@ _SPACES = re.compile(
     r"(?<!\\)\\[,;:!> ]|~|\\(?:q?quad|thinspace|medspace|thickspace|enspace|nobreak)(?![A-Za-z])"
     r"|\\h(?:space|phantom)\s*\{[^{}]*\}|\s+"
 )
+# Report: "bold Markdown, choices and dollars count as wrong".
 _MARKDOWN = re.compile(r"^\s*(?:\*\*|__)(.*?)(?:\*\*|__)\s*$")
 _CHOICE = re.compile(r"\(?([A-J])\)(?:\s*:?\s*(?:\\unit\s)?\s*(.+))?")
 _DOLLARS = re.compile(r"\s*\$?\s*\\\$")
-# Report: "a remark in the box counts as wrong": \\text{The answer is } 9, 9 (nine), 9 with a tick.
+# Report: "a remark in the box counts as wrong": \text{The answer is } 9, 9 (nine), 9 with a tick.
 _REMARKS = re.compile(
     r"^\s*(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is)?\s*:?\s+(?=\S)"
     r"|(?<=\d)\s*(?:\\unit\s*)?\([A-Za-z]{3,}[A-Za-z\s]*\)\s*$|\\(?:checkmark|blacksquare|square|qed)(?![A-Za-z])|[✓✔✅■∎]",
     re.IGNORECASE,
 )
+# Report: "12 percent is not 12%", and "other names of one command, such as \dfrac and \langle, are not read".
 _PERCENT = re.compile(r"\s+per\s?cent\b|(?<=\d)\s*%", re.IGNORECASE)
 _BRACKETS = {"langle": "(", "rangle": ")", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]"}
 _BRACKET = re.compile(rf"\\({'|'.join(_BRACKETS)})(?![A-Za-z])")
 _DOTS = re.compile(r"\\[cl]?dots[cob]?(?![A-Za-z])|\.\.\.")
 _FRACTIONS = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _RELATIONS = re.compile(r"\\(le|ge|ne)(?:q|qslant)(?![A-Za-z])")
-# Report: "1{,}000, 1\\,000 and 1,000 are not 1000"; a comma in brackets parts elements.
+# Report: "1{,}000, 1\,000 and 1,000 are not 1000"; a comma in brackets parts elements.
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\d.])\d{1,3}(?: \d{3})+(?!\d)")
 _JOINED = re.compile(r"(?<=\d)(?:\{,\}\s*|,\\!\s*)(?=\d{3})")
+# Report: "pi/2, sqrt(3) and infinity count as wrong"; "1e-7 is e - 7"; "x \in [1, 2] is not [1, 2]".
 _PLAIN_WORDS = re.compile(
     r"(?<![\\A-Za-z])(?:sqrt|pi|theta|alpha|beta|gamma|lambda|phi|infinity|infty|inf|oo|sin|cos|tan|cot|sec|csc|ln|log)"
     r"(?![A-Za-z])"

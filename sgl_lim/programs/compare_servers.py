@@ -153,7 +153,7 @@ def _check(servers: Sequence[_Server]) -> set[str]:
 
 
 def _ask_all(comparison: _Comparison) -> None:
-    """Run the program against each server, in processes of their own: grading needs a main thread.
+    """Run the program against each server, in processes of their own: each handles signals itself.
 
     Raises:
         Exit: a run failed or was stopped.

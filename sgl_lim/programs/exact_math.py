@@ -4,8 +4,6 @@ import math
 from fractions import Fraction
 from typing import Any
 
-import math_verify.grader as library
-from latex2sympy2_extended import is_expr_of_only_symbols
 from sympy import (
     Add,
     And,
@@ -52,11 +50,15 @@ def compare_exactly() -> None:
     15 decimals, and decimals to 6. Fix: `equal_numbers` in place of its `sympy_numeric_eq`, in this process only; what
     it says is no number goes on to the library's symbolic comparison. Remove when the library compares relatively.
     """
+    from math_verify import grader as library
+
     library.sympy_numeric_eq = equal_numbers
 
 
 def equal_numbers(one: Any, other: Any, float_rounding: int, numeric_precision: int) -> bool:
     """Whether two expressions are one number; False also for those that are none. The roundings are not used."""
+    from math_verify import grader as library
+
     if isinstance(one, MatrixBase) and isinstance(other, MatrixBase):
         return one.shape == other.shape and all(
             library.sympy_expr_eq(a, b, float_rounding, numeric_precision)
@@ -111,6 +113,8 @@ def _exact(expression: Any) -> Any:
 
 def is_equation(expression: Any) -> bool:
     """Report: "5x - 7y = 0 equals 0": whether it is an equation of variables, not the value of a name or a sum."""
+    from latex2sympy2_extended import is_expr_of_only_symbols
+
     if not isinstance(expression, Eq) or isinstance(expression.lhs, Symbol):
         return False
     return expression.rhs == 0 or not is_expr_of_only_symbols(expression.lhs)
@@ -133,6 +137,8 @@ def joined(expression: Any) -> Any:
 
 def number_text(expression: Any) -> str | None:
     """The number that an expression is, to 15 digits; None if it is none, or a decimal or a percentage in it counts."""
+    from math_verify import grader as library
+
     if not isinstance(expression, Expr) or expression.free_symbols or library.get_pct_val(expression) is not None:
         return None
     value = library.safe_sympy_doit(expression).evalf(15)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from sgl_lim import command
 from sgl_lim.programs.answer_forms import Form, read
 from sgl_lim.programs.answer_text import answer_text
 from sgl_lim.programs.exact_answers import for_library, plainly_same
@@ -15,7 +16,6 @@ from sgl_lim.programs.math_process import MathProcess, WorkerLost
 from sgl_lim.programs.problems import Problem
 from sgl_lim.programs.run_records import Generation
 
-INSTALL_MATH_VERIFY = "pip install 'math-verify>=0.9,<1'"  # the extra `math` of pyproject.toml
 _RULES = 2  # changes with what counts as an answer, or as the same one
 
 # Seconds of processor time. Every request is tried for a moment, which is enough for most; those that need more share
@@ -37,7 +37,7 @@ class MathGrader:
         if importlib.util.find_spec("math_verify") is None:
             raise GradingError(
                 "grading mathematical answers needs the math-verify library, which does not import here; "
-                f"install it with: {INSTALL_MATH_VERIFY}"
+                f"install it with: {command.how_to_install('math_verify')}"
             )
         self.name = f"math {_RULES} (math-verify {version('math-verify')})"
         self._process = MathProcess()
@@ -144,4 +144,5 @@ class _Purse:
 
 
 def _broken(error: WorkerLost) -> GradingError:
-    return GradingError(f"math-verify does not work here ({error}); install it again with: {INSTALL_MATH_VERIFY}")
+    install = command.how_to_install("math_verify")
+    return GradingError(f"math-verify does not work here ({error}); install it again with: {install}")

@@ -24,6 +24,7 @@ import warnings
 from functools import lru_cache
 from typing import Any
 
+from sgl_lim import command
 from sgl_lim.programs.exact_math import (
     TooLarge,
     check_size,
@@ -133,4 +134,4 @@ def _parse(text: str) -> list[Any]:
 
 if __name__ == "__main__":
     sys.setrecursionlimit(3000)
-    main()
+    command.run(main)

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
+from sgl_lim import command
 from sgl_lim.programs.argument_types import integer, number, top_k
 from sgl_lim.programs.builtin_problems import BUILTIN, DATA_DIR
-from sgl_lim.programs.math_grading import INSTALL_MATH_VERIFY
 from sgl_lim.programs.problems import DEFAULT_PROMPT_TEMPLATE, PLACEHOLDER
 from sgl_lim.programs.thinking_budget import DEFAULT_END
 from sgl_lim.tasks.chains import MAX_STEPS, NUM_NODES
@@ -80,7 +80,7 @@ def _add_problems(parser: argparse.ArgumentParser) -> None:
         "--problems",
         metavar="NAME|FILE",
         help=f"{', '.join(BUILTIN)}, or JSONL with 'problem', 'answer' and optionally 'id', graded by math-verify "
-        f"({INSTALL_MATH_VERIFY})",
+        f"({command.REQUIREMENTS['math_verify']})",
     )
     add = parser.add_argument_group("with --chains").add_argument
     add("--facts", type=integer(2, NUM_NODES), metavar="N", help=f"facts in the context (default: {FACTS})")
