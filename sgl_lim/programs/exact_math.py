@@ -3,6 +3,7 @@
 import math
 from fractions import Fraction
 from typing import Any
+from zlib import crc32
 
 from sympy import (
     Add,
@@ -136,12 +137,19 @@ def joined(expression: Any) -> Any:
 
 
 def number_text(expression: Any) -> str | None:
-    """The number that an expression is, to 15 digits; None if it is none, or a decimal or a percentage in it counts."""
+    """The number that an expression is, to 15 digits; with variables, where each has a value that its name decides.
+
+    Expressions whose numbers are far apart are different, and need no comparison. None if an expression is no number
+    then, if it is a variable, which may be a word, or if a percentage in it counts.
+    """
     from math_verify import grader as library
 
-    if not isinstance(expression, Expr) or expression.free_symbols or library.get_pct_val(expression) is not None:
+    if not isinstance(expression, Expr) or isinstance(expression, Symbol):
         return None
-    value = library.safe_sympy_doit(expression).evalf(15)
+    if library.get_pct_val(expression) is not None:
+        return None
+    values = {symbol: Rational(crc32(symbol.name.encode()) % 997 + 500, 997) for symbol in expression.free_symbols}
+    value = library.safe_sympy_doit(expression).subs(values).evalf(15)
     return str(value) if value.is_Float or value.is_Integer or value.is_Rational else None
 
 

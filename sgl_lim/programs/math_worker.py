@@ -7,7 +7,7 @@ math-verify and does nothing else, forks the next one.
 Standard input has a request a line, standard output a reply a line, both JSON. A worker that begins says
 `{"ready": true}`, so a reply that never came is followed by that. Requests:
 
-- `{"read": X, "seconds": S}`: `{"costly": bool, "number": text or null}`, the number to 15 digits if X is one.
+- `{"read": X, "seconds": S}`: `{"costly": bool, "number": text or null}`, as `exact_math.number_text` says.
 - `{"same": [X, Y], "seconds": S}`: `{"same": bool}`.
 
 Replies also say the processor time that they took, as `seconds`.

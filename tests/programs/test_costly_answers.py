@@ -52,6 +52,13 @@ def test_what_is_costly_in_any_way_leaves_the_other_samples_their_grades(math_gr
     assert graded.correct and not graded.samples[-1].by_spelling
 
 
+def test_many_different_formulas_are_all_read(math_grader: MathGrader) -> None:
+    texts = [f"{a}x^2+{b}xy+\\sin({c}x)" for a in range(2, 6) for b in range(2, 6) for c in range(2, 6)]
+    graded = grade(problem(r"\sin(3x)+x(5x+4y)"), boxes(texts), math_grader)
+    assert [text for text, sample in zip(texts, graded.samples, strict=True) if sample.correct] == [texts[57]]
+    assert not any(sample.by_spelling for sample in graded.samples)
+
+
 def test_every_form_of_a_few_answers_is_right_and_none_is_another(math_grader: MathGrader) -> None:
     assert len(FORMS) == 12 and misread(ANSWERS, math_grader) == []
     assert accepted(ANSWERS, 200, 0, math_grader) == []
