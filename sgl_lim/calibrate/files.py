@@ -13,6 +13,7 @@ from sgl_lim.calibrate.job import Job, Result
 from sgl_lim.calibrate.options import Options
 from sgl_lim.calibrate.outcome import Outcome
 from sgl_lim.calibrate.plot import draw
+from sgl_lim.command import how_to_install
 from sgl_lim.evaluate.checkpoint import Checkpoint
 from sgl_lim.settings.preset_file import Entry, PresetFile, rule_of
 
@@ -85,7 +86,7 @@ def save(options: Options, job: Job, results: Sequence[Result], preset: PresetFi
         draw(options.picture, results, f"{Path(options.model_path).name}, items of {job.sizes.context:,} tokens")
         written.append(options.picture)
     except ImportError:
-        print("no picture: matplotlib is not installed; pip install 'matplotlib>=3.8,<4'", file=sys.stderr)
+        print(f"no picture: matplotlib is not installed; {how_to_install('matplotlib')}", file=sys.stderr)
     return written
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sgl_lim.command import how_to_install
 from sgl_lim.evaluate.choices import FULL, ROUNDING
 from sgl_lim.evaluate.measure import Row, Share
 
@@ -37,7 +38,7 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> list[Path]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no plot: matplotlib is not installed; pip install 'matplotlib>=3.8,<4'", file=sys.stderr)
+        print(f"no plot: matplotlib is not installed; {how_to_install('matplotlib')}", file=sys.stderr)
         return []
     suites = list(dict.fromkeys(row.suite for row in rows))
     width = 3.6 * max(2, len(suites))
