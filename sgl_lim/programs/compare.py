@@ -44,7 +44,16 @@ def comparison(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
     warned = [f"{name}: warning: {text}" for name, summary in summaries.items() for text in warnings_of(summary)]
-    return "\n".join([*lines, *warned])
+    return "\n".join([*lines, *warned, *_graders(summaries)])
+
+
+def _graders(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A warning, if accuracies are not of one grader; summaries from before it was named may be of any."""
+    graders = {name: summary.get("settings", {}).get("grader") for name, summary in summaries.items()}
+    if len(set(graders.values())) == 1:
+        return []
+    listed = ", ".join(f"{name} by {grader or 'one that is not named'}" for name, grader in graders.items())
+    return [f"warning: accuracies of different graders cannot be compared: {listed}; run the older ones again"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

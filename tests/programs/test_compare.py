@@ -44,6 +44,13 @@ def test_what_a_run_cannot_say_stands_below():
     assert "3 of 8 generations were cut off at 512 tokens" in lines[4] and "--max-tokens" in lines[4]
 
 
+def test_accuracies_of_different_graders_are_not_compared_silently():
+    now = SUMMARY | {"settings": {"grader": "math 2 (math-verify 0.9.0)"}}
+    assert "graders" not in comparison({"dense": now, "lim": now})
+    last = comparison({"dense": SUMMARY, "lim": now}).splitlines()[-1]
+    assert "dense by one that is not named, lim by math 2 (math-verify 0.9.0)" in last
+
+
 def test_command_line_reads_files(tmp_path, capsys):
     path = tmp_path / "run.json"
     path.write_text(json.dumps(SUMMARY | {"accuracy_interval": None}))
