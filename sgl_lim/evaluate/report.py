@@ -10,7 +10,7 @@ from sgl_lim.evaluate.items import DEPTHS
 from sgl_lim.evaluate.measure import Row, Share
 
 FIELDS = (
-    "suite", "task", "method", "budget", "selection_layers", "items", "tokens",
+    "suite", "task", "method", "budget", "selection_layers", "selection_attends", "items", "tokens",
     "agreement", "agreement_low", "agreement_high", "perplexity", "overlap",
     "whole", "whole_low", "whole_high", "right", *(f"whole_at_{depth}" for depth in DEPTHS),
     "attended", "attended_tokens", "attended_fraction", "seconds",
@@ -26,6 +26,7 @@ def csv_row(row: Row) -> dict[str, str]:
     """Columns by name."""
     layers = "-".join(map(str, row.choice.layers))
     found = {"suite": row.suite, "task": row.task, "method": row.choice.spec, "selection_layers": layers}
+    found["selection_attends"] = row.choice.method.selection_attends if layers else ""
     found |= {"budget": str(row.choice.budget or ""), "items": str(row.items), "tokens": str(row.tokens)}
     for name, share in (("agreement", row.agreement), ("whole", row.whole)):
         found |= {name: f"{share.value:.4f}", f"{name}_low": f"{share.low:.4f}", f"{name}_high": f"{share.high:.4f}"}
@@ -59,6 +60,8 @@ def table(rows: Sequence[Row]) -> str:
         read = sum(row.attended_fraction for row in of_choice.values()) / len(of_choice)
         cells = [_cell(of_choice[suite]) for suite in suites]
         layers = ",".join(map(str, choice.layers)) or "-"
+        if choice.layers and choice.method.selection_attends == "set":
+            layers += " (set)"
         lines.append([choice.spec, layers, str(choice.budget or "-"), f"{read:.0%}", *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)

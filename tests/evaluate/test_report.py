@@ -134,6 +134,7 @@ def test_rows_are_on_disk_as_they_come(tmp_path: Path) -> None:
     assert (last["method"], last["budget"], last["selection_layers"]) == ("lessismore", "64", "6-14")
     assert (last["whole"], last["whole_at_10"], last["whole_at_30"], last["model"]) == ("0.9000", "0.9000", "", "m")
     assert found[0]["budget"] == "" and found[0]["selection_layers"] == ""
+    assert (found[0]["selection_attends"], last["selection_attends"]) == ("", "context")
 
 
 def test_the_table_has_a_line_a_choice() -> None:
