@@ -99,7 +99,7 @@ def prepare(chosen: Options, argv: list[str]) -> Run:
         for problem in source.problems[: chosen.limit]:
             grader.expected(problem)
         before = server_stats.parse_server_info(endpoint.server_info(chosen.endpoint, api_key=chosen.api_key))
-        max_tokens = token_limits.max_tokens(chosen, source.problems, before.max_input_tokens)
+        max_tokens = token_limits.max_tokens(chosen, source.problems, before)
         token_limits.check_tree(chosen, max_tokens)
         forcing = None
         if chosen.forcing is not None:

@@ -11,6 +11,8 @@ _BLOCK = "lessismore"  # key of the plugin's block in each of `internal_states` 
 # All but the first follow from, or explain, others.
 _NOT_SETTINGS = ("counters", "layer_roles", "selection_layers_from", "selection_layers_measured")
 _MONOTONE = ("decode_steps", "tokens_attended", "tokens_dense", "selections", "requests", "tokens_scored")
+_SPARED = 6
+"""Tokens of the context or the KV pool that SGLang takes no prompt into."""
 _KEY_SHARE = 0.5  # of a KV token's bytes its key has half
 
 
@@ -41,6 +43,8 @@ class ServerState:
     counters: Counters | None
     startup: str
     max_input_tokens: int | None  # longest prompt taken; a prompt and its generation share about this much
+    limited_by: str = "--context-length"
+    """The server's flag that decides `max_input_tokens`."""
 
     def describe(self) -> str:
         """The configuration in one line."""
@@ -66,7 +70,16 @@ def parse_server_info(info: Mapping[str, Any]) -> ServerState:
         counters=_sum_counters(blocks) if blocks else None,
         startup=json.dumps(info.get("startup_time"), sort_keys=True),
         max_input_tokens=info.get("max_req_input_len"),
+        limited_by=_limited_by(info),
     )
+
+
+def _limited_by(info: Mapping[str, Any]) -> str:
+    """SGLang takes prompts of six tokens less than the context or the KV pool, whichever is smaller."""
+    longest, pool = info.get("max_req_input_len"), info.get("max_total_num_tokens")
+    if longest is None or pool is None or pool - longest > _SPARED:
+        return "--context-length"
+    return "--max-total-tokens"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from sgl_lim.programs.endpoint import count_tokens, has_token
 from sgl_lim.programs.problems import Problem
 from sgl_lim.programs.run_options import Options
+from sgl_lim.programs.server_stats import ServerState
 from sgl_lim.programs.thinking_budget import DEFAULT_END, ThinkingBudget
 
 _MATH_TOKENS = 32768
@@ -14,21 +15,21 @@ _RETOKENIZED = 64  # what a text that was continued may have more tokens than it
 
 
 class LimitError(ValueError):
-    """The server's context is too short; the message names the flag."""
+    """The server takes too few tokens; the message names the flag."""
 
 
-def max_tokens(options: Options, problems: Sequence[Problem], context: int | None) -> int:
+def max_tokens(options: Options, problems: Sequence[Problem], state: ServerState) -> int:
     """The run's `max_new_tokens`.
 
     Args:
         options: the command line.
         problems: of the whole source: a later run with another `--limit` must come to the same number.
-        context: tokens that the server takes for a prompt and its generation; None if it does not say.
+        state: of the server, which may say how many tokens it takes for a prompt and its generation.
 
     Raises:
         LimitError: the longest prompt and what was asked for do not fit.
     """
-    wanted = options.max_tokens
+    context, wanted = state.max_input_tokens, options.max_tokens
     if wanted is None and options.chains is not None:
         wanted = _chain_tokens(options, problems[0])
     elif wanted is None and options.needles is not None:
@@ -43,7 +44,7 @@ def max_tokens(options: Options, problems: Sequence[Problem], context: int | Non
         flag = _flag_of_size(options)
         raise LimitError(
             f"{flag}: the longest prompt has {longest} tokens and its generation may take {wanted or 1}, but the "
-            f"server's context is {context}; start it with a larger --context-length, or ask for less"
+            f"server takes {context} for both; start it with a larger {state.limited_by}, or ask for less"
         )
     return wanted or min(_MATH_TOKENS, room)
 

@@ -8,9 +8,11 @@ from stub_endpoint import StubEndpoint
 
 from sgl_lim.programs.problems import chain_problems, jsonl_problems, needle_problems
 from sgl_lim.programs.run_options import ForcingOptions, Options, parse
+from sgl_lim.programs.server_stats import parse_server_info
 from sgl_lim.programs.token_limits import LimitError, max_tokens
 
 CHAINS = ["--chains", "4", "--output", "o"]
+SPARED = 6  # of the context and of the KV pool, by SGLang
 NEEDLES = ["--needles", "4", "--output", "o"]
 FILE = ["--problems", "p.jsonl", "--output", "o"]
 CONSISTENT = ["--program", "self-consistency"]
@@ -117,7 +119,13 @@ def limit(options: Options, context: int | None) -> int:
     else:
         assert options.problems is not None
         source = jsonl_problems(Path(options.problems), template="{problem}")
-    return max_tokens(options, source.problems, context)
+    info = {
+        "max_req_input_len": context,
+        "max_total_num_tokens": 100 + SPARED,
+        "internal_states": [],
+        "model_path": "m",
+    }
+    return max_tokens(options, source.problems, parse_server_info(info))
 
 
 def test_chains_get_what_they_need(stub: StubEndpoint) -> None:
@@ -125,10 +133,12 @@ def test_chains_get_what_they_need(stub: StubEndpoint) -> None:
     assert limit(parse(argv), 4096) == 48
     assert limit(parse(argv), None) == 48
     assert limit(parse([*argv, "--max-tokens", "7"]), 4096) == 7
-    with pytest.raises(LimitError, match=r"--steps/--facts.*59 tokens.*48.*context is 100"):
+    with pytest.raises(LimitError, match=r"--steps/--facts.*59 tokens.*48.*takes 100 for both.*--max-total-tokens"):
         limit(parse(argv), 100)
     with pytest.raises(LimitError, match=r"--max-tokens.*500"):
         limit(parse([*argv, "--max-tokens", "500"]), 500)
+    with pytest.raises(LimitError, match=r"takes 99 for both; start it with a larger --context-length"):
+        limit(parse(argv), 99)
     stub.can_tokenize = False
     assert limit(parse(argv), 100) == 48
 
@@ -136,7 +146,7 @@ def test_chains_get_what_they_need(stub: StubEndpoint) -> None:
 def test_needles_get_a_sentence_or_two(stub: StubEndpoint) -> None:
     argv = ["--endpoint", stub.url, "--needles", "2", "--sentences", "20", "--output", "o"]
     assert limit(parse(argv), 4096) == limit(parse(argv), None) == 64
-    with pytest.raises(LimitError, match=r"--sentences.*may take 64.*context is 100"):
+    with pytest.raises(LimitError, match=r"--sentences.*may take 64.*takes 100 for both"):
         limit(parse(argv), 100)
 
 
