@@ -233,7 +233,7 @@ def check_config(config: Any) -> None:
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     if others:
         reasons.append(f"it has layers of {', '.join(others)}, and only full_attention keeps every token")
-    elif window is not None and not getattr(text, "layer_types", None):
+    elif window is not None and window < text.max_position_embeddings and not getattr(text, "layer_types", None):
         reasons.append(f"its sliding window of {window} tokens already drops tokens")
     if getattr(text, "kv_lora_rank", None):
         reasons.append("MLA keeps one latent per token and has no KV heads to gather")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ INTERFACE = "sgl_lim_rows"
 """The name of this attention in transformers."""
 GRANULE = 64
 """The rows share their prompt, which is read once for all, as a server does: in multiples of so many tokens."""
-_BEYOND = {"sliding_window": "a sliding window", "softcap": "capped logits", "s_aux": "attention sinks"}
+_BEYOND = {"softcap": "capped logits", "s_aux": "attention sinks"}
 
 
 class UnsupportedModel(ValueError):
@@ -66,6 +66,10 @@ def attention_interface(
     for name, what in _BEYOND.items():
         if given.get(name) is not None:
             raise UnsupportedModel(f"{type(module).__name__} asks for {what}, which is not measured here")
+    window, config = given.get("sliding_window"), cast(Any, module).config
+    # A window that no context outgrows drops nothing.
+    if window is not None and window < config.get_text_config().max_position_embeddings:
+        raise UnsupportedModel(f"{type(module).__name__} asks for a sliding window, which is not measured here")
     one = _under_way.get()
     if one is None:
         raise RuntimeError(f"attention {INTERFACE} runs within a pass of sgl_lim.evaluate only")

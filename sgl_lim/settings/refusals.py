@@ -10,6 +10,7 @@ import torch
 from sgl_lim.methods import Method
 from sgl_lim.methods.parameters import Increasing, flag, parameters_of
 from sgl_lim.settings import preset_file
+from sgl_lim.settings.architectures import architecture_problems
 from sgl_lim.settings.config import LimConfig, RefusedConfig
 from sgl_lim.settings.layers import resolve_layers
 
@@ -54,7 +55,7 @@ def check_before_weights(config: LimConfig, model_runner: Any) -> None:
     # Where the runner has it, it is resolved; a server argument may be as the user left it.
     page_size = getattr(model_runner, "page_size", None) or getattr(server_args, "page_size", None) or 1
     reasons = config.problems() + model_problems(config, model, server_args.load_format)
-    reasons += server_problems(server_args)
+    reasons += server_problems(server_args) + speculation_problems(server_args, device)
     reasons += device_problems(config.dense_backend, server_args, device)
     method = config.sound_method()
     if method is not None:
@@ -66,16 +67,7 @@ def check_before_weights(config: LimConfig, model_runner: Any) -> None:
 
 def model_problems(config: LimConfig, model: Any, load_format: str = "auto") -> list[str]:
     """Reasons in the model's architecture, and in its selection layers; arguments as `resolve_layers`."""
-    from sglang.srt.configs.model_config import AttentionArch
-
-    use_dense = "serve it with a dense --attention-backend"
-    found = []
-    if model.attention_arch == AttentionArch.MLA:
-        found.append(f"MLA models keep one latent per token and have no KV heads to gather; {use_dense}")
-    if model.is_encoder_decoder:
-        found.append(f"encoder-decoder models attend across two contexts; {use_dense}")
-    if getattr(model, "is_hybrid_swa", False) or (model.sliding_window_size or 0) > 0:
-        found.append(f"sliding-window or hybrid attention already drops tokens by layer; {use_dense}")
+    found = architecture_problems(model)
     layers, depth = config.selection_layers, model.num_hidden_layers
     form = Increasing()
     if layers is not None and form.problem(layers) is None and layers[-1] >= depth:
@@ -127,12 +119,22 @@ def server_problems(server_args: Any) -> list[str]:
             found.append(f"--{name.replace('_', '-')} runs several backends at once; leave the flag out")
     if str(server_args.kv_cache_dtype).startswith(("fp4", "nvfp4")):
         found.append(f"--kv-cache-dtype {server_args.kv_cache_dtype}: packed fp4 KV; use auto or fp8_e4m3")
-    if server_args.speculative_algorithm and server_args.speculative_draft_attention_backend in (None, BACKEND):
-        found.append(
-            f"--speculative-algorithm {server_args.speculative_algorithm} would draft with this backend; "
-            "name a dense one with --speculative-draft-attention-backend"
-        )
     return found
+
+
+def speculation_problems(server_args: Any, device: str) -> list[str]:
+    """Reasons in speculative decoding: what a device cannot do, and what would leave nothing sparse."""
+    algorithm = server_args.speculative_algorithm
+    if not algorithm:
+        return []
+    asked = f"--speculative-algorithm {algorithm}"
+    if device == "cpu":
+        return [f"{asked}: SGLang speculates on GPUs alone; on a CPU leave it out"]
+    if algorithm == "NGRAM":
+        return [f"{asked} has no draft model, and verifies densely, so that nothing would be sparse; leave it out"]
+    if server_args.speculative_draft_attention_backend in (None, BACKEND):
+        return [f"{asked} would draft with this backend; name a dense one with --speculative-draft-attention-backend"]
+    return []
 
 
 def device_problems(dense: str | None, server_args: Any, device: str) -> list[str]:

@@ -102,9 +102,9 @@ LAUNCHES = {
         (r"--enable-dp-attention \(or --attn-dp-size above 1\): .*; leave the flag out",),
         env=(("SGLANG_CPU_OMP_THREADS_BIND", "0|1"), *NO_NCCL),
     ),
-    "speculative-without-draft-backend": Refusal(
+    "speculative-on-a-cpu": Refusal(
         ("--speculative-algorithm", "EAGLE", "--speculative-draft-model-path", "{model}", *EAGLE),
-        (r"--speculative-algorithm EAGLE .*; name a dense one with --speculative-draft-attention-backend",),
+        (r"--speculative-algorithm EAGLE: SGLang speculates on GPUs alone; on a CPU leave it out",),
     ),
     "mla": Refusal((), (r"MLA models .*; serve it with a dense --attention-backend",), config=json.dumps(MLA)),
 }

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from sglang.srt.configs.model_config import AttentionArch
+from transformers import PretrainedConfig
 
 from sgl_lim.settings import refusals
 from sgl_lim.settings.config import RefusedConfig, configure
@@ -20,6 +21,10 @@ MODEL = {
     "is_encoder_decoder": False,
     "is_hybrid_swa": False,
     "sliding_window_size": None,
+    "context_len": 8192,
+    "hf_config": PretrainedConfig(),
+    "hf_text_config": PretrainedConfig(),
+    "linear_attn_registry_result": None,
     "num_hidden_layers": 12,
     "model_path": "some/model",
 }
@@ -71,7 +76,16 @@ def test_plain_configuration_is_served():
         ({"enable_two_batch_overlap": True}, ("--enable-two-batch-overlap", "leave the flag out")),
         ({"enable_pdmux": True}, ("--enable-pdmux", "leave the flag out")),
         ({"kv_cache_dtype": "fp4_e2m1"}, ("--kv-cache-dtype fp4_e2m1", "fp8_e4m3")),
-        ({"speculative_algorithm": "EAGLE"}, ("EAGLE", "--speculative-draft-attention-backend")),
+        (
+            {"device": "cuda", "speculative_algorithm": "EAGLE"},
+            ("EAGLE", "--speculative-draft-attention-backend"),
+        ),
+        ({"device": "cuda", "speculative_algorithm": "NGRAM"}, ("NGRAM has no draft model", "leave it out")),
+        ({"speculative_algorithm": "NGRAM"}, ("--speculative-algorithm NGRAM: ", "on a CPU leave it out")),
+        (
+            {"speculative_algorithm": "EAGLE", "speculative_draft_attention_backend": "triton"},
+            ("--speculative-algorithm EAGLE: ", "on a CPU leave it out"),
+        ),
         ({"enable_torch_compile": True}, ("--enable-torch-compile", "leave the flag out")),
         ({"attn_dp_size": 2}, ("--attn-dp-size", "leave the flag out")),
         (
@@ -79,7 +93,11 @@ def test_plain_configuration_is_served():
             ("--prefill-attention-backend lessismore", "--decode-attention-backend"),
         ),
         (
-            {"speculative_algorithm": "EAGLE", "speculative_draft_attention_backend": "lessismore"},
+            {
+                "device": "cuda",
+                "speculative_algorithm": "EAGLE",
+                "speculative_draft_attention_backend": "lessismore",
+            },
             ("EAGLE", "--speculative-draft-attention-backend"),
         ),
         ({"device": "npu"}, ("--device npu", "cuda or cpu")),
@@ -143,12 +161,13 @@ def test_the_page_size_that_counts_is_the_runner_s():
 
 def test_quest_is_not_served_with_speculation():
     how = {"speculative_algorithm": "EAGLE", "speculative_draft_attention_backend": "triton", "page_size": 16}
-    (reason,) = reasons(configure(method="quest"), **how)
+    (reason,) = reasons(configure(method="quest"), device="cuda", **how)
     assert "--speculative-algorithm EAGLE" in reason and "leave one of them out" in reason
 
 
 def test_a_speculative_draft_backend_of_its_own_is_served():
-    assert reasons(speculative_algorithm="EAGLE", speculative_draft_attention_backend="triton") == []
+    how = {"speculative_algorithm": "EAGLE", "speculative_draft_attention_backend": "triton"}
+    assert reasons(device="cuda", **how) == []
 
 
 def test_budgets_and_caches_that_the_kernels_take_are_served_on_a_gpu():

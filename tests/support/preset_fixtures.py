@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from transformers import PretrainedConfig
 
 from sgl_lim.settings.preset_file import Entry, PresetFile
 
@@ -35,7 +36,10 @@ def model_of():
         return SimpleNamespace(
             model_path=path,
             num_hidden_layers=layers,
-            hf_config=SimpleNamespace(architectures=list(architectures)),
+            hf_config=PretrainedConfig(architectures=list(architectures)),
+            hf_text_config=PretrainedConfig(),
+            linear_attn_registry_result=None,
+            context_len=8192,
             attention_arch=AttentionArch.MHA,
             is_encoder_decoder=False,
             is_hybrid_swa=False,
