@@ -20,8 +20,11 @@ def pytest_configure() -> None:
     Calibrations are kept in an empty folder.
 
     (pytest takes `SystemExit` for the failure of one test, and goes on.) A shell starts what it runs in the background
-    with SIGINT ignored, and programs under test would inherit that; a signal that is handled here is as usual for them.
+    with SIGINT ignored, `nohup` starts it with SIGHUP ignored, and programs under test would inherit that; a signal
+    that is handled here is as usual for them.
     """
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     os.environ[CALIBRATIONS] = tempfile.mkdtemp(prefix="calibrations-")

@@ -20,10 +20,10 @@ _RULES = 2  # changes with what counts as an answer, or as the same one
 
 # Seconds of processor time. Every request is tried for a moment, which is enough for most; those that need more share
 # what is left for a problem. So what is costly takes nothing from the rest.
-_MOMENT, _READ, _COMPARE = 0.06, 0.3, 0.7  # for one request: at first, then to read an answer, or to compare two
-_MOMENTS, _MORE = 3.0, 2.5  # for all requests of one problem: at first, and then
+_MOMENT, _READ, _COMPARE = 0.12, 0.3, 0.7  # for one request: at first, then to read an answer, or to compare two
+_MOMENTS, _MORE = 10.0, 5.0  # for all requests of one problem: at first, and then
 # Seconds on the clock since a problem was begun, once one of its requests came to no end: for moments, and for more.
-_MOMENTS_CLOCK, _MORE_CLOCK = 8.0, 3.0
+_MOMENTS_CLOCK, _MORE_CLOCK = 20.0, 4.0
 
 
 class MathGrader:

@@ -36,7 +36,7 @@ def model_of():
         return SimpleNamespace(
             model_path=path,
             num_hidden_layers=layers,
-            hf_config=PretrainedConfig(architectures=list(architectures)),
+            hf_config=PretrainedConfig(architectures=list(architectures) or None),
             hf_text_config=PretrainedConfig(),
             linear_attn_registry_result=None,
             context_len=8192,
