@@ -1,6 +1,6 @@
 """How a command begins and ends: something to read at once, Ctrl-C without a traceback, and what to install."""
 
-import importlib.util
+import importlib.metadata
 import os
 import shlex
 import signal
@@ -75,9 +75,20 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 def how_to_install(module: str) -> str:
     """The command that brings an optional module of `REQUIREMENTS` into this Python's environment."""
     python = shlex.quote(sys.executable)
-    # An environment that uv made has no pip.
-    pip = f"{python} -m pip install" if importlib.util.find_spec("pip") else f"uv pip install --python {python}"
+    pip = f"{python} -m pip install" if _has_pip() else f"uv pip install --python {python}"
     return f"{pip} {shlex.quote(REQUIREMENTS[module])}"
+
+
+def _has_pip() -> bool:
+    """Whether there is a pip: an environment that uv made has none.
+
+    Looking for the module would not do. setuptools takes that for the start of pip, and cannot be imported afterwards.
+    """
+    try:
+        importlib.metadata.version("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

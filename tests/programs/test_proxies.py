@@ -37,6 +37,12 @@ class Proxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
 
 
+@pytest.fixture(autouse=True)
+def no_opener(monkeypatch: pytest.MonkeyPatch) -> None:
+    """urllib keeps the proxies of its first request for all later ones of a process."""
+    monkeypatch.setattr("urllib.request._opener", None)
+
+
 @pytest.fixture
 def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     with Proxy() as server:
