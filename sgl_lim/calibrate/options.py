@@ -174,7 +174,21 @@ def _parser() -> argparse.ArgumentParser:
         "--max-dense", type=integer(0), metavar="N", help="most dense layers at the beginning (default: a third)"
     )
     what.add_argument("--attends", choices=ATTENDS, help="what selection layers attend to (default: both are tried)")
-    items = parser.add_argument_group("what is decoded")
+    _add_items(parser.add_argument_group("what is decoded"))
+    how = parser.add_argument_group("how")
+    how.add_argument("--device", help="as torch names it (default: cuda if there is one, else cpu)")
+    how.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="default: float32 on a CPU, elsewhere auto, which is the checkpoint's own",
+    )
+    how.add_argument("--output", type=Path, metavar="FILE.json", help="write the result to files too")
+    how.add_argument("--no-keep", action="store_true", help="do not keep the result for the checkpoint's next server")
+    add_flags(parser)
+    return parser
+
+
+def _add_items(items: argparse._ArgumentGroup) -> None:
     items.add_argument(
         "--context", type=integer(256), metavar="N", help="tokens of an item (default: 4096, on a CPU 1536)"
     )
@@ -192,14 +206,3 @@ def _parser() -> argparse.ArgumentParser:
         "--max-tokens", type=integer(2), default=MAX_TOKENS, metavar="N", help="behind a prompt (default: %(default)s)"
     )
     items.add_argument("--seed", type=int, default=0)
-    how = parser.add_argument_group("how")
-    how.add_argument("--device", help="as torch names it (default: cuda if there is one, else cpu)")
-    how.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        help="default: float32 on a CPU, elsewhere auto, which is the checkpoint's own",
-    )
-    how.add_argument("--output", type=Path, metavar="FILE.json", help="write the result to files too")
-    how.add_argument("--no-keep", action="store_true", help="do not keep the result for the checkpoint's next server")
-    add_flags(parser)
-    return parser
