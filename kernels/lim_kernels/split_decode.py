@@ -356,13 +356,10 @@ def launch_for(q: Tensor, kv_heads: int, dim_v: int) -> Launch:
     """
     row_bytes = max(q.shape[2], dim_v) * q.element_size()
     programs, room = q.shape[0] * kv_heads, multiprocessors(q.device)
-    # Whether the rows alone keep the device busy, uncut.
-    busy = programs >= room * 0.9
-    # Keys alone: twice as many slots for the bytes of an iteration.
-    slots = 64 if busy and dim_v > 0 else 128
+    # Whether the rows alone keep the device busy, uncut. Of keys alone twice as many slots have the same bytes.
+    busy = dim_v > 0 and programs >= room * 0.9
+    slots = 64 if busy else 128
     block = max(16, min(256, slots * 256 // triton.next_power_of_2(row_bytes)))
-    if dim_v == 0:
-        return Launch(block, warps=4, stages=3, programs_per_sm=2, waves=8, chunk=1024)
     if busy:
         return Launch(block, warps=2, stages=3, programs_per_sm=2, waves=8, chunk=1024 if programs >= 3 * room else 512)
     return Launch(block, warps=4, stages=3, programs_per_sm=2, waves=8, chunk=1024)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from sgl_lim.settings.layers import full_reads
+
 
 @dataclass(frozen=True, order=True)
 class Candidate:
@@ -13,8 +15,8 @@ class Candidate:
 
     @property
     def full_reads(self) -> float:
-        """Layers that are read whole in a step: keys alone are half of what a layer has."""
-        return self.layers[0] + len(self.layers) * (0.5 if self.attends == "set" else 1.0)
+        """As `sgl_lim.settings.layers.full_reads`."""
+        return full_reads(self.layers, self.attends)
 
     @property
     def name(self) -> str:

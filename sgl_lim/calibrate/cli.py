@@ -4,13 +4,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sgl_lim.calibrate.files import FileError, check_output, preset_of, save
+from sgl_lim.calibrate.files import preset_of, save
 from sgl_lim.calibrate.job import Job, Result, calibrate, prepare
 from sgl_lim.calibrate.options import Options, parse
 from sgl_lim.calibrate.prompts import PromptError, encode, file_prompts
 from sgl_lim.calibrate.report import conclusion, table
 from sgl_lim.evaluate.checkpoint import Checkpoint, load, load_config
 from sgl_lim.evaluate.items import ItemError
+from sgl_lim.evaluate.output import check_output
 from sgl_lim.evaluate.sources import SourceError
 from sgl_lim.evaluate.step_rows import UnsupportedModel
 from sgl_lim.settings import kept_calibration
@@ -21,7 +22,8 @@ def main(argv: list[str]) -> int:
     """Run the command; returns the exit code: 2 for what the user can change, 130 after Ctrl-C."""
     options = parse(argv)
     try:
-        check_output(options.output)
+        if options.output is not None:
+            check_output(options.output)
         texts = file_prompts(options.prompts)[: options.limit]
         job = prepare(options, load_config(options.model_path))
         print(f"loading {options.model_path}", file=sys.stderr, flush=True)
@@ -30,7 +32,7 @@ def main(argv: list[str]) -> int:
         preset = preset_of(options, job, checkpoint, results)
         written = save(options, job, results, preset)
         kept = kept_calibration.keep(preset, options.model_path) if options.keep else None
-    except (UnsupportedModel, ItemError, SourceError, PromptError, RefusedConfig, FileError, ValueError) as error:
+    except (UnsupportedModel, ItemError, SourceError, PromptError, RefusedConfig, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -1,7 +1,6 @@
 """What a calibration writes: the preset, every candidate as a row, and the picture of the frontier."""
 
 import csv
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -17,28 +16,13 @@ from sgl_lim.command import how_to_install
 from sgl_lim.evaluate.checkpoint import Checkpoint
 from sgl_lim.settings.preset_file import Entry, PresetFile, rule_of
 
-FIELDS = (
+COLUMNS = (
     "budget", "part", "selection_layers", "attends", "full_reads", "tokens", "kl", "kl_error",
-    "agreement", "agreement_low", "agreement_high", "task", "items", "right", "dense_right", "lost_nats", "keeps",
+    "agreement", "agreement_low", "agreement_high",
+    *(f"{task}_{name}" for task in ("needles", "chains") for name in ("items", "right", "dense_right", "lost_nats")),
+    "keeps", "coverage",
 )  # fmt: skip
-"""Of the CSV; `task` to `lost_nats` once for needles and once for chains, by their names."""
-TASKS = ("needles", "chains")
-
-
-class FileError(ValueError):
-    """`--output` cannot be written."""
-
-
-def check_output(path: Path | None) -> None:
-    """Refuse early what could not be written at the end. Raises `FileError`."""
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"--output {path}: {error.strerror or error}") from error
-    if not os.access(path.parent, os.W_OK) or path.is_dir():
-        raise FileError(f"--output {path}: cannot be written")
+"""Of the CSV."""
 
 
 def preset_of(options: Options, job: Job, checkpoint: Checkpoint, results: Sequence[Result]) -> PresetFile:
@@ -105,9 +89,8 @@ def _beside(result: Result) -> dict[str, object]:
 
 def _write_csv(path: Path, results: Sequence[Result]) -> None:
     """A row for each candidate and part that it was decoded on, and one for each pair of layers with its coverage."""
-    columns = (*FIELDS[:11], *(f"{task}_{name}" for task in TASKS for name in FIELDS[12:16]), "keeps", "coverage")
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n", restval="")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
         writer.writeheader()
         for result in results:
             held_out = {one.candidate: one for one in (result.chosen, *result.named.values(), *result.frontier)}

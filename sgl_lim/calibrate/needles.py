@@ -9,8 +9,6 @@ from sgl_lim.evaluate.items import Encoder, Item, ItemError, Suite, common, most
 from sgl_lim.tasks import filler
 from sgl_lim.tasks.needles import DEPTHS, SHORTEST
 
-_TOKENS_A_SENTENCE = 8
-"""At least, of filler."""
 _WORDS = (
     "river", "candle", "window", "orange", "saddle", "marble", "feather", "anchor", "basket", "thunder", "velvet",
     "hammer", "garden", "pepper", "island", "button", "rocket", "meadow", "pillow", "dragon",
@@ -99,14 +97,12 @@ def _hide(rng: random.Random, kind: Kind, thing: str, depth: int) -> Hidden:
 
 
 def _of_one_text(encoder: Encoder, rng: random.Random, facts: Sequence[Hidden], context: int) -> list[Item]:
-    prose = list(islice(filler.sentences(rng), context // _TOKENS_A_SENTENCE))
+    prose = list(islice(filler.sentences(rng), context // filler.TOKENS_A_SENTENCE))
 
     def build(count: int, asked: Hidden, value: str) -> Item:
-        lines = prose[:count]
-        for one in sorted(facts, key=lambda one: one.depth, reverse=True):
-            lines.insert(count * one.depth // 100, one.sentence)
-        question = asked.kind.question(asked.thing)
-        return split(encoder, " ".join(lines) + question, f" {asked.kind.lead(asked.thing)} {value}.")
+        deepest_first = sorted(facts, key=lambda one: one.depth, reverse=True)
+        text = filler.hide([(one.depth, one.sentence) for one in deepest_first], prose[:count])
+        return split(encoder, text + asked.kind.question(asked.thing), f" {asked.kind.lead(asked.thing)} {value}.")
 
     def longest(count: int) -> int:
         return max(len(build(count, one, one.value)) for one in facts)

@@ -1,6 +1,5 @@
 """The command: check, load, decode suite by suite, write, in this order."""
 
-import os
 import platform
 import sys
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from sgl_lim.evaluate.choices import Choice, choices_of
 from sgl_lim.evaluate.items import KEYS, ItemError, Sizes, Suite, chain_suite, needle_suite, text_suite
 from sgl_lim.evaluate.measure import Row, measure, measured
 from sgl_lim.evaluate.options import Options, parse
+from sgl_lim.evaluate.output import check_output
 from sgl_lim.evaluate.plot import draw
 from sgl_lim.evaluate.progress import Progress
 from sgl_lim.evaluate.report import CsvFile, table, verdict
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
     try:
         choices = _choices(options)
-        _check_output(options.output)
+        check_output(options.output)
         texts = _texts(options)
         checkpoint = load(options.model_path, device=options.device, dtype=options.dtype)
         suites = _suites(options, checkpoint, texts)
@@ -57,15 +57,6 @@ def _choices(options: Options) -> list[Choice]:
         of_budget = choices_of(options.methods, (budget,), served, depth, attends=layers.selection_attends)
         found |= {choice.name: choice for choice in of_budget}
     return list(found.values())
-
-
-def _check_output(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output {path}: {error.strerror or error}") from error
-    if not os.access(path.parent, os.W_OK) or path.is_dir():
-        raise ValueError(f"--output {path}: cannot be written")
 
 
 def _texts(options: Options) -> dict[str, list[str]]:

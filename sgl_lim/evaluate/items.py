@@ -14,8 +14,6 @@ from sgl_lim.tasks.needles import DEPTHS, SHORTEST, draw_needle
 
 KEYS = {"needle": 1, "four_keys": 4}
 """Facts in a prompt, by suite."""
-_TOKENS_A_SENTENCE = 8
-"""At least, of filler."""
 
 
 class ItemError(ValueError):
@@ -115,7 +113,7 @@ def needle_suite(encoder: Encoder, name: str, sizes: Sizes) -> Suite:
 
 def _needle(encoder: Encoder, rng: random.Random, keys: int, depth: int, context: int) -> Item:
     needle = draw_needle(rng, keys=keys, depth=depth)
-    prose = list(islice(filler.sentences(rng), context // _TOKENS_A_SENTENCE))
+    prose = list(islice(filler.sentences(rng), context // filler.TOKENS_A_SENTENCE))
 
     def build(count: int, code: int) -> Item:
         prompt = f"{needle.text(prose[:count])}\n\nQuestion: {needle.question}\nAnswer:"

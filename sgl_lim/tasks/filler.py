@@ -1,7 +1,7 @@
 """Prose about nothing in particular, made from words: what facts are hidden among. The same seed gives the same."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -86,6 +86,8 @@ _TIMES = (
 _JOINS = ("while", "and then", "because nobody else had", "although it was late when", "as soon as", "just before")
 _ENDS = ("without any hurry", "for the third time that week", "as usual", "with great care", "and nobody minded")
 _SENTENCES_A_TOPIC = (3, 8)
+TOKENS_A_SENTENCE = 8
+"""At least, by any tokenizer."""
 COLOURS = ("copper", "silver", "green", "violet", "amber", "scarlet", "ivory", "turquoise", "golden", "crimson")
 THINGS = (
     "lantern",
@@ -120,6 +122,18 @@ def _sentence(rng: random.Random, topic: Topic) -> str:
     )
     text = rng.choice(forms)
     return text[0].upper() + text[1:]
+
+
+def hide(facts: Sequence[tuple[int, str]], prose: Sequence[str]) -> str:
+    """Sentences of prose with facts between them.
+
+    Args:
+        facts: percent of the prose before each, and its sentence; the deepest first.
+    """
+    lines = list(prose)
+    for place, fact in facts:
+        lines.insert(len(prose) * place // 100, fact)
+    return " ".join(lines)
 
 
 def names(rng: random.Random, count: int) -> list[str]:

@@ -56,10 +56,7 @@ class Needle:
     def text(self, prose: Sequence[str]) -> str:
         """Sentences of prose with the facts between them."""
         facts = [f"The access code of the {n} is {c}." for n, c in zip(self.things, self.codes, strict=True)]
-        lines = list(prose)
-        for place, fact in sorted(zip(self.places, facts, strict=True), reverse=True):
-            lines.insert(len(prose) * place // 100, fact)
-        return " ".join(lines)
+        return filler.hide(sorted(zip(self.places, facts, strict=True), reverse=True), prose)
 
 
 def draw_needle(rng: random.Random, *, keys: int, depth: int) -> Needle:
