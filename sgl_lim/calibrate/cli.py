@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from sgl_lim.calibrate.files import preset_of, save
 from sgl_lim.calibrate.job import Job, Result, calibrate, prepare
 from sgl_lim.calibrate.options import Options, parse
@@ -34,6 +36,13 @@ def main(argv: list[str]) -> int:
         kept = kept_calibration.keep(preset, options.model_path) if options.keep else None
     except (UnsupportedModel, ItemError, SourceError, PromptError, RefusedConfig, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: --device {options.device} has too little memory for --context {job.sizes.context}; lower it, or "
+            f"calibrate with --device cpu ({str(error).splitlines()[0]})",
+            file=sys.stderr,
+        )
         return 2
     except OSError as error:
         print(f"error: the result cannot be written: {error}", file=sys.stderr)

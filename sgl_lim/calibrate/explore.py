@@ -4,6 +4,7 @@
 2. The weights of layers are fitted to what came out; the best candidates by the fit, and neighbours of the best that
    were tried, are decoded too. This is repeated.
 3. So is what attends otherwise, and the best of all are decoded on the whole search part.
+4. On the whole search part, which tells more apart, the best are refined: their neighbours are decoded there too.
 
 All numbers are counts, none are times, so equal commands try equal candidates.
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from sgl_lim.calibrate.bench import ItemScore, Part
 from sgl_lim.calibrate.candidates import Candidate
 from sgl_lim.calibrate.outcome import Outcome, outcome
-from sgl_lim.calibrate.search import Model, Recall, neighbours, spaced
+from sgl_lim.calibrate.search import Model, Recall, neighbours, spaced, swaps
 from sgl_lim.methods import Method
 
 Build = Callable[[Candidate], Method]
@@ -35,11 +36,18 @@ class Effort:
     """In a round, by the fit; and half as many neighbours, and in the end as many that attend otherwise."""
     finalists: int
     """On the whole search part."""
+    refine: int
+    """Rounds in which neighbours of the best are decoded on the whole search part, half as many as in other rounds."""
 
     @property
     def quick(self) -> int:
         """Candidates that are tried at most, beside references."""
-        return self.first + self.first // 2 + self.rounds * (self.each + self.each // 2) + self.each // 2
+        return self.first + self.first // 2 + self.rounds * (self.each + self.each // 2) + self.each // 2 + self.refined
+
+    @property
+    def refined(self) -> int:
+        """Of these, candidates that are decoded as neighbours of finalists, at most."""
+        return self.refine * (self.each // 2)
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,10 @@ class Space:
     def most(self, attends: str) -> int:
         """Selection layers at most."""
         return max(1, min(self.depth - 1, int((self.reads + SLACK) / (0.5 if attends == "set" else 1.0))))
+
+    def affords(self, one: Candidate) -> bool:
+        """Whether it may be chosen."""
+        return self.has(one) and one.full_reads <= self.reads + 1e-9
 
     def has(self, one: Candidate) -> bool:
         """Whether it reads little enough, and leaves a sparse layer."""
@@ -113,7 +125,26 @@ def explore(
         # What attends otherwise is tried once the weights are known.
         _try(trials, _spread(_proposed(model, space, attends), model, effort.each // 2))
     best = _finalists([trials.outcome(one, QUICK) for one in trials.tried(0)], effort.finalists, space.reads)
-    return [trials.outcome(one, SEARCH) for one in dict.fromkeys([*references, *best])]
+    for one in dict.fromkeys([*references, *best]):
+        trials.outcome(one, SEARCH)
+    for _ in range(effort.refine):
+        _refine(trials, space, model, effort.each // 2)
+    return [trials.outcome(one, SEARCH) for one in trials.tried(1)]
+
+
+def _refine(trials: Trials, space: Space, model: Model, count: int) -> None:
+    """Decode so many neighbours of the two best finalists on the search parts, the most promising by the fit."""
+    done = {one: trials.outcome(one, SEARCH) for one in trials.tried(1)}
+    model = model.fitted((one, found.divergence) for one, found in done.items())
+    # Several finalists may be nearly the same, so what the best two have in common is not tried twice.
+    near = dict.fromkeys(
+        new
+        for one in _finalists(list(done.values()), 2, space.reads)
+        for new in [*neighbours(one, space.depth, space.max_dense), *swaps(one, space.depth)]
+        if space.affords(new) and new not in done
+    )
+    for one in sorted(near, key=lambda one: (model.expected(one), one))[:count]:
+        trials.outcome(one, SEARCH)
 
 
 def _try(trials: Trials, candidates: Iterable[Candidate]) -> None:

@@ -45,18 +45,18 @@ ON_CPU = Scale(
         Counts(windows=2, others=1, facts=1, alike=1, chains=4),
         Counts(windows=3, others=1, facts=2, alike=1, chains=6),
     ),
-    effort=Effort(first=12, rounds=3, each=6, finalists=8),
+    effort=Effort(first=12, rounds=3, each=6, finalists=8, refine=0),
 )
 ON_GPU = Scale(
     context=4096,
     decoded=192,
-    rows=512,
+    rows=1024,
     counts=(
-        Counts(windows=1, others=0, facts=2, alike=0, chains=4),
-        Counts(windows=3, others=2, facts=4, alike=2, chains=8),
-        Counts(windows=4, others=2, facts=6, alike=4, chains=12),
+        Counts(windows=2, others=1, facts=3, alike=1, chains=4),
+        Counts(windows=4, others=2, facts=6, alike=4, chains=8),
+        Counts(windows=6, others=2, facts=8, alike=6, chains=12),
     ),
-    effort=Effort(first=24, rounds=5, each=10, finalists=14),
+    effort=Effort(first=24, rounds=6, each=10, finalists=14, refine=4),
 )
 
 
@@ -252,7 +252,7 @@ def _work(job: Job, suites: Sequence[Sequence[Suite]], prompts: Sequence[Sequenc
     effort = job.scale.effort
     references = len(job.references)
     a_budget = (effort.quick + references + 2) * quick
-    a_budget += (effort.finalists + references) * search
+    a_budget += (effort.finalists + effort.refined + references) * search
     a_budget += (references + 4 + _FRONTIER) * held
     own = sum(len(prompt) // 3 + job.max_tokens for prompt in prompts)
     # The dense passes are one of each part.

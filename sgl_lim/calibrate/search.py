@@ -88,6 +88,18 @@ def neighbours(candidate: Candidate, depth: int, max_dense: int) -> list[Candida
     return [Candidate(one, candidate.attends) for one in sorted(fits)]
 
 
+def swaps(candidate: Candidate, depth: int) -> list[Candidate]:
+    """Candidates that differ by one selection layer behind the first, put anywhere else behind it."""
+    first, *others = candidate.layers
+    made = {
+        (first, *sorted({*others} - {gone} | {new}))
+        for gone in others
+        for new in range(first + 1, depth)
+        if new not in others
+    }
+    return [Candidate(one, candidate.attends) for one in sorted(made)]
+
+
 def spaced(depth: int, max_dense: int, attends: str) -> list[Candidate]:
     """Every third to eighth layer, from several first layers on; no layer would read what the last one chose."""
     steps = ((step, first) for step in (3, 4, 5, 6, 8) for first in range(min(step, max_dense + 1)))

@@ -1,6 +1,7 @@
 """What candidates are compared by: parts of items, coverage, and the search over them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,7 +180,7 @@ def test_the_search_finds_what_coverage_does_not_show() -> None:
     parts = {0: FakePart(), 1: FakePart()}
     trials = Trials(parts, lambda candidate: candidate)
     spaced = Candidate((2, 5, 8), "set")
-    effort = Effort(first=6, rounds=4, each=4, finalists=6)
+    effort = Effort(first=6, rounds=4, each=4, finalists=6, refine=2)
     found = explore(trials, recall, Space(12, 3, 2.0, ("set", "context")), effort, [spaced])
     best = min(found, key=lambda one: one.divergence)
     read = max(layer for layer in best.candidate.layers if layer < 9)
@@ -193,3 +194,25 @@ def test_the_search_finds_what_coverage_does_not_show() -> None:
         recall, Space(12, 3, 2.0, ("set", "context")), effort, [spaced],
     )  # fmt: skip
     assert again == found
+
+
+class TellsMore(FakePart):
+    """The same world on more items, which also show that a layer behind 9 has to select."""
+
+    def score(self, candidate: Candidate) -> list[ItemScore]:
+        (found,) = super().score(candidate)
+        loss = found.divergence + (0.0 if 10 in candidate.layers else 5.0)
+        return [replace(found, divergence=loss)]
+
+
+def test_what_only_the_larger_part_tells_is_found_in_the_end() -> None:
+    recall = [[1.0 if i == j else 0.9 - 0.02 * (j - i) for j in range(12)] for i in range(12)]
+
+    def best(refine: int) -> tuple[int, ...]:
+        trials = Trials({0: FakePart(), 1: TellsMore()}, lambda candidate: candidate)
+        effort = Effort(first=6, rounds=4, each=16, finalists=4, refine=refine)
+        found = explore(trials, recall, Space(12, 3, 2.0, ("set",)), effort, [])
+        assert len(trials.tried(1)) <= effort.finalists + effort.refined
+        return min(found, key=lambda one: one.divergence).candidate.layers
+
+    assert 10 not in best(0) and 10 in best(3)

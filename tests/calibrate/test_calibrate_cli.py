@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sgl_lim.calibrate import cli, job
 from sgl_lim.calibrate.explore import Effort
@@ -129,7 +130,7 @@ SMALL = Scale(
     decoded=16,
     rows=64,
     counts=tuple(Counts(windows=1, others=0, facts=1, alike=0, chains=2) for _ in range(3)),  # type: ignore[arg-type]
-    effort=Effort(first=4, rounds=1, each=3, finalists=3),
+    effort=Effort(first=4, rounds=1, each=3, finalists=3, refine=1),
 )
 
 
@@ -246,3 +247,13 @@ def test_the_module_is_a_command(tmp_path):
         [sys.executable, "-m", "sgl_lim.calibrate", "--help"], capture_output=True, text=True, cwd=tmp_path
     )
     assert ran.returncode == 0 and "--budgets" in ran.stdout and "The rule:" in ran.stdout
+
+
+def test_too_little_memory_is_told_with_the_way_out(tiny, small, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(cli, "calibrate", full)
+    assert cli.main(["--model-path", str(tiny), "--device", "cpu", "--budgets", "40"]) == 2
+    told = capsys.readouterr().err
+    assert "--context 320; lower it" in told and "20.00 GiB" in told

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgl_lim.calibrate.candidates import Candidate
-from sgl_lim.calibrate.search import Model, neighbours, spaced
+from sgl_lim.calibrate.search import Model, neighbours, spaced, swaps
 
 
 def expected(missed, weights, layers, attends):
@@ -75,6 +75,11 @@ def test_neighbours_differ_by_one_layer():
     added = {(0, 1, 4), (1, 2, 4), (1, 3, 4), (1, 4, 5)}
     # One that begins with layer 3 or 4 would have too many dense layers.
     assert found == moved | added | {(1,)}
+
+
+def test_a_swap_puts_one_layer_behind_the_first_anywhere_else():
+    found = {one.layers for one in swaps(Candidate((1, 3, 4), "set"), 6)}
+    assert found == {(1, 2, 4), (1, 4, 5), (1, 2, 3), (1, 3, 5)}
 
 
 def test_spaced_layers_leave_the_last_one():
