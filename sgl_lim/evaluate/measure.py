@@ -106,7 +106,7 @@ def measure(
 
 def measured(checkpoint: Checkpoint, choices: Sequence[Choice]) -> list[Choice]:
     """The choices behind full attention, and behind full attention again where rounding changes tokens."""
-    return [FULL, *[ROUNDING] * checkpoint.rounds, *(choice for choice in choices if choice != FULL)]
+    return [FULL, *[ROUNDING] * checkpoint.rounds, *(choice for choice in choices if choice not in (FULL, ROUNDING))]
 
 
 def _in_one_pass(checkpoint: Checkpoint, item: Item) -> Decoded:

@@ -26,7 +26,7 @@ from transformers import (
 from sgl_lim.evaluate.checkpoint import Checkpoint, Prompt, check_config, load
 from sgl_lim.evaluate.choices import FULL, ROUNDING, Choice, method_of
 from sgl_lim.evaluate.items import Item, Suite
-from sgl_lim.evaluate.measure import measure
+from sgl_lim.evaluate.measure import measure, measured
 from sgl_lim.evaluate.step_rows import UnsupportedModel
 from sgl_lim.methods import METHODS, Full
 
@@ -116,7 +116,9 @@ def test_one_pass_is_decode_but_for_rounding(tokens: list[int]) -> None:
         rounds = True
 
     items = tuple(Item(tokens[:n], tokens[n : n + 40], scored_from=1) for n in (70, 100))
-    rows = measure(Rounds(tiny("llama"), None), Suite("s", "text", items), [FULL], rows=32, done=lambda _: None)
+    rounds = Rounds(tiny("llama"), None)
+    # The command asks what will be measured, to tell how long that takes, and hands it on.
+    rows = measure(rounds, Suite("s", "text", items), measured(rounds, [FULL]), rows=32, done=lambda _: None)
     assert [row.choice for row in rows] == [FULL, ROUNDING]
     full, again = rows
     assert again.agreement.value == 1 and again.overlap == pytest.approx(1, abs=1e-4)
