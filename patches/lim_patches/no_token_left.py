@@ -1,9 +1,8 @@
 """SGLang takes it for granted that each row of logits leaves a token to choose.
 
-Symptom: a `regex`, JSON schema or grammar that no token of the vocabulary fits, a `logit_bias` or a custom processor that
-    forbids everything, or one bias beyond float32 ends the server at a temperature above 0, with all its requests:
-    `probability tensor contains either inf, nan or element < 0` on a CPU, a device-side assertion on a GPU. A greedy
-    request goes on with token 0.
+Symptom: a `regex`, JSON schema or grammar that no token of the vocabulary fits, or a `logit_bias` or custom processor
+    that forbids all, ends the server at a temperature above 0, with all its requests: `probability tensor contains
+    either inf, nan or element < 0` on a CPU, a device-side assertion on a GPU. A greedy request goes on with token 0.
 Cause: the softmax of a row that is -inf throughout, or has +inf or NaN in it, is NaN, and `torch.multinomial` checks.
 Versions: all supported.
 Remove when: SGLang ends the request whose row has no token left.
@@ -81,7 +80,9 @@ def may_take_tokens(sampling_info: Any) -> bool:
     )
 
 
-def after_sampling(result: Tensor, sampler: Any, logits_output: Any, sampling_info: Any, *more: Any, **named: Any) -> None:
+def after_sampling(
+    result: Tensor, sampler: Any, logits_output: Any, sampling_info: Any, *more: Any, **named: Any
+) -> None:
     """Let what was found go along with the step's output."""
     setattr(logits_output, FOUND, getattr(sampling_info, FOUND, None))
 
