@@ -45,14 +45,15 @@ def after_create(request: Any, manager: Any, *args: object, **kwargs: object) ->
 
 
 @functools.cache
-def declared(kind: type) -> tuple[tuple[str, Any], ...]:
+def declared(kind: Any) -> tuple[tuple[str, Any], ...]:
     """Names and types of a msgspec structure's fields."""
     return tuple((field.name, field.type) for field in msgspec.structs.fields(kind) if field.name not in FREE)
 
 
 def mistyped(params: Any) -> Iterable[str]:
     """Sampling parameters that are not of the type that SGLang declares."""
-    for name, kind in declared(type(params)):
+    its_kind: Any = type(params)
+    for name, kind in declared(its_kind):
         try:
             msgspec.convert(getattr(params, name), kind)
         except msgspec.ValidationError as error:
