@@ -14,8 +14,8 @@ either: such ties are shown by the log-probabilities alone, and counted apart. S
 what a request had generated before a retraction is prefilled again, and a prefill is dense, so that its keys are others
 than those that sparse decode left.
 
-Servers: `lessismore` reads a prefix for each request by itself, `group` once for all (`--lim-prefix-groups`), `quest`
-is that method. The exit status is 1 if an answer differs, something is left in use, or a request fails.
+Servers: `lessismore` reads a prefix for each request by itself, `group` once for all (`--lim-prefix-groups`); any other
+name is that of a method. The exit status is 1 if an answer differs, something is left in use, or a request fails.
 """
 
 import argparse
@@ -38,15 +38,13 @@ from benchmarks.soak_client import Tally, alone, pause_now_and_then, send
 from benchmarks.soak_jobs import Job, Sizes, make_jobs, order
 from benchmarks.targets import Target, endpoint, flush_cache, log_folder
 from sgl_lim import command
+from sgl_lim.methods import METHODS
 from sgl_lim.programs import api_key
 from sgl_lim.programs.endpoint import EndpointError, server_info
 from sgl_lim.programs.server_process import ServerFailed
 
-METHODS = {
-    "lessismore": "--lim-prefix-groups off",
-    "group": "--lim-prefix-groups on",
-    "quest": "--lim-method quest --page-size 16",
-}
+SERVERS = {name: f"--lim-method {name} --page-size {kind.page}" for name, kind in METHODS.items()}
+SERVERS |= {"lessismore": "--lim-prefix-groups off", "group": "--lim-prefix-groups on"}
 SMALL_POOL = "--max-total-tokens {pool} --max-running-requests 32 --schedule-conservativeness 0.3"
 CHAIN_TRACER = Path(__file__).parents[1] / "models" / "chain-tracer"
 TIES = {"float32": 1e-3}
@@ -149,7 +147,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, with `targets` made of the servers it names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("endpoints", nargs="*", metavar="NAME=URL", help="servers that run, in place of --method")
-    parser.add_argument("--method", action="append", choices=list(METHODS), default=[], help="a server to start")
+    parser.add_argument("--method", action="append", choices=list(SERVERS), default=[], help="a server to start")
     parser.add_argument("--model-path", default=str(CHAIN_TRACER), metavar="M")
     parser.add_argument(
         "--server-args", default="--device cpu --dtype float32", metavar="ARGUMENTS", help="%(default)s"
@@ -188,7 +186,7 @@ def targets(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[T
         parser.error(f"expected NAME=URL, got {' '.join(args.endpoints)}")
     common = ["--model-path", args.model_path, "--attention-backend", "lessismore", "--lim-budget", str(args.budget)]
     common += [*shlex.split(SMALL_POOL.format(pool=args.pool)), *shlex.split(args.server_args)]
-    started = [Target(name, arguments=(*common, *shlex.split(METHODS[name]))) for name in args.method]
+    started = [Target(name, arguments=(*common, *shlex.split(SERVERS[name]))) for name in args.method]
     return [Target(name, url=url.rstrip("/")) for name, _, url in named] + started
 
 

@@ -3,7 +3,8 @@
 Symptom: one request ends the server with all its requests, by an exception in the scheduler: with a token id beyond the
     vocabulary, with the log-probabilities of more tokens than there are, or with `"max_new_tokens": 2.5`.
 Cause: `TokenizerManager` checks `token_ids_logprob`, the keys of `logit_bias` and the range of some parameters, but
-    no other number that becomes an index or a number of the device, and no type.
+    no other number that becomes an index or a number of the device, and no type. What it checks came with reports of
+    the same kind, one by one, such as https://github.com/sgl-project/sglang/pull/28088.
 Versions: all supported.
 Remove when: SGLang answers such requests with 400.
 """
