@@ -148,7 +148,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("endpoints", nargs="*", metavar="NAME=URL", help="servers that run, in place of --method")
     parser.add_argument("--method", action="append", choices=list(SERVERS), default=[], help="a server to start")
-    parser.add_argument("--model-path", default=str(CHAIN_TRACER), metavar="M")
+    parser.add_argument("--model-path", default=os.path.relpath(CHAIN_TRACER), metavar="M")
     parser.add_argument(
         "--server-args", default="--device cpu --dtype float32", metavar="ARGUMENTS", help="%(default)s"
     )

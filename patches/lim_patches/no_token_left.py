@@ -1,8 +1,9 @@
 """SGLang takes it for granted that each row of logits leaves a token to choose.
 
-Symptom: a `regex`, JSON schema or grammar that no token of the vocabulary fits, or a `logit_bias` or custom processor
-    that forbids all, ends the server at a temperature above 0, with all its requests: `probability tensor contains
-    either inf, nan or element < 0` on a CPU, a device-side assertion on a GPU. A greedy request goes on with token 0.
+Symptom: a `regex`, JSON schema or grammar that no token of the vocabulary fits, `min_new_tokens` where a grammar is at
+    its end, or a `logit_bias` or custom processor that forbids all, ends the server at a temperature above 0, with all
+    its requests: `probability tensor contains either inf, nan or element < 0` on a CPU, a device-side assertion on a
+    GPU. A greedy request goes on with token 0.
 Cause: the softmax of a row that is -inf throughout, or has +inf or NaN in it, is NaN, and `torch.multinomial` checks.
 Versions: all supported.
 Remove when: SGLang ends the request whose row has no token left.
@@ -118,6 +119,7 @@ def end(req: Any) -> None:
     asked = {
         "its grammar (regex, json_schema, ebnf or structural_tag)": req.grammar is not None,
         "logit_bias": bool(params.logit_bias),
+        "min_new_tokens, which forbids to stop,": params.min_new_tokens > len(req.output_ids),
         "its custom logit processor": bool(req.custom_logit_processor),
     }
     blamed = [name for name, is_asked in asked.items() if is_asked]

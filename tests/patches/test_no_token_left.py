@@ -50,7 +50,11 @@ def test_an_accelerator_looks_only_where_tokens_may_be_taken_away(asked):
 def request(**values):
     plain = {"grammar": None, "custom_logit_processor": None, "output_ids": [7, 8], "to_finish": None}
     plain |= {"is_retracted": False, "inflight_middle_chunks": 0, "finished_len": None, "finished": lambda: False}
-    return SimpleNamespace(**{**plain, "sampling_params": SimpleNamespace(logit_bias=None), **values})
+    return SimpleNamespace(**{**plain, "sampling_params": params(), **values})
+
+
+def params(**values):
+    return SimpleNamespace(**{"logit_bias": None, "min_new_tokens": 0, **values})
 
 
 def results_of(requests, found):
@@ -73,7 +77,12 @@ def test_only_requests_without_a_token_end():
     ("values", "said", "status"),
     [
         ({"grammar": object()}, "its grammar (regex, json_schema, ebnf or structural_tag) allowed none", 400),
-        ({"sampling_params": SimpleNamespace(logit_bias={"1": -100.0})}, "logit_bias allowed none", 400),
+        ({"sampling_params": params(logit_bias={"1": -100.0})}, "logit_bias allowed none", 400),
+        (
+            {"grammar": object(), "sampling_params": params(min_new_tokens=3)},
+            "structural_tag) and min_new_tokens, which forbids to stop, allowed none",
+            400,
+        ),
         ({"custom_logit_processor": "{}"}, "its custom logit processor allowed none", 400),
         ({}, "the model's logits are not finite numbers", 500),
     ],

@@ -39,6 +39,10 @@ NATIVE = {
     "fraction": (sampling(max_new_tokens=2.5), "max_new_tokens is 2.5"),
     "top-k": (sampling(top_k=1 << 40), "top_k is"),
     "hopeless": (hopeless(), "no token of the vocabulary is left to choose after 0 generated tokens: its grammar"),
+    "hopeless-end": (
+        sampling(regex="[0-9]", min_new_tokens=4),
+        "and min_new_tokens, which forbids to stop, allowed none",
+    ),
     "hopeless-greedy": (hopeless(temperature=0), "no token of the vocabulary is left"),
     "hopeless-top-p": (hopeless(top_p=0.9), "no token of the vocabulary is left"),
     "hopeless-schema": (sampling(json_schema='{"enum": ["漢字"]}'), "no token of the vocabulary is left"),
