@@ -17,7 +17,9 @@ def plug() -> None:
         cli_flags,
         discarded_results,
         grammar_on_cpu,
+        no_token_left,
         refuse_before_weights,
+        requests_out_of_range,
         row_generations,
         server_info,
         triton_on_cpu,
@@ -32,6 +34,8 @@ def plug() -> None:
     lim_patches.use(row_generations)
     lim_patches.use(triton_on_cpu)
     lim_patches.use(grammar_on_cpu)
+    lim_patches.use(no_token_left)
+    lim_patches.use(requests_out_of_range)
     # Last: were a hook to raise above, the backend's name would be unknown rather than half served.
     add_attention_backend_choices([refusals.BACKEND])
     register_attention_backend(refusals.BACKEND)(_make)

@@ -4,6 +4,7 @@ Its fields are its parameters, each declared by `parameter`; it has no others.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -57,6 +58,21 @@ class HeadsOfRank:
     first: int
     own: int
     all: int
+    sharing: int = 1
+    """Ranks that hold the same KV head, each with its part of that head's query heads."""
+
+    @property
+    def first_of_kv_head(self) -> int:
+        """Place of the first query head among those of its KV head."""
+        return self.first % (self.own * self.sharing) if self.sharing > 1 else 0
+
+    def of_kv_head(self, kv_heads: int) -> int:
+        """Query heads of a KV head over all ranks, where this rank has so many KV heads."""
+        return self.own // kv_heads * self.sharing
+
+
+CombineRanks = Callable[[Tensor, str], Tensor]
+"""Combines scores float32, of one shape, over the ranks that must choose one set, by "max" or "logsumexp"."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +110,10 @@ class Method(ABC):
 
     @property
     def rank_reduction(self) -> str | None:
-        """How the scores of tensor-parallel ranks are combined: "max", "logsumexp", or None where they need not be."""
+        """How the scores of tensor-parallel ranks are combined: "max", "logsumexp", or None where they need not be.
+
+        With a set for each KV head this concerns ranks that hold the same one.
+        """
         return None
 
     # What each layer does
@@ -148,11 +167,19 @@ class Method(ABC):
         """
         raise NotImplementedError(f"method {self.name} has no selection layers")
 
-    def choose_own(self, q: Tensor, bounds: PageBounds, slots: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
+    def choose_own(
+        self,
+        q: Tensor,
+        bounds: PageBounds,
+        slots: Tensor,
+        seq_lens: Tensor,
+        combine_ranks: CombineRanks | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """The sets of a layer that chooses for itself.
 
         Args:
             q: [B, H, D]; bounds: of the layer's pages; slots: int32 [B, L]; seq_lens: int32 [B].
+            combine_ranks: where other ranks have more query heads of the same KV heads; their scores decide as well.
 
         Returns:
             KV slots int32 [B, H_kv, K], in order of position, and counts int32 [B, H_kv], as many for every KV head

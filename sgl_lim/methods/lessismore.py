@@ -52,13 +52,15 @@ class LessIsMore(Ranked):
     selection_interval: int = parameter(
         1,
         Whole(beyond="no request has so many steps"),
-        "Select every N-th decode step; in between a request's set is kept, its window moving along",
+        "Select every N-th decode step; in between a request's set is kept, its window moving along. Above 1, answers "
+        "depend on what ran on their prefix before",
         missing=_KEEPS_NOTHING,
     )
     early_sets: bool = parameter(
         False,
         Switch(),
-        "Layers before the first selection layer attend to its set of the step before",
+        "Layers before the first selection layer attend to its set of the step before. Answers then depend on what ran "
+        "on their prefix before",
         missing=_KEEPS_NOTHING,
     )
 

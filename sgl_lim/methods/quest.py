@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lim_kernels import SetSizes, choose_tokens, expand_pages, score_pages
 from lim_kernels.page_bounds import PAGE, PageBounds
-from sgl_lim.methods.base import Budgeted, Role
+from sgl_lim.methods.base import Budgeted, CombineRanks, Role
 from sgl_lim.methods.parameters import Choice, parameter
 
 DENSE_LAYERS = 2
@@ -43,9 +43,18 @@ class Quest(Budgeted):
         """The first two layers are dense, every other chooses for itself."""
         return Role.DENSE if layer < DENSE_LAYERS else Role.OWN
 
-    def choose_own(self, q: Tensor, bounds: PageBounds, slots: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
+    def choose_own(
+        self,
+        q: Tensor,
+        bounds: PageBounds,
+        slots: Tensor,
+        seq_lens: Tensor,
+        combine_ranks: CombineRanks | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """The best pages and the last one of each row and KV head; a row within the budget keeps all it has."""
         scores = score_pages(q, bounds, slots, seq_lens, score_beyond=self.budget)
+        if combine_ranks is not None:
+            scores = combine_ranks(scores, "max")
         heads = scores.shape[:2]
         in_row = ((seq_lens + PAGE - 1) // PAGE).repeat_interleave(heads[1])
         sizes = SetSizes(budget=self.budget // PAGE, recent=1, sinks=0)

@@ -61,9 +61,7 @@ class Ranked(Budgeted):
 
     @property
     def rank_reduction(self) -> str | None:
-        """KV heads are not split over ranks, so their own sets need no combining."""
-        if self.per_kv_head:
-            return None
+        """Places in the union and largest weights combine by maximum, sums of weights by their sum."""
         return "logsumexp" if self.aggregate == "sum" else "max"
 
     def role(self, layer: int) -> Role:
@@ -88,7 +86,16 @@ class Ranked(Budgeted):
         # [B * H_kv, H / H_kv, L], a view
         logits, lse = (tensor.unflatten(1, (kv_heads, -1)).flatten(0, 1) for tensor in (logits, lse))
         lens = seq_lens.repeat_interleave(kv_heads)
-        return score_tokens(logits, lens, self.sizes, aggregate=self.aggregate, lse=lse).unflatten(0, (batch, kv_heads))
+        scores = score_tokens(
+            logits,
+            lens,
+            self.sizes,
+            aggregate=self.aggregate,
+            first_head=heads.first_of_kv_head,
+            num_heads=heads.of_kv_head(kv_heads),
+            lse=lse,
+        )
+        return scores.unflatten(0, (batch, kv_heads))
 
     def choose(
         self, scores: Tensor, seq_lens: Tensor, slots: Tensor | None, shared: SharedSets | None = None

@@ -49,8 +49,9 @@ def make(runner: Any) -> Any:
     refusals.check_pool(runner.token_to_kv_pool)
     refusals.warn_if_always_dense(config, runner.model_config)
     backend = ATTENTION_BACKENDS[dense_backend](runner)
-    heads, combine_ranks = share_of_heads(runner.model_config.num_attention_heads)
-    add_sparse_decode(backend, build_state(config, runner, dense_backend, heads, combine_ranks))
+    model = runner.model_config
+    heads = share_of_heads(model.num_attention_heads, model.get_total_num_kv_heads())
+    add_sparse_decode(backend, build_state(config, runner, dense_backend, heads))
     metrics.announce(backend.lim, runner)
     return backend
 

@@ -1,6 +1,5 @@
 """What one layer of a decode step does: it takes its read, calls one operator and, if it selects, chooses a set."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,12 +7,9 @@ from torch import Tensor
 
 from lim_kernels import Scaling, decode_with_scores, grouped_decode, score_context, sparse_decode
 from lim_kernels.page_bounds import PageBounds
-from sgl_lim.methods import HeadsOfRank, Method, Role
+from sgl_lim.methods import CombineRanks, HeadsOfRank, Method, Role
 from sgl_lim.serving.kept_sets import KeptSets
 from sgl_lim.serving.reads import Plan, Read, ScoredRead
-
-CombineRanks = Callable[[Tensor, str], Tensor]
-"""Combines scores float32 [B, L] over the ranks of a tensor-parallel group, by "max" or "logsumexp"."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,8 @@ class LayerDecode:
     """Decodes layers by a plan of reads; what stays the same over all steps.
 
     Attributes:
-        heads: this rank's query heads; combine_ranks: None where the rank has all heads.
+        heads: this rank's query heads.
+        combine_ranks: None where no other rank has heads that choose the same set.
         kept_sets: where sets outlive a step; needed if the plan's `kept` is there.
     """
 
@@ -60,7 +57,8 @@ class LayerDecode:
         if role is Role.OWN:
             if layer.bounds is None:
                 raise RuntimeError(f"method {self.method.name} chooses by the bounds of pages, and none were given")
-            plan.chosen = Read(*self.method.choose_own(layer.q, layer.bounds, plan.context.slots, plan.context.ends))
+            slots, lens = plan.context.slots, plan.context.ends
+            plan.chosen = Read(*self.method.choose_own(layer.q, layer.bounds, slots, lens, self.combine_ranks))
             return attend(plan.chosen, layer)
         return self._select(plan, layer)
 
@@ -82,7 +80,7 @@ class LayerDecode:
         return attend(plan.chosen, layer) if to_set else _together(outs)
 
     def _over_ranks(self, lens: Tensor, logits: Tensor, lse: Tensor, kv_heads: int) -> Tensor:
-        """The scores of rows by which they choose, over all ranks."""
+        """The scores of rows by which they choose, over all ranks that must choose the same."""
         scores = self.method.score(logits, lens, lse=lse, kv_heads=kv_heads, heads=self.heads)
         if self.combine_ranks is None or self.method.rank_reduction is None:
             return scores

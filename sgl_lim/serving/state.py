@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from sgl_lim.methods import HeadsOfRank, Method, Role
+from sgl_lim.methods import CombineRanks, HeadsOfRank, Method, Role
 from sgl_lim.methods.ranked import Ranked
 from sgl_lim.serving.counters import Counters
 from sgl_lim.serving.kept_sets import KeptSets
-from sgl_lim.serving.layer import CombineRanks, LayerDecode
+from sgl_lim.serving.layer import LayerDecode
 from sgl_lim.serving.page_store import PageStore
 from sgl_lim.serving.reads import Plan
 from sgl_lim.serving.snapshot import Snapshot
@@ -67,13 +67,11 @@ class LimState:
         return self.plan.dense is not self.plan.context or self.plan.dense.groups is not None
 
 
-def build_state(
-    config: LimConfig, runner: Any, dense_backend: str, heads: HeadsOfRank, combine_ranks: CombineRanks | None
-) -> LimState:
+def build_state(config: LimConfig, runner: Any, dense_backend: str, heads: HeadsOfRank) -> LimState:
     """Resolve the configuration against a model runner of SGLang, whose weights and pools are ready.
 
     Args:
-        heads, combine_ranks: as `share_of_heads` gives them.
+        heads: as `share_of_heads` gives them.
     """
     num_layers, rows, pool = runner.model_config.num_hidden_layers, runner.req_to_token_pool, runner.token_to_kv_pool
     table = rows.req_to_token
@@ -83,7 +81,7 @@ def build_state(
     roles = method.layer_roles(num_layers)
     choosing = [layer for layer, role in enumerate(roles) if role is Role.OWN]
     return LimState(
-        decode=LayerDecode(method, heads, combine_ranks, kept_sets),
+        decode=LayerDecode(method, heads, combiner(heads, per_kv_head=method.per_kv_head), kept_sets),
         roles=roles,
         dense_backend=dense_backend,
         # torch_native decodes request by request; the operator takes the batch at once.
@@ -133,17 +131,30 @@ def agreed(layers: Layers, heads: HeadsOfRank) -> Layers:
     return decided
 
 
-def share_of_heads(num_heads: int) -> tuple[HeadsOfRank, CombineRanks | None]:
-    """This rank's query heads in the attention-TP group. Ranks must choose one set, so their scores are combined."""
+def share_of_heads(num_heads: int, num_kv_heads: int) -> HeadsOfRank:
+    """This rank's query heads in the attention-TP group, of the model's numbers of heads."""
     from sglang.srt.distributed.parallel_state import get_attn_tp_group
 
     group = get_attn_tp_group()
-    if group.world_size == 1:
-        return HeadsOfRank(first=0, own=num_heads, all=num_heads), None
+    own = num_heads // group.world_size
+    # More ranks than KV heads: as many ranks in a row hold the same one.
+    sharing = max(1, group.world_size // num_kv_heads)
+    return HeadsOfRank(first=group.rank_in_group * own, own=own, all=num_heads, sharing=sharing)
+
+
+def combiner(heads: HeadsOfRank, *, per_kv_head: bool) -> CombineRanks | None:
+    """What combines the scores of the ranks that must choose one set; None if this rank has all heads of each set."""
+    together = heads.sharing if per_kv_head else heads.all // heads.own
+    if together == 1:
+        return None
+    from sglang.srt.distributed.parallel_state import get_attn_tp_group
+
+    group = get_attn_tp_group()
+    first = group.rank_in_group // together * together
 
     def combine(scores: Tensor, how: str) -> Tensor:
         gathered = group.all_gather(scores.contiguous(), dim=0).view(group.world_size, *scores.shape)
-        return gathered.logsumexp(dim=0) if how == "logsumexp" else gathered.amax(dim=0)
+        ranks = gathered[first : first + together]
+        return ranks.logsumexp(dim=0) if how == "logsumexp" else ranks.amax(dim=0)
 
-    own = num_heads // group.world_size
-    return HeadsOfRank(first=group.rank_in_group * own, own=own, all=num_heads), combine
+    return combine

@@ -55,7 +55,8 @@ def check_before_weights(config: LimConfig, model_runner: Any) -> None:
     # Where the runner has it, it is resolved; a server argument may be as the user left it.
     page_size = getattr(model_runner, "page_size", None) or getattr(server_args, "page_size", None) or 1
     reasons = config.problems() + model_problems(config, model, server_args.load_format)
-    reasons += server_problems(server_args) + speculation_problems(server_args, device)
+    reasons += server_problems(server_args) + head_problems(model, server_args.tp_size, device)
+    reasons += speculation_problems(server_args, device)
     reasons += device_problems(config.dense_backend, server_args, device)
     method = config.sound_method()
     if method is not None:
@@ -120,6 +121,29 @@ def server_problems(server_args: Any) -> list[str]:
     if str(server_args.kv_cache_dtype).startswith(("fp4", "nvfp4")):
         found.append(f"--kv-cache-dtype {server_args.kv_cache_dtype}: packed fp4 KV; use auto or fp8_e4m3")
     return found
+
+
+def head_problems(model: Any, tp_size: int, device: str) -> list[str]:
+    """Reasons why so many ranks cannot share the model's heads; SGLang would find out while it builds the model.
+
+    On a GPU several ranks may hold the same KV head. On a CPU SGLang gives the model heads without weights until the
+    ranks share KV heads evenly, and these would choose tokens like all others.
+    """
+    if tp_size == 1:
+        return []
+    heads, kv_heads = model.num_attention_heads, model.get_total_num_kv_heads()
+    repeated = device != "cpu"
+    fitting = [
+        ranks
+        for ranks in range(1, heads + 1)
+        if heads % ranks == 0 and (kv_heads % ranks == 0 or (repeated and ranks % kv_heads == 0))
+    ]
+    if tp_size in fitting:
+        return []
+    return [
+        f"--tp-size {tp_size} does not share {heads} query heads and {kv_heads} KV heads evenly; "
+        f"use {' or '.join(map(str, fitting))}"
+    ]
 
 
 def speculation_problems(server_args: Any, device: str) -> list[str]:

@@ -18,14 +18,14 @@ def rule_of(name, aggregate):
     return SetRule(name, 24, *((0.25, 2) if name == "lessismore" else (0.0, 0)), aggregate, "kv_head")
 
 
-def run(name, aggregate, combine_ranks=None, width=WIDTH):
+def run(name, aggregate, width=WIDTH):
     """A selection layer and a sparse layer; q, k, v, outputs and the step's plan."""
     generator = torch.Generator().manual_seed(5)
     slots = (torch.randperm(SLOTS - 1, generator=generator) + 1)[: len(LENS) * 64].view(len(LENS), 64)
     slots = torch.cat([slots, slots], dim=1)[:, :width].int()
     slots[0] = (torch.randperm(SLOTS - 1, generator=generator) + 1)[:width]
     lens = int32(LENS).clamp(max=width)
-    decode = decode_of(build(name, aggregate), HEADS, combine_ranks)
+    decode = decode_of(build(name, aggregate), HEADS)
     plan = plan_of(decode, slots, lens)
     k, v = (torch.randn(SLOTS, KV_HEADS, 8, generator=generator) for _ in range(2))
     qs = [torch.randn(len(LENS), HEADS, 8, generator=generator) for _ in range(2)]
@@ -88,13 +88,6 @@ def test_rows_scored_in_parts_choose_the_same(monkeypatch):
     assert torch.equal(whole[4].chosen.ends, parts[4].chosen.ends)
     for ours, theirs in zip(whole[3], parts[3], strict=True):
         torch.testing.assert_close(ours, theirs)
-
-
-def test_ranks_do_not_combine_what_each_head_chooses_for_itself():
-    def combine(scores, how):
-        raise AssertionError("a KV head's scores are whole on its rank")
-
-    run("lessismore", "max", combine_ranks=combine)
 
 
 def test_a_step_within_the_budget_has_one_set():

@@ -19,9 +19,6 @@ PROMPT = random_prompt(300, 400)
 VALID: dict[str, Any] = {"input_ids": [20, 21, 22], "sampling_params": {"max_new_tokens": 2, "temperature": 0}}
 NONSENSE: list[Any] = [None, True, -1, 0, 1e30, 2**63, "", "\u0000", "é漢😀", [], [[]], {}, {"a": 1}, [None], ["x", 3]]
 
-# Left out: token ids outside the vocabulary. SGLang hands them to the embedding, which ends the scheduler under every
-# attention backend.
-
 
 def sampling(**values: Any) -> dict[str, Any]:
     return {**VALID, "sampling_params": {**VALID["sampling_params"], **values}}

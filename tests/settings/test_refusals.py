@@ -26,6 +26,8 @@ MODEL = {
     "hf_text_config": PretrainedConfig(),
     "linear_attn_registry_result": None,
     "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "get_total_num_kv_heads": lambda: 2,
     "model_path": "some/model",
 }
 SERVER = {
@@ -34,6 +36,7 @@ SERVER = {
     "decode_attention_backend": None,
     "attn_dp_size": 1,
     "pp_size": 1,
+    "tp_size": 1,
     "enable_dp_attention": False,
     "dcp_size": 1,
     "enable_two_batch_overlap": False,
@@ -61,6 +64,7 @@ def reasons(config=None, device="cpu", **changes) -> list[str]:
 
 def test_plain_configuration_is_served():
     assert reasons() == [] and reasons(device="cuda") == []
+    assert reasons(tp_size=2) == [] and reasons(device="cuda", tp_size=4) == [] == reasons(device="cuda", tp_size=8)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +75,9 @@ def test_plain_configuration_is_served():
         ({"is_hybrid_swa": True}, ("sliding-window", "--attention-backend")),
         ({"sliding_window_size": 4096}, ("sliding-window", "--attention-backend")),
         ({"pp_size": 2}, ("--pp-size 2", "--tp-size")),
+        ({"tp_size": 3}, ("--tp-size 3 does not share 8 query heads and 2 KV heads", "use 1 or 2")),
+        ({"tp_size": 4}, ("--tp-size 4 does not share 8 query heads and 2 KV heads", "use 1 or 2")),
+        ({"device": "cuda", "tp_size": 3}, ("--tp-size 3 does not share", "use 1 or 2 or 4 or 8")),
         ({"enable_dp_attention": True}, ("--enable-dp-attention", "leave the flag out")),
         ({"dcp_size": 2}, ("--dcp-size", "leave it at 1")),
         ({"enable_two_batch_overlap": True}, ("--enable-two-batch-overlap", "leave the flag out")),

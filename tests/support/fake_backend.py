@@ -110,7 +110,7 @@ def build(table, dense=Dense, granule=4, num_slots=400, **values):
     config = configure(**{**plain, "prefix_groups": granule is not None, **values})
     assert config.problems() == []
     all_heads = HeadsOfRank(first=0, own=HEADS, all=HEADS)
-    lim = build_state(config, runner_of(table, num_slots), "fa3", all_heads, None)
+    lim = build_state(config, runner_of(table, num_slots), "fa3", all_heads)
     lim.granule = granule
     backend = dense()
     add_sparse_decode(backend, lim)
