@@ -22,7 +22,15 @@ from sgl_lim.serving.draft_sets import plan_drafts, read_unguided
 from sgl_lim.serving.layer import LayerInput, attend
 from sgl_lim.serving.reads import Plan, Read, plan_reads
 from sgl_lim.serving.state import LimState, build_state, share_of_heads
-from sgl_lim.serving.verification import guide_drafts, guides, is_verification, plan_verification
+from sgl_lim.serving.verification import (
+    VerifyPlan,
+    guide_drafts,
+    guides,
+    is_verification,
+    plan_guide,
+    read_of_tokens,
+    tokens_verified,
+)
 from sgl_lim.settings import refusals
 from sgl_lim.settings.flags import load
 
@@ -170,7 +178,7 @@ def observe(lim: LimState, forward_batch: Any, *, captured: bool) -> bool:
     lim.plan = lim.verify = None
     if is_ours(lim, forward_batch):
         # A row's length leaves out what is verified behind it.
-        beyond = lim.drafts.tokens if lim.drafts is not None and not is_decode_step(forward_batch) else 0
+        beyond = 0 if is_decode_step(forward_batch) else tokens_verified(forward_batch)
         lim.snapshot.take(forward_batch, captured=captured, beyond=beyond)
         lim.counters.learn_generations(lim.rows.req_generation)
         metrics.after_step(lim)
@@ -198,7 +206,7 @@ def begin(lim: LimState, forward_batch: Any) -> None:
     # A graph's lengths lie in SGLang's static buffers; an eager step's are copied before the scheduler may go on.
     seq_lens, rows = forward_batch.seq_lens.to(torch.int32, copy=True), forward_batch.req_pool_indices
     if not is_decode_step(forward_batch):
-        begin_verification(lim, rows, seq_lens)
+        begin_verification(lim, rows, seq_lens, tokens_verified(forward_batch))
     elif lim.drafting:
         lim.plan = begin_draft(lim, rows, seq_lens)
     else:
@@ -206,11 +214,14 @@ def begin(lim: LimState, forward_batch: Any) -> None:
         lim.counters.record(rows, lim.plan)
 
 
-def begin_verification(lim: LimState, rows: Tensor, lens: Tensor) -> None:
-    """Plan a verification of tokens behind `lens` int32 [B] tokens of each row."""
+def begin_verification(lim: LimState, rows: Tensor, lens: Tensor, tokens: int) -> None:
+    """Plan a verification of so many tokens behind `lens` int32 [B] tokens of each row."""
     assert lim.drafts is not None
-    lim.verify = plan_verification(
-        lim.decode, lim.drafts, lim.snapshot.slots, lens, granule=lim.granule, attends=lim.dense_by_kernels
+    guided, slots = lim.drafts.sets is not None, lim.snapshot.slots
+    lim.verify = VerifyPlan(
+        tokens,
+        attend=read_of_tokens(slots, lens, tokens) if lim.dense_by_kernels else None,
+        guide=plan_guide(lim.decode, slots, lens + 1, lim.granule) if guided else None,
     )
     if lim.verify.guide is not None and lim.drafts.sets is not None:
         lim.drafts.sets.begin(rows, lim.counters.generations, lim.verify.guide.seq_lens)

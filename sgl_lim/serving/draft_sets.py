@@ -53,6 +53,11 @@ class DraftSets:
         heads = kv_heads if method.per_kv_head else 1
         self.memory = DraftMemory.empty(len(layers), num_rows, heads, method.budget, device)
 
+    @property
+    def layers(self) -> int:
+        """Selection layers."""
+        return len(self._places)
+
     def forget(self, rows: Tensor) -> None:
         """A prefill runs on these rows of the request pool: whoever decodes there next has no set.
 
@@ -118,6 +123,12 @@ class Drafts:
     tokens: int
     sets: DraftSets | None
     read: Tensor = field(repr=False)
+
+    def take_read(self, rows: Tensor) -> Tensor:
+        """int64 [B], `read` of these rows of the request pool, int64 [B]; it begins anew."""
+        read = self.read[rows]
+        self.read.index_fill_(0, rows, 0)
+        return read
 
 
 def plan_drafts(context: Read, placed: Sequence[Read]) -> Plan:

@@ -70,7 +70,7 @@ class LayerDecode:
     def _select(self, plan: Plan, layer: LayerInput) -> Tensor:
         """A selection layer: it scores what it reads, puts a set in force, and attends to that or to what it read."""
         if self.method.selection_attends == "set":
-            plan.chosen = self._choose(plan, self._scores(plan, layer))
+            plan.chosen = self._choose(plan, self.scores(plan, layer))
             return attend(plan.chosen, layer)
         outs, scores = [], []
         for scored in plan.select:
@@ -92,10 +92,10 @@ class LayerDecode:
         Returns:
             As `Method.choose`: int32 [B, K], or [B, H_kv, K], and counts.
         """
-        return self.method.choose(self._scores(plan, layer), plan.choose_lens, None, plan.shared)
+        return self.method.choose(self.scores(plan, layer), plan.choose_lens, None, plan.shared)
 
-    def _scores(self, plan: Plan, layer: LayerInput) -> Tensor:
-        """The scores of all rows, by keys alone."""
+    def scores(self, plan: Plan, layer: LayerInput) -> Tensor:
+        """The scores of all rows of a step's selection, float32 [B, L] or [B, H_kv, L], by keys alone."""
         scores = []
         for scored in plan.select:
             lse, logits = score_keys(scored, layer)

@@ -33,7 +33,16 @@ class Snapshot:
         self._eager = self._allocate(0)
 
     def reserve(self, rows: int) -> None:
-        """Allocate the buffer that captured graphs of at most `rows` rows read; it never moves afterwards."""
+        """Allocate the buffer that captured graphs of at most `rows` rows read; it never moves afterwards.
+
+        Raises:
+            RuntimeError: graphs of fewer rows read the buffer already.
+        """
+        if rows > len(self._captured) > 0:
+            raise RuntimeError(
+                f"graphs of {rows} rows cannot read what graphs of {len(self._captured)} rows were captured with; "
+                "capture the largest batch first, or give --cuda-graph-bs that every graph can have"
+            )
         if rows > len(self._captured):
             self._captured = self._allocate(rows)
 

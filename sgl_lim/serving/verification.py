@@ -39,23 +39,20 @@ def is_verification(forward_batch: Any) -> bool:
     return forward_batch.forward_mode.is_target_verify() and forward_batch.batch_size > 0
 
 
-def plan_verification(
-    decode: LayerDecode, drafts: Drafts, slots: Tensor, lens: Tensor, *, granule: int | None, attends: bool
-) -> VerifyPlan:
-    """The plan of a verification; in a captured graph this is recorded and replayed.
+def tokens_verified(forward_batch: Any) -> int:
+    """Tokens of each row that a verification takes: one that is known, and the drafts."""
+    return int(forward_batch.spec_info.draft_token_num)
+
+
+def plan_guide(decode: LayerDecode, slots: Tensor, lens: Tensor, granule: int | None) -> Plan | None:
+    """By which selection layers score the context for one token of each row; None where no row outgrows the budget.
 
     Args:
-        slots: int32 [B, L], KV slot of each position, those of the tokens to verify included.
-        lens: int32 [B], of the rows before these tokens.
+        slots: int32 [B, L]; lens: int32 [B], the token that chooses included.
         granule: shared prefixes are found in multiples of so many tokens; None: they are not looked for.
-        attends: whether attention is ours.
     """
-    guide = None
-    if drafts.sets is not None:
-        first = lens + 1
-        plan = plan_reads(decode.method, slots, first, own_heads=decode.heads.own, granule=granule)
-        guide = plan if plan.select else None
-    return VerifyPlan(drafts.tokens, read_of_tokens(slots, lens, drafts.tokens) if attends else None, guide)
+    plan = plan_reads(decode.method, slots, lens, own_heads=decode.heads.own, granule=granule)
+    return plan if plan.select else None
 
 
 def read_of_tokens(slots: Tensor, lens: Tensor, tokens: int) -> Read:

@@ -55,6 +55,7 @@ def test_hand_count():
         "tokens_shared": 0,
         "rows_grouped": 0,
         "warm_starts": 0,
+        "draft_tokens_attended": 0,
     }
 
 
