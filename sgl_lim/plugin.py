@@ -23,6 +23,7 @@ def plug() -> None:
         triton_on_cpu,
     )
     from sgl_lim.serving import metrics
+    from sgl_lim.serving.lossless import algorithm
     from sgl_lim.settings import flags, refusals
 
     lim_patches.use(cli_flags, add_flags=flags.add_flags, take_flags=_take_flags)
@@ -35,6 +36,7 @@ def plug() -> None:
     # Last: were a hook to raise above, the backend's name would be unknown rather than half served.
     add_attention_backend_choices([refusals.BACKEND])
     register_attention_backend(refusals.BACKEND)(_make)
+    algorithm.register()
 
 
 def _make(runner: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 from sgl_lim.methods import Method
 from sgl_lim.methods.parameters import Increasing, flag, parameters_of
-from sgl_lim.settings import preset_file
+from sgl_lim.settings import drafts, preset_file
 from sgl_lim.settings.architectures import architecture_problems
 from sgl_lim.settings.config import LimConfig, RefusedConfig
 from sgl_lim.settings.layers import resolve_layers
@@ -127,9 +127,11 @@ def speculation_problems(server_args: Any, device: str) -> list[str]:
     algorithm = server_args.speculative_algorithm
     if not algorithm:
         return []
+    if drafts.is_lossless(server_args):
+        return []
     asked = f"--speculative-algorithm {algorithm}"
     if device == "cpu":
-        return [f"{asked}: SGLang speculates on GPUs alone; on a CPU leave it out"]
+        return [f"{asked}: only {drafts.ALGORITHM} speculates on a CPU; leave it out or name that"]
     if algorithm == "NGRAM":
         return [f"{asked} has no draft model, and verifies densely, so that nothing would be sparse; leave it out"]
     if server_args.speculative_draft_attention_backend in (None, BACKEND):
