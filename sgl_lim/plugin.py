@@ -16,9 +16,11 @@ def plug() -> None:
     from lim_patches import (
         cli_flags,
         discarded_results,
+        drafts_on_cpu,
         grammar_on_cpu,
         refuse_before_weights,
         row_generations,
+        row_room,
         server_info,
         triton_on_cpu,
     )
@@ -31,8 +33,10 @@ def plug() -> None:
     lim_patches.use(server_info, key=metrics.INFO_KEY, describe=metrics.describe, on_idle=metrics.on_idle)
     lim_patches.use(discarded_results, on_discarded=metrics.on_discarded)
     lim_patches.use(row_generations)
+    lim_patches.use(row_room)
     lim_patches.use(triton_on_cpu)
     lim_patches.use(grammar_on_cpu)
+    lim_patches.use(drafts_on_cpu)
     # Last: were a hook to raise above, the backend's name would be unknown rather than half served.
     add_attention_backend_choices([refusals.BACKEND])
     register_attention_backend(refusals.BACKEND)(_make)
