@@ -9,6 +9,8 @@ from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType, SpeculativeAlgorithm
 from torch import Tensor
 
+from sgl_lim.serving.lossless import versions
+
 
 @dataclass
 class DraftInput(SpecInput):
@@ -51,7 +53,7 @@ class Rows:
 
     indices: Tensor  # int64 [B], rows of the request pool
     lens: Tensor  # int64 [B], tokens with KV, C of each row
-    lens_cpu: Tensor | None  # int64 [B] on the host, where SGLang has them there
+    lens_cpu: Tensor  # int64 [B] on the host: `lens`, or where SGLang has them on the device alone, no less than these
     positions: Tensor  # int64 [B, k + 1], C to C + k
     slots: Tensor  # int64 [B, k + 1], KV slots of these positions
 
@@ -60,18 +62,35 @@ class Rows:
         """Requests in the round."""
         return len(self.lens)
 
+    def first(self, drafts: int) -> "Rows":
+        """The same with room for fewer drafts."""
+        width = drafts + 1
+        return Rows(self.indices, self.lens, self.lens_cpu, self.positions[:, :width], self.slots[:, :width])
 
-def rows_of(batch: Any, table: Tensor, drafts: int) -> Rows:
+
+def rows_of(batch: Any, table: Tensor, drafts: int, most: int) -> Rows:
     """The rows of a round that drafts so many tokens.
 
     Args:
         batch: SGLang's ScheduleBatch, with slots for `drafts` + 1 tokens behind `seq_lens`.
         table: int32 [R, T], SGLang's `ReqToTokenPool.req_to_token`.
+        most: drafts of a round at most, for which SGLang reserved slots.
     """
     lens = batch.seq_lens.to(torch.int64)
     positions = lens[:, None] + torch.arange(drafts + 1, device=lens.device)
     indices = batch.req_pool_indices.to(torch.int64)
-    return Rows(indices, lens, batch.seq_lens_cpu, positions, table[indices[:, None], positions].to(torch.int64))
+    slots = table[indices[:, None], positions].to(torch.int64)
+    return Rows(indices, lens, _on_host(batch, most), positions, slots)
+
+
+def _on_host(batch: Any, most: int) -> Tensor:
+    """Lengths of a batch on the host, or a bound of them, without a wait for the device.
+
+    Under the overlap scheduler the host may be a round behind. It has then reserved slots for two rounds.
+    """
+    if batch.seq_lens_cpu is not None:
+        return batch.seq_lens_cpu.to(torch.int64)
+    return torch.tensor([versions.kv_of(req)[1] - (most + 1) for req in batch.reqs], dtype=torch.int64)
 
 
 def decode_batch(rows: Rows, tokens: Tensor, step: int) -> ForwardBatch:
@@ -100,7 +119,7 @@ def _forward_batch(
     mode: ForwardMode, rows: Rows, tokens: Tensor, lens: Tensor, slots: Tensor, positions: Tensor, more: int, spec: Any
 ) -> ForwardBatch:
     """A batch as SGLang's model runner takes it; `more`: tokens of each row beyond C that `lens` counts."""
-    lens_cpu = None if rows.lens_cpu is None else rows.lens_cpu + more
+    lens_cpu = rows.lens_cpu + more
     return ForwardBatch(
         forward_mode=mode,
         batch_size=rows.size,
@@ -109,7 +128,7 @@ def _forward_batch(
         seq_lens=lens,
         orig_seq_lens=lens,
         out_cache_loc=slots.contiguous(),
-        seq_lens_sum=None if lens_cpu is None else int(lens_cpu.sum()),
+        seq_lens_sum=int(lens_cpu.sum()),
         seq_lens_cpu=lens_cpu,
         positions=positions.contiguous(),
         spec_algorithm=SpeculativeAlgorithm.NONE,
