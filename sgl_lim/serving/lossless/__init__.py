@@ -1,0 +1,1 @@
+"""Lossless mode: sparse decode drafts tokens, one dense pass verifies them."""
