@@ -1,1 +1,1 @@
-"""Lossless mode: sparse decode drafts tokens, one dense pass verifies them."""
+"""The lossless mode: sparse decode drafts, a dense pass of the same weights over the same KV verifies."""
