@@ -98,29 +98,9 @@ class SparseDecodeMixin(AttentionBackend):
         self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, *more: Any, **options: Any
     ) -> Tensor:
         """Prefill and mixed steps are the dense backend's; keys are learnt once they are stored."""
-        if forward_batch.forward_mode.is_target_verify() and self.lim.dense_by_kernels:
-            return self._verify(q, k, v, layer, forward_batch)
         out: Tensor = super().forward_extend(q, k, v, layer, forward_batch, *more, **options)
         self.lim.learn(layer, forward_batch)
         return out
-
-    def _verify(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any) -> Tensor:
-        lim = self.lim
-        store_kv(lim.pool, layer, forward_batch, k, v)
-        width = len(forward_batch.input_ids) // forward_batch.batch_size
-        lens = (forward_batch.seq_lens[:, None] + torch.arange(1, width + 1)).flatten().int()
-        table = lim.rows.req_to_token[forward_batch.req_pool_indices, : int(lens.max())]
-        from lim_kernels import sparse_decode
-
-        out, _ = sparse_decode(
-            q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),
-            lim.pool.get_key_buffer(layer.layer_id),
-            lim.pool.get_value_buffer(layer.layer_id),
-            table.repeat_interleave(width, 0),
-            lens,
-            scale=layer.scaling,
-        )
-        return out.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def forward_decode(
         self,

@@ -45,6 +45,12 @@ class LimConfig:
         Choice(("guided", "unguided")),
         "With --speculative-algorithm LESSISMORE: drafts read the sets that verification chose, or choose their own",
     )
+    adapt_drafts: bool = parameter(
+        True,
+        Switch(),
+        "With --speculative-algorithm LESSISMORE: draft fewer tokens than --speculative-num-steps, or none, where that "
+        "is faster",
+    )
     prefix_groups: bool = parameter(
         True, Switch(), "Read a prefix that several requests of a batch share once for all of them"
     )

@@ -5,8 +5,10 @@ from typing import Any
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
+from sgl_lim.serving.lossless import versions
 from sgl_lim.settings import drafts
 from sgl_lim.settings.config import RefusedConfig
+from sgl_lim.settings.refusals import BACKEND
 
 
 class SelfSpec(CustomSpecAlgo):
@@ -22,13 +24,18 @@ class SelfSpec(CustomSpecAlgo):
         """Drafts are not relayed from round to round: each drafts its own."""
         return False
 
+    def supports_grammar_overlap(self) -> bool:
+        """Grammars are walked along the drafts while the dense pass runs."""
+        return True
+
     def carries_draft_hidden_states(self) -> bool:
         """Nothing but a token is relayed."""
         return False
 
     def handle_server_args(self, server_args: Any) -> None:
         """Resolve SGLang's flags of speculation. Raises RefusedConfig for those that cannot be."""
-        reasons = drafts.steps_problems(server_args)
+        backed_up = not versions.has_draft_pools_of_its_own()
+        reasons = drafts.problems(server_args, BACKEND, draft_pool_is_backed_up=backed_up)
         if reasons:
             raise RefusedConfig(reasons)
         steps = drafts.steps_of(server_args)

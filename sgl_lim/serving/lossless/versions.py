@@ -2,8 +2,9 @@
 
 from typing import Any
 
-import lim_patches
 from packaging.version import Version
+
+import lim_patches
 
 
 def has_draft_pools_of_its_own() -> bool:
@@ -56,3 +57,16 @@ def bind_plan(runner: Any, forward_batch: Any) -> None:
     translator = getattr(runner, "kv_index_translator", None)
     if translator is not None:
         translator.bind_own_plan(forward_batch)
+
+
+def tensor_parallel_group() -> Any:
+    """SGLang's `GroupCoordinator` of the ranks that decode a batch together."""
+    from sglang.srt.distributed.parallel_state import get_attn_tp_group
+
+    return get_attn_tp_group()
+
+
+def agreed(value: Any) -> Any:
+    """The first rank's value, on all ranks that decode a batch together."""
+    group = tensor_parallel_group()
+    return value if group.world_size == 1 else group.broadcast_object(value, src=0)
