@@ -36,7 +36,7 @@ def problems(server_args: Any, backend: str, *, draft_pool_is_backed_up: bool) -
         found.append("--enable-dp-attention: ranks without requests would have to draft along; leave the flag out")
     if server_args.disaggregation_mode != "null":
         found.append(
-            f"--disaggregation-mode {server_args.disaggregation_mode}: the first token of an answer is not handed over; "
+            f"--disaggregation-mode {server_args.disaggregation_mode}: an answer's first token is not handed over; "
             "decode where the prefill runs"
         )
     if server_args.enable_hierarchical_cache and draft_pool_is_backed_up:
@@ -58,8 +58,8 @@ def _steps_problems(server_args: Any) -> list[str]:
         )
     elif tokens is not None and int(tokens) != steps + 1:
         found.append(
-            f"--speculative-num-draft-tokens {tokens}: {steps} steps draft {steps} tokens, and with the one before them "
-            f"{steps + 1} are verified; leave the flag out"
+            f"--speculative-num-draft-tokens {tokens}: {steps} steps draft {steps} tokens, and {steps + 1} are "
+            "verified, with the one before them; leave the flag out"
         )
     if width not in (None, 1):
         found.append(f"--speculative-eagle-topk {width}: drafts are one chain, not a tree; leave the flag out")

@@ -9,14 +9,17 @@ from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from torch import Tensor
 
+from sgl_lim.serving import metrics
 from sgl_lim.serving.lossless import versions
 from sgl_lim.serving.lossless.cost import Chooser
+from sgl_lim.serving.lossless.draft_backend import make_draft_backend
 from sgl_lim.serving.lossless.grammar import RunGrammar
 from sgl_lim.serving.lossless.logprobs import attach_logprobs
 from sgl_lim.serving.lossless.measure import Meter
 from sgl_lim.serving.lossless.passes import Passes, backends_of, capture
 from sgl_lim.serving.lossless.rounds import DraftInput, Rows, decode_batch, rows_of, verify_batch
 from sgl_lim.serving.lossless.run_sampler import RunSampler, RunSampling
+from sgl_lim.serving.tally import Tally
 from sgl_lim.settings.flags import load
 
 Publish = Callable[[Tensor], None]
@@ -44,10 +47,11 @@ class SelfSpecWorker(BaseSpecWorker):
         self._draft_worker = versions.draft_worker_of(self._runner)
         self.speculative_num_steps: int = server_args.speculative_num_steps
         self.speculative_num_draft_tokens: int = server_args.speculative_num_draft_tokens
-        self._adapts, most = load().adapt_drafts, self.speculative_num_steps
+        self._config, most = load(), self.speculative_num_steps
         # Where few drafts are accepted, half as many lose less.
-        self._counts = sorted({-(-most // 2), most}) if self._adapts else [most]
+        self._counts = sorted({-(-most // 2), most}) if self._config.adapt_drafts else [most]
         self._in_flight: deque[tuple[int, int]] = deque()
+        self._tally = Tally()
         if self._runner.device == "cuda":
             self._runner._decode_cuda_graph_runner_cls = _verify_graph
 
@@ -62,7 +66,9 @@ class SelfSpecWorker(BaseSpecWorker):
 
     def init_attention_backends(self) -> None:
         """Build the backends of all passes, after the target's own."""
-        self._passes = backends_of(self._runner, self._runner.attn_backend, self._counts)
+        runner = self._runner
+        draft_backend = make_draft_backend(runner, runner.attn_backend, guided=self._config.drafts == "guided")
+        self._passes = backends_of(runner, draft_backend, self._counts)
 
     def init_cuda_graphs(self) -> None:
         """Capture the passes beside the target's verification, and measure what all of them cost."""
@@ -70,7 +76,7 @@ class SelfSpecWorker(BaseSpecWorker):
         self._passes, memory, seconds = capture(runner, self._passes)
         self._additional_graph_memory_usage.update(memory)
         self._additional_graph_time_usage.update(seconds)
-        costs = versions.agreed(Meter(runner, self._passes).measure()) if self._adapts else None
+        costs = versions.agreed(Meter(runner, self._passes).measure()) if self._config.adapt_drafts else None
         self._chooser = Chooser(self._counts, costs)
         self._sampler = RunSampler(
             runner.model_config.vocab_size,
@@ -78,6 +84,7 @@ class SelfSpecWorker(BaseSpecWorker):
             versions.tensor_parallel_group(),
             flashinfer=runner.server_args.sampling_backend == "flashinfer",
         )
+        metrics.announce_lossless(self._tally, self._counts, guided=self._config.drafts == "guided")
 
     def update_weights_from_disk(self, recv_req: Any) -> tuple[bool, str]:
         """The target's weights are all there are."""
@@ -92,6 +99,7 @@ class SelfSpecWorker(BaseSpecWorker):
         while self._in_flight:
             drafts, rows = self._in_flight.popleft()
             if rows == len(num_correct_drafts_per_req):
+                self._tally.learn(drafts, num_correct_drafts_per_req)
                 if drafts:
                     self._chooser.acceptance.learn(num_correct_drafts_per_req, drafts)
                 return
