@@ -22,6 +22,7 @@ def plug() -> None:
         row_generations,
         row_room,
         server_info,
+        stops_before_length,
         triton_on_cpu,
     )
     from sgl_lim.serving import metrics
@@ -34,6 +35,7 @@ def plug() -> None:
     lim_patches.use(discarded_results, on_discarded=metrics.on_discarded)
     lim_patches.use(row_generations)
     lim_patches.use(row_room)
+    lim_patches.use(stops_before_length)
     lim_patches.use(triton_on_cpu)
     lim_patches.use(grammar_on_cpu)
     lim_patches.use(drafts_on_cpu)
