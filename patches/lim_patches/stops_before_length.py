@@ -4,8 +4,8 @@ Symptom: a speculative algorithm answers beyond a stop token or stop string, up 
     decoding ends at the stop.
 Cause: `Req.update_finish_state` looks at the length first, which is right where a step answers one token. A run of
     several can hold a stop before the token that reaches the length.
-Versions: all supported.
-Remove when: SGLang looks for stops among the tokens of a run that count.
+Versions: below 0.5.22; later releases look for stops first.
+Remove when: 0.5.17 is no longer supported.
 """
 
 import sys
@@ -19,7 +19,7 @@ TARGETS = ("sglang.srt.managers.schedule_batch.Req.update_finish_state",)
 
 def applies(version: Version) -> bool:
     """Whether `version` of SGLang needs this seam."""
-    return True
+    return version < Version("0.5.22")
 
 
 def register() -> None:

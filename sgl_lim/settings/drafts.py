@@ -36,8 +36,8 @@ def problems(server_args: Any, backend: str, *, draft_pool_is_backed_up: bool) -
         found.append("--enable-dp-attention: ranks without requests would have to draft along; leave the flag out")
     if server_args.disaggregation_mode != "null":
         found.append(
-            f"--disaggregation-mode {server_args.disaggregation_mode}: an answer's first token is not handed over; use one "
-            "server for both"
+            f"--disaggregation-mode {server_args.disaggregation_mode}: an answer's first token is not handed over; "
+            "use one server for both"
         )
     if server_args.enable_hierarchical_cache and draft_pool_is_backed_up:
         found.append(

@@ -5,6 +5,7 @@ after every step.
 """
 
 import json
+import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -47,16 +48,14 @@ CASES = {
 
 
 @pytest.fixture(scope="module", params=CASES)
-def server(request: pytest.FixtureRequest, pool: ServerPool) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest, pool: ServerPool) -> Server:
     """A lossless server that must be sound after every test."""
     spec = CASES[request.param]
     if spec is None:
-        import os
-
         if not os.environ.get(NEXT_PYTHON):
             pytest.skip(f"{NEXT_PYTHON} does not name the Python of an environment with the next SGLang release")
         spec = lossless(16, "next")
-    yield pool.get(spec, beside=DENSE)
+    return pool.get(spec, beside=DENSE)
 
 
 @pytest.fixture
