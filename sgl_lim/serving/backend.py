@@ -79,6 +79,8 @@ class SparseDecodeMixin(AttentionBackend):
     """
 
     lim: LimState
+    reserved: tuple[int, int] = (0, 0)
+    """Rows and tokens for which captured graphs have their memory."""
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Prepare a step that runs eagerly."""
@@ -90,9 +92,16 @@ class SparseDecodeMixin(AttentionBackend):
             begin(lim, forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Allocate what captured graphs read."""
+        """Allocate what captured graphs read.
+
+        A backend whose graphs verify and decode is asked twice. What the first graphs read must not move.
+        """
+        rows, tokens = self.reserved
+        if max_bs <= rows and max_num_tokens <= tokens:
+            return
         super().init_cuda_graph_state(max_bs, max_num_tokens)
         self.lim.snapshot.reserve(max_bs)
+        self.reserved = max_bs, max_num_tokens
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Prepare a captured step; this itself is never captured."""

@@ -1,1 +1,1 @@
-"""Lossless decode: sparse steps draft tokens, one dense pass verifies them, with the same weights and the same KV."""
+"""The lossless mode: sparse decode drafts, a dense pass of the same weights over the same KV verifies."""
