@@ -16,13 +16,16 @@ def plug() -> None:
     from lim_patches import (
         cli_flags,
         discarded_results,
+        drafts_on_cpu,
         grammar_on_cpu,
         refuse_before_weights,
         row_generations,
+        row_room,
         server_info,
         triton_on_cpu,
     )
     from sgl_lim.serving import metrics
+    from sgl_lim.serving.lossless import algorithm
     from sgl_lim.settings import flags, refusals
 
     lim_patches.use(cli_flags, add_flags=flags.add_flags, take_flags=_take_flags)
@@ -30,11 +33,14 @@ def plug() -> None:
     lim_patches.use(server_info, key=metrics.INFO_KEY, describe=metrics.describe, on_idle=metrics.on_idle)
     lim_patches.use(discarded_results, on_discarded=metrics.on_discarded)
     lim_patches.use(row_generations)
+    lim_patches.use(row_room)
     lim_patches.use(triton_on_cpu)
     lim_patches.use(grammar_on_cpu)
+    lim_patches.use(drafts_on_cpu)
     # Last: were a hook to raise above, the backend's name would be unknown rather than half served.
     add_attention_backend_choices([refusals.BACKEND])
     register_attention_backend(refusals.BACKEND)(_make)
+    algorithm.register()
 
 
 def _make(runner: Any) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sgl_lim.methods import DEFAULT, METHODS, Method
-from sgl_lim.methods.parameters import Switch, Text, flag, parameter, parameters_of
+from sgl_lim.methods.parameters import Choice, Switch, Text, flag, parameter, parameters_of
 from sgl_lim.methods.selection_layers import DEFAULT_LAYERS
 
 ENV = "LESSISMORE_CONFIG"
@@ -39,6 +39,17 @@ class LimConfig:
         None,
         Text("the name of a backend of SGLang"),
         "SGLang backend for prefill and dense layers (default: fa3, flashinfer or torch_native by the device)",
+    )
+    drafts: str = parameter(
+        "guided",
+        Choice(("guided", "unguided")),
+        "With --speculative-algorithm LESSISMORE: drafts read the sets that verification chose, or choose their own",
+    )
+    adapt_drafts: bool = parameter(
+        True,
+        Switch(),
+        "With --speculative-algorithm LESSISMORE: draft fewer tokens than --speculative-num-steps, or none, where that "
+        "is faster",
     )
     prefix_groups: bool = parameter(
         True, Switch(), "Read a prefix that several requests of a batch share once for all of them"

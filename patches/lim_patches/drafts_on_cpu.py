@@ -1,0 +1,43 @@
+"""SGLang writes the slots of speculative tokens to the request pool by Triton, on a plain CPU too.
+
+Symptom: `RuntimeError: 0 active drivers` at the first decode step of a speculative algorithm on a CPU.
+Cause: `assign_req_to_token_pool_func` asks whether SGLang's own CPU engine is on, not whether the device has Triton.
+Versions: all supported.
+Remove when: SGLang asks the platform, as it does for `alloc_extend` since 0.5.22.
+"""
+
+from collections.abc import Callable
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+TARGETS = ("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func",)
+
+
+def applies(version: Version) -> bool:
+    """Whether `version` of SGLang needs this seam, on this machine."""
+    return not torch.accelerator.is_available()
+
+
+def register() -> None:
+    """Register the hook."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(TARGETS[0], assign, HookType.AROUND)
+
+
+def assign(
+    original: Callable[..., None],
+    req_pool_indices: Tensor,
+    req_to_token: Tensor,
+    start_offset: Tensor,
+    end_offset: Tensor,
+    out_cache_loc: Tensor,
+    batch_size: int,
+) -> None:
+    """Write slots, row after row of the batch, to places `start_offset` to `end_offset` of its rows, integer [B]."""
+    counts = (end_offset - start_offset).long()
+    before = counts.cumsum(0) - counts
+    places = torch.arange(int(counts.sum())) + (start_offset - before).repeat_interleave(counts)
+    req_to_token[req_pool_indices.long().repeat_interleave(counts), places] = out_cache_loc.to(req_to_token.dtype)
