@@ -7,7 +7,9 @@ know no min-p. Here the penalties at a place follow the drafts before it, so tha
 ordinary decoding would have after the same tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -64,6 +66,11 @@ class SamplingRules:
     penalties: Penalties | None = None
     mask: TokenMask | None = None
     """Of all places that are verified. Drafts are drawn without it."""
+    processors: Callable[[Tensor], None] | None = None
+    """Custom logit processors, which change logits [B, V] in place. They may look at a request's answer so far, which
+    has no drafts in it, so they go with a round without drafts alone."""
+    drawn_acceptance: float | None = None
+    """For benchmarks: drafts stay with this probability each, whatever the model says. Answers are wrong then."""
 
     def masked(self, mask: TokenMask | None) -> "SamplingRules":
         """The same rules under a grammar's mask."""
@@ -86,6 +93,10 @@ class SamplingRules:
             self.mask.apply(logits.flatten(0, 1))
         if self.logit_bias is not None:
             logits += self.logit_bias[:, None]
+        if self.processors is not None:
+            if drafts.shape[1]:
+                raise ValueError(f"custom logit processors need a round without drafts, got {drafts.shape[1]}")
+            self.processors(logits[:, 0])
         return logits
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -119,4 +130,11 @@ def rules_of(info: Any, penalties: Penalties | None = None, flashinfer: bool = F
         filters=filters,
         logit_bias=info.logit_bias,
         penalties=penalties,
+        processors=partial(_run_processors, info) if info.has_custom_logit_processor else None,
     )
+
+
+def _run_processors(info: Any, logits: Tensor) -> None:
+    from sglang.srt.layers.sampler import apply_custom_logit_processor
+
+    apply_custom_logit_processor(logits, info)

@@ -83,8 +83,9 @@ class SelfSpecWorker(BaseSpecWorker):
             runner.device,
             versions.tensor_parallel_group(),
             flashinfer=runner.server_args.sampling_backend == "flashinfer",
+            drawn_acceptance=self._config.drawn_acceptance,
         )
-        metrics.announce_lossless(self._tally, self._counts, guided=self._config.drafts == "guided")
+        metrics.announce_lossless(self._tally, self._counts, self._config)
 
     def update_weights_from_disk(self, recv_req: Any) -> tuple[bool, str]:
         """The target's weights are all there are."""
@@ -132,7 +133,9 @@ class SelfSpecWorker(BaseSpecWorker):
     def _round(
         self, batch: Any, on_publish: Publish | None, grammar_barrier: Callable[[], None] | None
     ) -> GenerationBatchResult:
-        drafts = self._chooser.choose(len(batch.reqs), sum(versions.kv_of(req)[0] for req in batch.reqs))
+        drafts = 0
+        if not self._sampler.needs_plain_round(batch):
+            drafts = self._chooser.choose(len(batch.reqs), sum(versions.kv_of(req)[0] for req in batch.reqs))
         self._in_flight.append((drafts, len(batch.reqs)))
         rows = rows_of(batch, self._runner.req_to_token_pool.req_to_token, drafts, self.speculative_num_steps)
         bonus = batch.spec_info.bonus_tokens.to(torch.int64)
