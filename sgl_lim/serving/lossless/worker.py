@@ -151,6 +151,9 @@ class SelfSpecWorker(BaseSpecWorker):
         new_lens = rows.lens + accepted.accept_lens
         if on_publish is not None:
             on_publish(new_lens)
+        if drafts:
+            lim = self._passes.plain.backend.lim
+            lim.counters.record_round(rows.indices, rows.lens, accepted.accept_lens, drafts, lim.drafts)
         if batch.return_logprob:
             attach_logprobs(batch, out.logits_output, logits, accepted)
         return GenerationBatchResult(
