@@ -11,6 +11,7 @@ import torch
 from sglang.srt.utils.common import get_available_gpu_memory
 
 from sgl_lim.serving.backend import add_sparse_decode
+from sgl_lim.serving.lossless import versions
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Pass:
 
     def run(self, runner: Any, forward_batch: Any) -> Any:
         """SGLang's output of one pass over a batch."""
+        versions.bind_plan(runner, forward_batch)
         with self.on(runner):
             return runner.forward(forward_batch)
 
