@@ -16,7 +16,7 @@ from sgl_lim.serving.lossless.draft_backend import make_draft_backend
 from sgl_lim.serving.lossless.grammar import RunGrammar
 from sgl_lim.serving.lossless.logprobs import attach_logprobs
 from sgl_lim.serving.lossless.measure import Meter
-from sgl_lim.serving.lossless.passes import Passes, backends_of, capture
+from sgl_lim.serving.lossless.passes import Passes, backends_of, capture, most_rows
 from sgl_lim.serving.lossless.rounds import DraftInput, Rows, decode_batch, rows_of, verify_batch
 from sgl_lim.serving.lossless.run_sampler import RunSampler, RunSampling
 from sgl_lim.serving.tally import Tally
@@ -76,8 +76,9 @@ class SelfSpecWorker(BaseSpecWorker):
         self._passes, memory, seconds = capture(runner, self._passes)
         self._additional_graph_memory_usage.update(memory)
         self._additional_graph_time_usage.update(seconds)
-        costs = versions.agreed(Meter(runner, self._passes).measure()) if self._config.adapt_drafts else None
-        self._chooser = Chooser(self._counts, costs)
+        most = most_rows(runner, self._passes)
+        costs = versions.agreed(Meter(runner, self._passes, most).measure()) if self._config.adapt_drafts else None
+        self._chooser = Chooser(self._counts, costs, most)
         self._sampler = RunSampler(
             runner.model_config.vocab_size,
             runner.device,
