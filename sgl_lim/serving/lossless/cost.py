@@ -116,8 +116,8 @@ class Chooser:
 
     counts: Sequence[int]
     costs: RoundCosts | None = None
-    most_rows: int | None = None
     acceptance: Acceptance = field(default_factory=Acceptance)
+    most_rows: int | None = None
 
     def choose(self, rows: int, tokens: int) -> int:
         """Drafts of the next round, 0 for a dense step.

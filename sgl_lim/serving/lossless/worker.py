@@ -78,7 +78,7 @@ class SelfSpecWorker(BaseSpecWorker):
         self._additional_graph_time_usage.update(seconds)
         most = most_rows(runner, self._passes)
         costs = versions.agreed(Meter(runner, self._passes, most).measure()) if self._config.adapt_drafts else None
-        self._chooser = Chooser(self._counts, costs, most)
+        self._chooser = Chooser(self._counts, costs, most_rows=most)
         self._sampler = RunSampler(
             runner.model_config.vocab_size,
             runner.device,
