@@ -30,10 +30,12 @@ class Meter:
 
     Args:
         runner: SGLang's model runner, pools ready and graphs captured.
+        most_rows: largest batch that drafts.
     """
 
-    def __init__(self, runner: Any, passes: Passes) -> None:
+    def __init__(self, runner: Any, passes: Passes, most_rows: int) -> None:
         self._runner, self._passes, self._most = runner, passes, max(passes.verify)
+        self._most_rows = most_rows
         self._table: Tensor = runner.req_to_token_pool.req_to_token
         self._slots = runner.token_to_kv_pool.size
 
@@ -41,7 +43,7 @@ class Meter:
     def measure(self) -> RoundCosts:
         """Costs of all passes. Takes seconds; leaves the request pool as it was."""
         started = time.perf_counter()
-        most = min(self._runner.max_running_requests, len(self._table) - 1)
+        most = min(self._runner.max_running_requests, len(self._table) - 1, self._most_rows)
         sizes = [rows for rows in _ROWS if rows < most] + [most]
         if self._runner.device == "cpu":
             sizes = sorted({1, min(8, most)})

@@ -16,7 +16,7 @@ from sgl_lim.serving.lossless.draft_backend import make_draft_backend
 from sgl_lim.serving.lossless.grammar import RunGrammar
 from sgl_lim.serving.lossless.logprobs import attach_logprobs
 from sgl_lim.serving.lossless.measure import Meter
-from sgl_lim.serving.lossless.passes import Passes, backends_of, capture
+from sgl_lim.serving.lossless.passes import Passes, backends_of, capture, most_rows
 from sgl_lim.serving.lossless.rounds import DraftInput, Rows, decode_batch, rows_of, verify_batch
 from sgl_lim.serving.lossless.run_sampler import RunSampler, RunSampling
 from sgl_lim.serving.tally import Tally
@@ -76,8 +76,9 @@ class SelfSpecWorker(BaseSpecWorker):
         self._passes, memory, seconds = capture(runner, self._passes)
         self._additional_graph_memory_usage.update(memory)
         self._additional_graph_time_usage.update(seconds)
-        costs = versions.agreed(Meter(runner, self._passes).measure()) if self._config.adapt_drafts else None
-        self._chooser = Chooser(self._counts, costs)
+        most = most_rows(runner, self._passes)
+        costs = versions.agreed(Meter(runner, self._passes, most).measure()) if self._config.adapt_drafts else None
+        self._chooser = Chooser(self._counts, costs, most_rows=most)
         self._sampler = RunSampler(
             runner.model_config.vocab_size,
             runner.device,
@@ -133,9 +134,7 @@ class SelfSpecWorker(BaseSpecWorker):
     def _round(
         self, batch: Any, on_publish: Publish | None, grammar_barrier: Callable[[], None] | None
     ) -> GenerationBatchResult:
-        drafts = 0
-        if not self._sampler.needs_plain_round(batch):
-            drafts = self._chooser.choose(len(batch.reqs), sum(versions.kv_of(req)[0] for req in batch.reqs))
+        drafts = self._drafts_of(batch)
         self._in_flight.append((drafts, len(batch.reqs)))
         rows = rows_of(batch, self._runner.req_to_token_pool.req_to_token, drafts, self.speculative_num_steps)
         bonus = batch.spec_info.bonus_tokens.to(torch.int64)
@@ -166,6 +165,15 @@ class SelfSpecWorker(BaseSpecWorker):
             can_run_cuda_graph=out.can_run_graph,
             extra_keep_alive_refs=[forward_batch, rows, sampling],
         )
+
+    def _drafts_of(self, batch: Any) -> int:
+        """How many tokens the round of a batch drafts, by what the host knows of it."""
+        lengths = [versions.kv_of(req) for req in batch.reqs]
+        # What SGLang reserved reaches beyond the context, for which dense backends have no places.
+        ends = max(reserved for _, reserved in lengths) > self._runner.model_config.context_len
+        if ends or self._sampler.needs_plain_round(batch):
+            return 0
+        return self._chooser.choose(len(lengths), sum(committed for committed, _ in lengths))
 
     def _draft(self, rows: Rows, bonus: Tensor, sampling: RunSampling, drafts: int) -> None:
         """Draw the drafts of a round, each from a decode step behind the one before."""
