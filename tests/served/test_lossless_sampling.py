@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from benchmarks.random_checkpoint import write_tokenizer
-from support.exact_sampling import VOCAB, Parameters, exact_answers, fit
+from support.exact_sampling import VOCAB, Parameters, adjusted, exact_answers, fit
 from support.server import Server, ServerPool, ServerSpec
 
 pytestmark = pytest.mark.served
 
 LENGTH = 4
 """The prefill answers the first token, rounds the others."""
-AT_ONCE, BATCHES = 24, 40
+AT_ONCE, BATCHES = 60, 40
 """Requests of each kind in a batch, and batches."""
 END = 5
 LIKELY = 1e-4
@@ -100,6 +100,7 @@ def as_request(kind: Parameters) -> dict[str, Any]:
     sent: dict[str, Any] = {name: getattr(kind, name) for name in (*names, "min_new_tokens")}
     sent |= {"top_k": kind.top_k if kind.top_k < VOCAB else -1, "max_new_tokens": LENGTH, "ignore_eos": True}
     sent |= {"regex": REGEX} if kind.forbidden else {}
+    sent |= {"stop_token_ids": list(kind.stop_token_ids)} if kind.stop_token_ids else {}
     sent |= {"logit_bias": {str(token): bias for token, bias in kind.logit_bias.items()}} if kind.logit_bias else {}
     return sent
 
@@ -113,11 +114,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lossless(checkpoint: Path, pool: ServerPool) -> Server:
     args = ("--attention-backend", "lessismore", "--lim-budget", "16", "--lim-selection-layers", "1")
     args += ("--speculative-algorithm", "LESSISMORE", "--speculative-num-steps", "3", "--lim-adapt-drafts", "off")
-    args += ("--max-running-requests", "256", "--max-total-tokens", "40000", "--dtype", "float32")
+    args += ("--max-running-requests", "640", "--max-total-tokens", "40000", "--dtype", "float32")
     return pool.get(ServerSpec("lossless-sampling", checkpoint, args))
 
 
-def test_sampled_answers_are_the_dense_models(checkpoint: Path, lossless: Server) -> None:
+@pytest.fixture(scope="module")
+def dense(checkpoint: Path) -> Dense:
+    return Dense(checkpoint)
+
+
+def test_sampled_answers_are_the_dense_models(dense: Dense, lossless: Server) -> None:
     params = [as_request(kind) for kind in KINDS.values() for _ in range(AT_ONCE)]
     answers: dict[str, list[list[int]]] = {name: [] for name in KINDS}
     for _ in range(BATCHES):
@@ -127,7 +133,6 @@ def test_sampled_answers_are_the_dense_models(checkpoint: Path, lossless: Server
         tokens = [item["output_ids"] for item in reply.json()]
         for place, name in enumerate(KINDS):
             answers[name] += tokens[place * AT_ONCE : (place + 1) * AT_ONCE]
-    dense = Dense(checkpoint)
     fits = {
         name: fit(torch.tensor(answers[name]), exact_answers(kind, model=dense, before=(), length=LENGTH))
         for name, kind in KINDS.items()
@@ -136,3 +141,25 @@ def test_sampled_answers_are_the_dense_models(checkpoint: Path, lossless: Server
     assert min(fits.values()) > LIKELY, fits
     # Drafts were rejected and accepted, so that both were looked at.
     assert 0.1 < counters["drafts_accepted"] / counters["drafts_proposed"] < 0.9, counters
+
+
+def test_logprobs_of_a_run_are_the_dense_models(dense: Dense, lossless: Server) -> None:
+    several = 8
+    params = [as_request(kind) for kind in KINDS.values() for _ in range(several)]
+    body = {"input_ids": [prompt()] * len(params), "sampling_params": params, "return_logprob": True}
+    reply = lossless.post("/generate", {**body, "top_logprobs_num": VOCAB, "token_ids_logprob": [3, 0]})
+    assert reply.status_code == 200, reply.text
+    kinds = [kind for kind in KINDS.values() for _ in range(several)]
+    for kind, item in zip(kinds, reply.json(), strict=True):
+        tokens, meta = item["output_ids"], item["meta_info"]
+        for place, token in enumerate(tokens):
+            logits = torch.tensor(adjusted(kind, tokens[:place], dense))
+            expected = (logits / kind.temperature).log_softmax(-1)
+            assert meta["output_token_logprobs"][place][:2] == [pytest.approx(expected[token].item(), abs=1e-3), token]
+            top = {one[1]: one[0] for one in meta["output_top_logprobs"][place]}
+            asked = {one[1]: one[0] for one in meta["output_token_ids_logprobs"][place]}
+            assert list(asked) == [3, 0] and len(top) == VOCAB
+            for found in (top, asked):
+                for one, logprob in found.items():
+                    possible = expected[one] > -50
+                    assert logprob == pytest.approx(expected[one].item(), abs=1e-3) if possible else logprob < -50

@@ -53,8 +53,8 @@ class Parameters:
     """A grammar: what may not follow the answered tokens."""
 
 
-def exact_step(parameters: Parameters, answered: Sequence[int], model: Logits, in_turn: bool) -> list[float]:
-    """Probabilities of the next token after these answers."""
+def adjusted(parameters: Parameters, answered: Sequence[int], model: Logits) -> list[float]:
+    """Logits of the next token after these answers, before temperature."""
     logits = list(model(answered))
     for token in range(VOCAB):
         times = answered.count(token)
@@ -67,6 +67,12 @@ def exact_step(parameters: Parameters, answered: Sequence[int], model: Logits, i
         if parameters.forbidden is not None and token in parameters.forbidden(answered):
             logits[token] = -math.inf
         logits[token] += parameters.logit_bias.get(token, 0.0)
+    return logits
+
+
+def exact_step(parameters: Parameters, answered: Sequence[int], model: Logits, in_turn: bool) -> list[float]:
+    """Probabilities of the next token after these answers."""
+    logits = adjusted(parameters, answered, model)
     if parameters.temperature == 0:
         return [float(token == logits.index(max(logits))) for token in range(VOCAB)]
     weights = [math.exp(x / parameters.temperature) for x in logits]
