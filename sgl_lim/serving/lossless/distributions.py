@@ -41,7 +41,11 @@ class Filters:
     """Whether top-p counts what top-k left, and not the whole distribution. FlashInfer's sampler does, with min-p."""
 
     def keep(self, probs: Tensor) -> Tensor:
-        """Probabilities [B, n, V] with zeros for what is cut; they do not sum to 1 then."""
+        """Probabilities [B, n, V] with zeros for what is cut; they need not sum to 1 then."""
+        return self.keep_by_kernels(probs) if probs.is_cuda else self.keep_by_sorting(probs)
+
+    def keep_by_sorting(self, probs: Tensor) -> Tensor:
+        """`keep` on any device. Sorting a vocabulary for each place takes a GPU milliseconds."""
         ranked, tokens = probs.sort(dim=-1, descending=True)
         ranks = torch.arange(probs.shape[-1], device=probs.device)
         kept = ranks < self.top_ks[:, None, None]
@@ -51,6 +55,23 @@ class Filters:
         if self.min_ps is not None:
             kept &= ranked >= ranked[..., :1] * self.min_ps[:, None, None]
         return torch.zeros_like(probs).scatter_(-1, tokens, ranked * kept)
+
+    def keep_by_kernels(self, probs: Tensor) -> Tensor:
+        """`keep` by the kernels of SGLang's sampler, which find thresholds without sorting. CUDA alone."""
+        from sglang.srt.layers.sampler import top_k_renorm_prob, top_p_renorm_prob
+
+        places = probs.shape[1]
+        flat = probs.flatten(0, 1).contiguous()
+        top_ks, top_ps = self.top_ks.repeat_interleave(places), self.top_ps.repeat_interleave(places)
+        most_likely = top_k_renorm_prob(flat, top_ks)
+        if self.in_turn:
+            kept = top_p_renorm_prob(most_likely, top_ps)
+        else:
+            kept = flat * ((most_likely > 0) & (top_p_renorm_prob(flat, top_ps) > 0))
+        if self.min_ps is not None:
+            least = flat.amax(-1, keepdim=True) * self.min_ps.repeat_interleave(places)[:, None]
+            kept = kept * (flat >= least)
+        return kept.view_as(probs)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Penalties, filters, log-probabilities and grammars of a run against SGLang's own code, one token at a time."""
 
 from array import array
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -162,6 +163,28 @@ def test_what_can_be_drawn_is_what_sglang_draws_from(with_min_p: bool, monkeypat
     )
     ours = rules_of(info).probabilities(logits[:, None])[:, 0].sort(-1, descending=True).values
     torch.testing.assert_close(ours, seen[0] / seen[0].sum(-1, keepdim=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="SGLang's kernels run on a GPU")
+@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize("with_min_p", [False, True])
+def test_kernels_keep_what_sorting_keeps(with_min_p: bool, in_turn: bool) -> None:
+    torch.manual_seed(8)
+    rows, vocab = 48, 151_936
+    info = sampling_info(
+        [1.0] * rows,
+        [[TOP_K_ALL, 1, 40, 1000][row % 4] for row in range(rows)],
+        [[1.0, 0.5, 0.95][row % 3] for row in range(rows)],
+        [[0.0, 0.02][row % 2] * with_min_p for row in range(rows)],
+    )
+    filters = replace(rules_of(info).filters, in_turn=in_turn)  # type: ignore[type-var]
+    names = ("top_ks", "top_ps", "min_ps")
+    on_gpu = replace(filters, **{name: each.cuda() for name in names if (each := getattr(filters, name)) is not None})
+    probs = (3 * torch.randn(rows, 7, vocab)).softmax(-1)
+    expected, found = filters.keep_by_sorting(probs), on_gpu.keep_by_kernels(probs.cuda()).cpu()
+    expected, found = expected / expected.sum(-1, keepdim=True), found / found.sum(-1, keepdim=True)
+    # At a threshold rounding decides, so a token or two may differ, of next to no weight.
+    assert float((expected - found).abs().sum(-1).max()) < 1e-3
 
 
 @pytest.mark.parametrize("greedy", [False, True])
