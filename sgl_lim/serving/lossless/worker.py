@@ -96,6 +96,11 @@ class SelfSpecWorker(BaseSpecWorker):
         """The target's weights are all there are."""
         return True, "Succeeded to update model weights."
 
+    def update_weights_from_tensor(self, recv_req: Any) -> tuple[bool, str]:
+        """SGLang asks the speculative worker alone."""
+        updated: tuple[bool, str] = self._target_worker.update_weights_from_tensor(recv_req)
+        return updated
+
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: Sequence[int], batch_size: int = 0) -> None:
         """SGLang has looked at the results of a round, and says how many drafts of each request were accepted."""
         while self._in_flight:
