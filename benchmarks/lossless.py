@@ -19,7 +19,7 @@ A row for each case and acceptance:
 Before anything is timed, logits of a verification must be those of the baseline's decode steps up to rounding, for
 requests that share nothing and that share a prefix.
 
-`--lim` gives settings as `decode_step.py` takes them: `--lim adapt_drafts=off,drafts=unguided`. One device only, on
+`--lim` gives settings as `decode_step.py` takes them: `--lim vary_drafts=off,drafts=unguided`. One device only, on
 SGLang 0.5.17.
 """
 

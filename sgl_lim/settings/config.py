@@ -45,7 +45,7 @@ class LimConfig:
         Choice(("guided", "unguided")),
         "With --speculative-algorithm LESSISMORE: drafts read the sets that verification chose, or choose their own",
     )
-    adapt_drafts: bool = parameter(
+    vary_drafts: bool = parameter(
         True,
         Switch(),
         "With --speculative-algorithm LESSISMORE: draft fewer tokens than --speculative-num-steps, or none, where that "

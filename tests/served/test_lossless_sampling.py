@@ -113,7 +113,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def lossless(checkpoint: Path, pool: ServerPool) -> Server:
     args = ("--attention-backend", "lessismore", "--lim-budget", "16", "--lim-selection-layers", "1")
-    args += ("--speculative-algorithm", "LESSISMORE", "--speculative-num-steps", "3", "--lim-adapt-drafts", "off")
+    args += ("--speculative-algorithm", "LESSISMORE", "--speculative-num-steps", "3", "--lim-vary-drafts", "off")
     args += ("--max-running-requests", "640", "--max-total-tokens", "40000", "--dtype", "float32")
     # SGLang compiles one of its penalties, which takes two minutes on a busy machine.
     return pool.get(ServerSpec("lossless-sampling", checkpoint, args, env=(("TORCHDYNAMO_DISABLE", "1"),)))

@@ -104,7 +104,7 @@ LAUNCHES = {
     ),
     "speculative-on-a-cpu": Refusal(
         ("--speculative-algorithm", "EAGLE", "--speculative-draft-model-path", "{model}", *EAGLE),
-        (r"--speculative-algorithm EAGLE: only LESSISMORE speculates on a CPU; leave it out or name that",),
+        (r"--speculative-algorithm EAGLE: SGLang speculates on GPUs alone; on a CPU leave it out",),
     ),
     "lossless-with-what-cannot-be": Refusal(
         (

@@ -49,7 +49,7 @@ class SelfSpecWorker(BaseSpecWorker):
         self.speculative_num_draft_tokens: int = server_args.speculative_num_draft_tokens
         self._config, most = load(), self.speculative_num_steps
         # Where few drafts are accepted, half as many lose less.
-        self._counts = sorted({-(-most // 2), most}) if self._config.adapt_drafts else [most]
+        self._counts = sorted({-(-most // 2), most}) if self._config.vary_drafts else [most]
         self._in_flight: deque[tuple[int, int]] = deque()
         self._tally = Tally()
         if self._runner.device == "cuda":
@@ -77,7 +77,7 @@ class SelfSpecWorker(BaseSpecWorker):
         self._additional_graph_memory_usage.update(memory)
         self._additional_graph_time_usage.update(seconds)
         most = most_rows(runner, self._passes)
-        costs = versions.agreed(Meter(runner, self._passes, most).measure()) if self._config.adapt_drafts else None
+        costs = versions.agreed(Meter(runner, self._passes, most).measure()) if self._config.vary_drafts else None
         self._chooser = Chooser(self._counts, costs, most_rows=most)
         self._sampler = RunSampler(
             runner.model_config.vocab_size,
@@ -95,6 +95,11 @@ class SelfSpecWorker(BaseSpecWorker):
     def update_weights_from_ipc(self, recv_req: Any) -> tuple[bool, str]:
         """The target's weights are all there are."""
         return True, "Succeeded to update model weights."
+
+    def update_weights_from_tensor(self, recv_req: Any) -> tuple[bool, str]:
+        """SGLang asks the speculative worker alone."""
+        updated: tuple[bool, str] = self._target_worker.update_weights_from_tensor(recv_req)
+        return updated
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: Sequence[int], batch_size: int = 0) -> None:
         """SGLang has looked at the results of a round, and says how many drafts of each request were accepted."""
