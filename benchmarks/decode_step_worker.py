@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from benchmarks.forest import Forest
 from benchmarks.machine import machine_line
 
 CHECKED_STEPS = 2
+SomeBench = TypeVar("SomeBench", bound="Bench")
 
 
 @dataclass
@@ -95,7 +96,7 @@ class Bench:
         self.synchronize, self.clock = device.synchronize, Clock(device)
 
     @classmethod
-    def load(cls, argv: list[str], shuffle_slots: bool) -> "Bench":
+    def load(cls: type[SomeBench], argv: list[str], shuffle_slots: bool) -> SomeBench:
         """A model set up as SGLang's own static benchmark does it, its KV pool filled with noise."""
         from sglang.srt.plugins import load_plugins
 
@@ -110,6 +111,7 @@ class Bench:
         one_batch.initialize_moe_config(server_args)
         one_batch.initialize_fp8_gemm_config(server_args)
         one_batch.initialize_fp4_gemm_config(server_args)
+        one_batch.ModelRunner = cls.runner_class(one_batch.ModelRunner, server_args)
         one_batch.get_tokenizer = lambda *args, **options: None  # `load_model` wants one; we send token ids
         wrapped, _ = one_batch.load_model(server_args, PortArgs.init_new(server_args), gpu_id=0, tp_rank=0)
         runner: Any = wrapped.torch_runner
@@ -119,6 +121,11 @@ class Bench:
         for buffer in bench.kv_buffers():
             fill_with_noise(buffer)
         return bench
+
+    @staticmethod
+    def runner_class(original: type, server_args: Any) -> type:
+        """The class of the model runner to load."""
+        return original
 
     def kv_buffers(self) -> list[Tensor]:
         """Keys and values of every layer, each (slot, head, dim)."""
@@ -157,11 +164,15 @@ class Bench:
             ),
             model_config=runner.model_config,
             enable_overlap=False,
-            spec_algorithm=self.one_batch.SpeculativeAlgorithm.NONE,
+            spec_algorithm=self.speculation(),
         )
         batch.prepare_for_extend()
         batch.prefill_input_ids_cpu = None
         return first_tokens, batch
+
+    def speculation(self) -> Any:
+        """SGLang's speculative algorithm of the batches."""
+        return self.one_batch.SpeculativeAlgorithm.NONE
 
     def requests(self, case: Forest, random: np.random.Generator, vocabulary: int) -> list[Any]:
         """Greedy requests whose shared prefixes are in the cache, and the rest of whose prompts is to be prefilled."""
@@ -224,20 +235,24 @@ class Bench:
         """
         tokens, batch = self.start(case, CHECKED_STEPS)
         if own_noise:
-            table = self.runner.req_to_token_pool.req_to_token
-            # A shared slot is written once, in an order that no slot's number decides.
-            held = table[batch.req_pool_indices, : case.context].reshape(-1).tolist()
-            slots = torch.tensor(list(dict.fromkeys(held)), device=table.device)
-            generator = torch.Generator().manual_seed(0)
-            for buffer in self.kv_buffers():
-                noise = torch.randn(len(slots), *buffer.shape[1:], generator=generator).to(buffer.dtype)
-                # As bytes: not every device can index float8.
-                buffer.view(torch.uint8)[slots] = noise.view(torch.uint8).to(buffer.device)
+            self.write_noise(case, batch)
         found = []
         for _ in range(CHECKED_STEPS):
             found.append(self.step(tokens, batch)[1].float().cpu())
             tokens = tokens.flip(0)
         return torch.stack(found)
+
+    def write_noise(self, case: Forest, batch: Any) -> None:
+        """Write the keys and values of a batch's prompts by position."""
+        table = self.runner.req_to_token_pool.req_to_token
+        # A shared slot is written once, in an order that no slot's number decides.
+        held = table[batch.req_pool_indices, : case.context].reshape(-1).tolist()
+        slots = torch.tensor(list(dict.fromkeys(held)), device=table.device)
+        generator = torch.Generator().manual_seed(0)
+        for buffer in self.kv_buffers():
+            noise = torch.randn(len(slots), *buffer.shape[1:], generator=generator).to(buffer.dtype)
+            # As bytes: not every device can index float8.
+            buffer.view(torch.uint8)[slots] = noise.view(torch.uint8).to(buffer.device)
 
     def kernels(self, case: Forest, warmup: int) -> list[tuple[str, int, float]]:
         """Kernels (on a CPU: operators) of one step after `warmup`: name, launches, microseconds; longest first."""

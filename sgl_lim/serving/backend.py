@@ -256,12 +256,14 @@ def begin_decode(lim: LimState, rows: Tensor, seq_lens: Tensor) -> Plan:
     kept = None
     if lim.kept_sets is not None:
         kept = lim.kept_sets.begin(rows, lim.counters.generations, lim.snapshot.extended, seq_lens, lim.granule)
+    # Dense decode of a GPU is the dense backend's own, for no round may be slower than that.
+    own = not lim.dense_decode or lim.dense_by_kernels
     return plan_reads(
         Full() if lim.dense_decode else lim.method,
         lim.snapshot.slots,
         seq_lens,
         own_heads=lim.decode.heads.own,
-        granule=lim.granule,
+        granule=lim.granule if own else None,
         kept=kept,
     )
 

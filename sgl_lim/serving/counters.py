@@ -70,6 +70,13 @@ class Counters:
         self._discarded: list[Tensor] = []
         self._unsettled = False
 
+    def clear(self) -> None:
+        """Nothing counts that ran so far; what captured graphs write stays where it is."""
+        empty = Ledger.empty(len(self._generations), self._generations.device)
+        for name, value in vars(empty).items():
+            getattr(self._ledger, name).copy_(value)
+        self._discarded.clear()
+
     def forget(self, rows: Tensor, where: Tensor | None = None) -> None:
         """A prefill runs on these rows of the request pool, so whoever decodes there next is new.
 

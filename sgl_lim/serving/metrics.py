@@ -14,6 +14,7 @@ from sgl_lim.serving.counters import COUNTERS, NOT_MONOTONE, named
 from sgl_lim.serving.draft_sets import Drafts
 from sgl_lim.serving.state import LimState
 from sgl_lim.serving.tally import TALLIED, Tally
+from sgl_lim.settings.config import LimConfig
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class _State:
 
     lim: LimState | None = None
     tally: Tally | None = None
+    drawn_acceptance: float | None = None
     model_name = ""
     enabled = False
     published: _Published | None = None
@@ -79,7 +81,7 @@ def announce(lim: LimState, runner: Any) -> None:
     from sglang.srt.distributed.parallel_state import get_attn_tp_group
 
     first_rank = get_attn_tp_group().rank_in_group == 0
-    _State.lim, _State.tally = lim, None
+    _State.lim, _State.tally, _State.drawn_acceptance = lim, None, None
     _State.model_name = runner.server_args.served_model_name or runner.server_args.model_path
     _State.enabled = runner.server_args.enable_metrics and first_rank
     if first_rank:
@@ -88,7 +90,7 @@ def announce(lim: LimState, runner: Any) -> None:
         logger.info("sgl-lim is on: %s", summary(lim))
 
 
-def announce_lossless(tally: Tally, counts: Sequence[int], *, guided: bool) -> None:
+def announce_lossless(tally: Tally, counts: Sequence[int], config: LimConfig) -> None:
     """Log the line that says that answers are the dense model's; make `tally` what `describe` and metrics show.
 
     Args:
@@ -96,9 +98,17 @@ def announce_lossless(tally: Tally, counts: Sequence[int], *, guided: bool) -> N
     """
     from sglang.srt.distributed.parallel_state import get_attn_tp_group
 
-    _State.tally = tally
-    if get_attn_tp_group().rank_in_group == 0:
-        how = "the sets that verification chose" if guided else "sets of their own"
+    _State.tally, _State.drawn_acceptance = tally, config.drawn_acceptance
+    if get_attn_tp_group().rank_in_group != 0:
+        return
+    if config.drawn_acceptance is not None:
+        logger.warning(
+            "sgl-lim: ANSWERS ARE WRONG. --lim-drawn-acceptance %g accepts drafts by chance, to measure speed on "
+            "random weights",
+            config.drawn_acceptance,
+        )
+    else:
+        how = "the sets that verification chose" if config.drafts == "guided" else "sets of their own"
         logger.info(
             "sgl-lim is lossless: answers are the dense model's; up to %d tokens are drafted on %s, and one dense pass "
             "verifies them",
@@ -170,7 +180,9 @@ def describe() -> dict[str, Any] | None:
     """Block for `/server_info`: settings and counters, or None where this process has no lessismore backend."""
     if _State.lim is None:
         return None
-    return {**settings(_State.lim), "counters": {**_State.lim.counters.read(), **_tallied()}}
+    drawn = _State.drawn_acceptance
+    wrong = {} if drawn is None else {"answers_are_wrong": True, "drawn_acceptance": drawn}
+    return {**wrong, **settings(_State.lim), "counters": {**_State.lim.counters.read(), **_tallied()}}
 
 
 def after_step(lim: LimState) -> None:

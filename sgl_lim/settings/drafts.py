@@ -80,7 +80,11 @@ def _other_flags_problems(server_args: Any, backend: str) -> list[str]:
     named = server_args.speculative_draft_attention_backend
     if named is not None:
         found.append(f"--speculative-draft-attention-backend {named}: drafts are sparse decode; leave the flag out")
-    for name in ("enable_mixed_chunk", "speculative_adaptive", "enable_return_hidden_states"):
+    if getattr(server_args, "grammar_backend", None) == "outlines":
+        found.append(
+            f"--grammar-backend outlines cannot go back along rejected drafts, and {asked} has them; use xgrammar"
+        )
+    for name in ("enable_mixed_chunk", "speculative_adaptive", "enable_return_hidden_states", "enable_watermark"):
         if getattr(server_args, name, False):
             found.append(f"--{name.replace('_', '-')} does not go with {asked}; leave one of them out")
     return found

@@ -135,7 +135,10 @@ def speculation_problems(server_args: Any, device: str) -> list[str]:
         return []
     asked = f"--speculative-algorithm {algorithm}"
     if device == "cpu":
-        return [f"{asked}: only {drafts.ALGORITHM} speculates on a CPU; leave it out or name that"]
+        return [
+            f"{asked}: SGLang speculates on GPUs alone; on a CPU leave it out, or take {drafts.ALGORITHM}, by which "
+            "this backend drafts for itself"
+        ]
     if algorithm == "NGRAM":
         return [f"{asked} has no draft model, and verifies densely, so that nothing would be sparse; leave it out"]
     if server_args.speculative_draft_attention_backend in (None, BACKEND):

@@ -67,6 +67,8 @@ def test_either_flag_says_how_many_are_drafted(given: dict[str, int], steps: int
         ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"),
         ({"enable_lora": True}, "--enable-lora"),
         ({"enable_mixed_chunk": True}, "--enable-mixed-chunk"),
+        ({"enable_watermark": True}, "--enable-watermark"),
+        ({"grammar_backend": "outlines"}, "--grammar-backend outlines"),
         ({"enable_return_hidden_states": True}, "--enable-return-hidden-states"),
     ],
     ids=str,

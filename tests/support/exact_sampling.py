@@ -6,6 +6,7 @@ the lossless mode.
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,9 @@ LENGTH = 3
 """Tokens of an answer."""
 FIRST = 5
 """The token that the prefill answered."""
-SEQUENCES = list(itertools.product(range(VOCAB), repeat=LENGTH))
+
+Logits = Callable[[Sequence[int]], Sequence[float]]
+"""A model's logits of the next token by the answered tokens."""
 
 
 def table_of(seed: int) -> Tensor:
@@ -25,6 +28,11 @@ def table_of(seed: int) -> Tensor:
 
 
 TARGET, DRAFT = table_of(1), table_of(1) + 0.7 * table_of(2)
+
+
+def by_table(answered: Sequence[int]) -> list[float]:
+    """The target's logits."""
+    return TARGET[answered[-1]].tolist()
 
 
 @dataclass(frozen=True)
@@ -41,18 +49,13 @@ class Parameters:
     min_new_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     logit_bias: dict[int, float] = field(default_factory=dict)
-    grammar: bool = False
-    """After each token, the next higher one is forbidden."""
+    forbidden: Callable[[Sequence[int]], set[int]] | None = None
+    """A grammar: what may not follow the answered tokens."""
 
 
-def forbidden_after(token: int) -> int:
-    """What the grammar forbids."""
-    return (token + 1) % VOCAB
-
-
-def exact_step(parameters: Parameters, answered: list[int], in_turn: bool) -> list[float]:
-    """Probabilities of the next token after these answers."""
-    logits = [float(x) for x in TARGET[answered[-1]]]
+def adjusted(parameters: Parameters, answered: Sequence[int], model: Logits) -> list[float]:
+    """Logits of the next token after these answers, before temperature."""
+    logits = list(model(answered))
     for token in range(VOCAB):
         times = answered.count(token)
         logits[token] -= parameters.frequency_penalty * times + parameters.presence_penalty * (times > 0)
@@ -61,9 +64,15 @@ def exact_step(parameters: Parameters, answered: list[int], in_turn: bool) -> li
         if times:
             scale = parameters.repetition_penalty
             logits[token] = logits[token] * scale if logits[token] < 0 else logits[token] / scale
-        if parameters.grammar and token == forbidden_after(answered[-1]):
+        if parameters.forbidden is not None and token in parameters.forbidden(answered):
             logits[token] = -math.inf
         logits[token] += parameters.logit_bias.get(token, 0.0)
+    return logits
+
+
+def exact_step(parameters: Parameters, answered: Sequence[int], model: Logits, in_turn: bool) -> list[float]:
+    """Probabilities of the next token after these answers."""
+    logits = adjusted(parameters, answered, model)
     if parameters.temperature == 0:
         return [float(token == logits.index(max(logits))) for token in range(VOCAB)]
     weights = [math.exp(x / parameters.temperature) for x in logits]
@@ -83,28 +92,38 @@ def _filtered(parameters: Parameters, probs: list[float], in_turn: bool) -> list
     return [kept.get(token, 0.0) / sum(kept.values()) for token in range(VOCAB)]
 
 
-def exact_answers(parameters: Parameters, in_turn: bool = False) -> Tensor:
-    """Probability of each of `SEQUENCES` as an answer after `FIRST`, float64."""
+def exact_answers(
+    parameters: Parameters,
+    in_turn: bool = False,
+    model: Logits = by_table,
+    before: tuple[int, ...] = (FIRST,),
+    length: int = LENGTH,
+) -> Tensor:
+    """Probability of each sequence of `length` tokens, in their order, as an answer after the tokens `before`; float64.
+
+    Args:
+        in_turn: whether top-p counts what top-k left.
+    """
     steps: dict[tuple[int, ...], list[float]] = {}
     probs = []
-    for sequence in SEQUENCES:
+    for sequence in itertools.product(range(VOCAB), repeat=length):
         prob = 1.0
         for place, token in enumerate(sequence):
-            before = sequence[:place]
-            if before not in steps:
-                steps[before] = exact_step(parameters, [FIRST, *before], in_turn)
-            prob *= steps[before][token]
+            answered = (*before, *sequence[:place])
+            if prob and answered not in steps:
+                steps[answered] = exact_step(parameters, answered, model, in_turn)
+            prob *= prob and steps[answered][token]
         probs.append(prob)
     return torch.tensor(probs, dtype=torch.float64)
 
 
 def fit(answers: Tensor, exact: Tensor) -> float:
-    """Probability that answers int64 [N, LENGTH], drawn from `exact`, are as far from it as these, by chi-square.
+    """Probability that answers int64 [N, length], drawn from `exact`, are as far from it as these, by chi-square.
 
     Sequences that are expected less than five times are taken together. An impossible one gives 0.
     """
-    cells = (answers * torch.tensor([VOCAB**power for power in reversed(range(LENGTH))])).sum(1)
-    counts = torch.bincount(cells, minlength=len(SEQUENCES)).double()
+    powers = [VOCAB**power for power in reversed(range(answers.shape[1]))]
+    counts = torch.bincount((answers * torch.tensor(powers)).sum(1), minlength=len(exact)).double()
     if counts[exact == 0].any():
         return 0.0
     expected = exact * len(answers)

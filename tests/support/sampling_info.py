@@ -31,4 +31,5 @@ def sampling_info(
         need_top_p_sampling=any(p != 1.0 for p in top_p),
         need_min_p_sampling=any(p > 0 for p in min_p),
         logit_bias=logit_bias,
+        has_custom_logit_processor=False,
     )

@@ -48,12 +48,13 @@ def accept(
     sampling.adjust(target_logits, draft_tokens)
     if sampling.all_greedy:
         best = target_logits.argmax(-1)
-        return _accepted(draft_tokens, best[:, :-1] == draft_tokens, best)
+        return _accepted(draft_tokens, _or_drawn(best[:, :-1] == draft_tokens, sampling, generator), best)
     probs = sampling.probabilities(target_logits)
     p = probs[:, :-1].gather(2, draft_tokens[:, :, None])[:, :, 0]
     q = torch.ones_like(p) if draft_probs is None else draft_probs.gather(2, draft_tokens[:, :, None])[:, :, 0]
     # A uniform number is below 1, so a draft with p >= q always stays.
     stays = torch.rand(p.shape, device=p.device, generator=generator) * q < p
+    stays = _or_drawn(stays, sampling, generator)
     last = draw(_after(probs, draft_tokens, draft_probs, _kept(stays)), generator)
     return _accepted(draft_tokens, stays, last[:, None].expand(-1, probs.shape[1]))
 
@@ -66,6 +67,13 @@ def draw(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """
     exponential = torch.empty_like(weights).exponential_(generator=generator)
     return (weights / exponential.clamp_min_(torch.finfo(weights.dtype).tiny)).argmax(-1)
+
+
+def _or_drawn(stays: Tensor, sampling: SamplingRules, generator: torch.Generator | None) -> Tensor:
+    """`stays` bool [B, k], or chance instead where a benchmark wants it."""
+    if sampling.drawn_acceptance is None:
+        return stays
+    return torch.rand(stays.shape, device=stays.device, generator=generator) < sampling.drawn_acceptance
 
 
 def _kept(stays: Tensor) -> Tensor:

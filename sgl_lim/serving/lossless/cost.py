@@ -111,11 +111,13 @@ class Chooser:
     Args:
         counts: numbers of drafts to choose from, increasing; never empty.
         costs: None: nothing was measured, and every round drafts as many as it may.
+        most_rows: larger batches do not draft: their logits would not fit.
     """
 
     counts: Sequence[int]
     costs: RoundCosts | None = None
     acceptance: Acceptance = field(default_factory=Acceptance)
+    most_rows: int | None = None
 
     def choose(self, rows: int, tokens: int) -> int:
         """Drafts of the next round, 0 for a dense step.
@@ -123,6 +125,8 @@ class Chooser:
         Args:
             rows: requests in the batch; tokens: of context, over all of them.
         """
+        if self.most_rows is not None and rows > self.most_rows:
+            return 0
         if self.costs is None:
             return self.counts[-1]
         share = self.acceptance.share

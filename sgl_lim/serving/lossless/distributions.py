@@ -7,7 +7,9 @@ know no min-p. Here the penalties at a place follow the drafts before it, so tha
 ordinary decoding would have after the same tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +41,11 @@ class Filters:
     """Whether top-p counts what top-k left, and not the whole distribution. FlashInfer's sampler does, with min-p."""
 
     def keep(self, probs: Tensor) -> Tensor:
-        """Probabilities [B, n, V] with zeros for what is cut; they do not sum to 1 then."""
+        """Probabilities [B, n, V] with zeros for what is cut; they need not sum to 1 then."""
+        return self.keep_by_kernels(probs) if probs.is_cuda else self.keep_by_sorting(probs)
+
+    def keep_by_sorting(self, probs: Tensor) -> Tensor:
+        """`keep` on any device. Sorting a vocabulary for each place takes a GPU milliseconds."""
         ranked, tokens = probs.sort(dim=-1, descending=True)
         ranks = torch.arange(probs.shape[-1], device=probs.device)
         kept = ranks < self.top_ks[:, None, None]
@@ -49,6 +55,23 @@ class Filters:
         if self.min_ps is not None:
             kept &= ranked >= ranked[..., :1] * self.min_ps[:, None, None]
         return torch.zeros_like(probs).scatter_(-1, tokens, ranked * kept)
+
+    def keep_by_kernels(self, probs: Tensor) -> Tensor:
+        """`keep` by the kernels of SGLang's sampler, which find thresholds without sorting. CUDA alone."""
+        from sglang.srt.layers.sampler import top_k_renorm_prob, top_p_renorm_prob
+
+        places = probs.shape[1]
+        flat = probs.flatten(0, 1).contiguous()
+        top_ks, top_ps = self.top_ks.repeat_interleave(places), self.top_ps.repeat_interleave(places)
+        most_likely = top_k_renorm_prob(flat, top_ks)
+        if self.in_turn:
+            kept = top_p_renorm_prob(most_likely, top_ps)
+        else:
+            kept = flat * ((most_likely > 0) & (top_p_renorm_prob(flat, top_ps) > 0))
+        if self.min_ps is not None:
+            least = flat.amax(-1, keepdim=True) * self.min_ps.repeat_interleave(places)[:, None]
+            kept = kept * (flat >= least)
+        return kept.view_as(probs)
 
 
 @dataclass(frozen=True)
@@ -64,6 +87,11 @@ class SamplingRules:
     penalties: Penalties | None = None
     mask: TokenMask | None = None
     """Of all places that are verified. Drafts are drawn without it."""
+    processors: Callable[[Tensor], None] | None = None
+    """Custom logit processors, which change logits [B, V] in place. They may look at a request's answer so far, which
+    has no drafts in it, so they go with a round without drafts alone."""
+    drawn_acceptance: float | None = None
+    """For benchmarks: drafts stay with this probability each, whatever the model says. Answers are wrong then."""
 
     def masked(self, mask: TokenMask | None) -> "SamplingRules":
         """The same rules under a grammar's mask."""
@@ -86,6 +114,10 @@ class SamplingRules:
             self.mask.apply(logits.flatten(0, 1))
         if self.logit_bias is not None:
             logits += self.logit_bias[:, None]
+        if self.processors is not None:
+            if drafts.shape[1]:
+                raise ValueError(f"custom logit processors need a round without drafts, got {drafts.shape[1]}")
+            self.processors(logits[:, 0])
         return logits
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -119,4 +151,11 @@ def rules_of(info: Any, penalties: Penalties | None = None, flashinfer: bool = F
         filters=filters,
         logit_bias=info.logit_bias,
         penalties=penalties,
+        processors=partial(_run_processors, info) if info.has_custom_logit_processor else None,
     )
+
+
+def _run_processors(info: Any, logits: Tensor) -> None:
+    from sglang.srt.layers.sampler import apply_custom_logit_processor
+
+    apply_custom_logit_processor(logits, info)

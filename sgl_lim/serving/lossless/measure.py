@@ -15,6 +15,7 @@ from torch import Tensor
 from sgl_lim.serving.lossless.cost import Measured, PassCost, RoundCosts, fitted
 from sgl_lim.serving.lossless.passes import Passes, synchronize
 from sgl_lim.serving.lossless.rounds import Rows, decode_batch, verify_batch
+from sgl_lim.serving.state import LimState
 
 logger = logging.getLogger(__name__)
 
@@ -29,17 +30,20 @@ class Meter:
 
     Args:
         runner: SGLang's model runner, pools ready and graphs captured.
+        most_rows: largest batch that drafts.
     """
 
-    def __init__(self, runner: Any, passes: Passes) -> None:
+    def __init__(self, runner: Any, passes: Passes, most_rows: int) -> None:
         self._runner, self._passes, self._most = runner, passes, max(passes.verify)
+        self._most_rows = most_rows
         self._table: Tensor = runner.req_to_token_pool.req_to_token
         self._slots = runner.token_to_kv_pool.size
 
+    @torch.no_grad()
     def measure(self) -> RoundCosts:
         """Costs of all passes. Takes seconds; leaves the request pool as it was."""
         started = time.perf_counter()
-        most = min(self._runner.max_running_requests, len(self._table) - 1)
+        most = min(self._runner.max_running_requests, len(self._table) - 1, self._most_rows)
         sizes = [rows for rows in _ROWS if rows < most] + [most]
         if self._runner.device == "cpu":
             sizes = sorted({1, min(8, most)})
@@ -47,11 +51,21 @@ class Meter:
         for rows in sizes:
             for name, point in self._at(rows).items():
                 points.setdefault(name, []).append(point)
-        self._table[1 : sizes[-1] + 1].zero_()
+        self._forget(torch.arange(1, sizes[-1] + 1, device=self._table.device))
         verify = {drafts: PassCost(tuple(points[f"verify{drafts}"])) for drafts in self._passes.verify}
         costs = RoundCosts(PassCost(tuple(points["draft"])), PassCost(tuple(points["plain"])), verify)
         logger.info("sgl-lim: measured drafts and verification in %.1f s", time.perf_counter() - started)
         return costs
+
+    def _forget(self, rows: Tensor) -> None:
+        """Nothing of what ran on these rows of the request pool is left, nor counted."""
+        self._table.index_fill_(0, rows, 0)
+        lim: LimState = self._passes.plain.backend.lim
+        lim.counters.clear()
+        if lim.drafts is not None:
+            lim.drafts.read.zero_()
+            if lim.drafts.sets is not None:
+                lim.drafts.sets.forget(rows)
 
     def _at(self, rows: int) -> dict[str, Measured]:
         """Costs by pass at one batch size."""

@@ -11,8 +11,12 @@ import torch
 from sglang.srt.utils.common import get_available_gpu_memory
 
 from sgl_lim.serving.backend import add_sparse_decode
+from sgl_lim.serving.lossless import versions
 
 logger = logging.getLogger(__name__)
+
+LOGITS_BYTES = 1 << 30
+"""Most memory for the float32 logits of one verification, where no graph has memory for them."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Pass:
 
     def run(self, runner: Any, forward_batch: Any) -> Any:
         """SGLang's output of one pass over a batch."""
+        versions.bind_plan(runner, forward_batch)
         with self.on(runner):
             return runner.forward(forward_batch)
 
@@ -122,6 +127,15 @@ def capture(runner: Any, passes: Passes) -> tuple[Passes, dict[str, float], dict
     plain = captured("plain", passes.plain, lambda: DecodeGraph(runner, attn_backend=passes.plain.backend))
     draft = captured("draft", passes.draft, lambda: DecodeGraph(runner, attn_backend=passes.draft.backend))
     return Passes(draft, plain, verify), memory, seconds
+
+
+def most_rows(runner: Any, passes: Passes) -> int:
+    """Largest batch whose verification runs by graphs, or without them has logits of `LOGITS_BYTES` at most."""
+    drafts = max(passes.verify)
+    graphs = passes.verify[drafts].graphs
+    if graphs is not None:
+        return int(graphs.max_bs)
+    return max(1, LOGITS_BYTES // (4 * runner.model_config.vocab_size * (drafts + 1)))
 
 
 def synchronize(device: str) -> None:

@@ -1,6 +1,7 @@
 """Draws the drafts of a round and accepts them, for the worker."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,16 +21,30 @@ class RunSampler:
         group: SGLang's `GroupCoordinator` of the tensor-parallel ranks, or None where there is one rank. Ranks can draw
             differently, because their logits differ by rounding, so the first rank's tokens are everybody's.
         flashinfer: whether SGLang samples with FlashInfer.
+        drawn_acceptance: with which probability each draft stays in a benchmark; None: as it must.
     """
 
-    def __init__(self, vocab: int, device: torch.device | str, group: Any = None, flashinfer: bool = False) -> None:
+    def __init__(
+        self,
+        vocab: int,
+        device: torch.device | str,
+        group: Any = None,
+        flashinfer: bool = False,
+        drawn_acceptance: float | None = None,
+    ) -> None:
         self._memory = PenaltyMemory(vocab, device)
         self._group = group if group is not None and group.world_size > 1 else None
         self._flashinfer = flashinfer
+        self.drawn_acceptance = drawn_acceptance
 
     def prefill(self, reqs: Sequence[Any]) -> None:
         """Note the requests of a prefill."""
         self._memory.prefill(reqs)
+
+    @staticmethod
+    def needs_plain_round(batch: Any) -> bool:
+        """Whether a batch must decode a token at a time: custom logit processors may look at the answer so far."""
+        return bool(batch.sampling_info.has_custom_logit_processor)
 
     def begin(self, batch: Any, bonus: Tensor, lens: Tensor, drafts: int) -> "RunSampling":
         """A round.
@@ -42,6 +57,7 @@ class RunSampler:
         """
         penalties = self._memory.of(batch.reqs, bonus, lens)
         rules = rules_of(batch.sampling_info, penalties, self._flashinfer)
+        rules = replace(rules, drawn_acceptance=self.drawn_acceptance)
         return RunSampling(rules, penalties, bonus, drafts, self._group)
 
 

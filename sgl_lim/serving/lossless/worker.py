@@ -16,7 +16,7 @@ from sgl_lim.serving.lossless.draft_backend import make_draft_backend
 from sgl_lim.serving.lossless.grammar import RunGrammar
 from sgl_lim.serving.lossless.logprobs import attach_logprobs
 from sgl_lim.serving.lossless.measure import Meter
-from sgl_lim.serving.lossless.passes import Passes, backends_of, capture
+from sgl_lim.serving.lossless.passes import Passes, backends_of, capture, most_rows
 from sgl_lim.serving.lossless.rounds import DraftInput, Rows, decode_batch, rows_of, verify_batch
 from sgl_lim.serving.lossless.run_sampler import RunSampler, RunSampling
 from sgl_lim.serving.tally import Tally
@@ -49,7 +49,7 @@ class SelfSpecWorker(BaseSpecWorker):
         self.speculative_num_draft_tokens: int = server_args.speculative_num_draft_tokens
         self._config, most = load(), self.speculative_num_steps
         # Where few drafts are accepted, half as many lose less.
-        self._counts = sorted({-(-most // 2), most}) if self._config.adapt_drafts else [most]
+        self._counts = sorted({-(-most // 2), most}) if self._config.vary_drafts else [most]
         self._in_flight: deque[tuple[int, int]] = deque()
         self._tally = Tally()
         if self._runner.device == "cuda":
@@ -76,15 +76,17 @@ class SelfSpecWorker(BaseSpecWorker):
         self._passes, memory, seconds = capture(runner, self._passes)
         self._additional_graph_memory_usage.update(memory)
         self._additional_graph_time_usage.update(seconds)
-        costs = versions.agreed(Meter(runner, self._passes).measure()) if self._config.adapt_drafts else None
-        self._chooser = Chooser(self._counts, costs)
+        most = most_rows(runner, self._passes)
+        costs = versions.agreed(Meter(runner, self._passes, most).measure()) if self._config.vary_drafts else None
+        self._chooser = Chooser(self._counts, costs, most_rows=most)
         self._sampler = RunSampler(
             runner.model_config.vocab_size,
             runner.device,
             versions.tensor_parallel_group(),
             flashinfer=runner.server_args.sampling_backend == "flashinfer",
+            drawn_acceptance=self._config.drawn_acceptance,
         )
-        metrics.announce_lossless(self._tally, self._counts, guided=self._config.drafts == "guided")
+        metrics.announce_lossless(self._tally, self._counts, self._config)
 
     def update_weights_from_disk(self, recv_req: Any) -> tuple[bool, str]:
         """The target's weights are all there are."""
@@ -93,6 +95,11 @@ class SelfSpecWorker(BaseSpecWorker):
     def update_weights_from_ipc(self, recv_req: Any) -> tuple[bool, str]:
         """The target's weights are all there are."""
         return True, "Succeeded to update model weights."
+
+    def update_weights_from_tensor(self, recv_req: Any) -> tuple[bool, str]:
+        """SGLang asks the speculative worker alone."""
+        updated: tuple[bool, str] = self._target_worker.update_weights_from_tensor(recv_req)
+        return updated
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: Sequence[int], batch_size: int = 0) -> None:
         """SGLang has looked at the results of a round, and says how many drafts of each request were accepted."""
@@ -132,7 +139,7 @@ class SelfSpecWorker(BaseSpecWorker):
     def _round(
         self, batch: Any, on_publish: Publish | None, grammar_barrier: Callable[[], None] | None
     ) -> GenerationBatchResult:
-        drafts = self._chooser.choose(len(batch.reqs), sum(versions.kv_of(req)[0] for req in batch.reqs))
+        drafts = self._drafts_of(batch)
         self._in_flight.append((drafts, len(batch.reqs)))
         rows = rows_of(batch, self._runner.req_to_token_pool.req_to_token, drafts, self.speculative_num_steps)
         bonus = batch.spec_info.bonus_tokens.to(torch.int64)
@@ -148,6 +155,9 @@ class SelfSpecWorker(BaseSpecWorker):
         new_lens = rows.lens + accepted.accept_lens
         if on_publish is not None:
             on_publish(new_lens)
+        if drafts:
+            lim = self._passes.plain.backend.lim
+            lim.counters.record_round(rows.indices, rows.lens, accepted.accept_lens, drafts, lim.drafts)
         if batch.return_logprob:
             attach_logprobs(batch, out.logits_output, logits, accepted)
         return GenerationBatchResult(
@@ -160,6 +170,15 @@ class SelfSpecWorker(BaseSpecWorker):
             can_run_cuda_graph=out.can_run_graph,
             extra_keep_alive_refs=[forward_batch, rows, sampling],
         )
+
+    def _drafts_of(self, batch: Any) -> int:
+        """How many tokens the round of a batch drafts, by what the host knows of it."""
+        lengths = [versions.kv_of(req) for req in batch.reqs]
+        # What SGLang reserved reaches beyond the context, for which dense backends have no places.
+        ends = max(reserved for _, reserved in lengths) > self._runner.model_config.context_len
+        if ends or self._sampler.needs_plain_round(batch):
+            return 0
+        return self._chooser.choose(len(lengths), sum(committed for committed, _ in lengths))
 
     def _draft(self, rows: Rows, bonus: Tensor, sampling: RunSampling, drafts: int) -> None:
         """Draw the drafts of a round, each from a decode step behind the one before."""

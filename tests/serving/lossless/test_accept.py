@@ -1,5 +1,7 @@
 """Accepting drafts: shapes and cases that need no chance."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -78,3 +80,30 @@ def test_logits_hold_the_bias_afterwards() -> None:
     accepted = accept(logits, torch.tensor([[4], [4]]), None, rules_of(sampling_info([0, 0], logit_bias=bias)))
     assert torch.equal(logits, raw + bias[:, None])
     assert accepted.tokens[1].tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_benchmark_draws_how_many_drafts_stay(temperature: float) -> None:
+    torch.manual_seed(4)
+    rows, drafts = 20_000, 3
+    rules = replace(rules_of(sampling_info([temperature] * rows)), drawn_acceptance=0.9)
+    accepted = accept(torch.zeros(rows, drafts + 1, VOCAB), torch.full((rows, drafts), 5), None, rules)
+    for count in range(1, drafts + 1):
+        assert (accepted.accept_lens > count).float().mean() == pytest.approx(0.9**count, abs=0.01)
+
+
+def test_custom_processors_see_one_place_after_everything_else() -> None:
+    bias = torch.zeros(1, VOCAB)
+    bias[0, 4] = 50.0
+    seen: list[torch.Tensor] = []
+
+    def processor(logits: torch.Tensor) -> None:
+        seen.append(logits.clone())
+        logits[:, 4] = float("-inf")
+
+    rules = replace(rules_of(sampling_info([0], logit_bias=bias)), processors=processor)
+    logits = torch.zeros(1, 1, VOCAB)
+    accepted = accept(logits, torch.empty(1, 0, dtype=torch.int64), None, rules)
+    assert torch.equal(seen[0], bias) and accepted.bonus.item() == 0
+    with pytest.raises(ValueError, match="without drafts, got 1"):
+        accept(torch.zeros(1, 2, VOCAB), torch.zeros(1, 1, dtype=torch.int64), None, rules)

@@ -49,6 +49,10 @@ def test_without_costs_every_round_drafts() -> None:
     assert Chooser([6]).choose(1, 1) == 6
 
 
+def test_a_batch_whose_logits_do_not_fit_does_not_draft() -> None:
+    assert [Chooser([6], most_rows=8).choose(rows, 1) for rows in (8, 9)] == [6, 0]
+
+
 def test_drafting_is_tried_again_after_it_did_not_pay() -> None:
     chooser = Chooser([3, 6], costs(draft=5.0, plain_a_token=1e-4), accepting(0.0))
     rounds = 0

@@ -1,6 +1,6 @@
 """Answers of several tokens are distributed exactly as in ordinary decoding, and the check that says so can fail."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,7 +12,7 @@ from sgl_lim.serving.lossless.accept import Accepted, _accepted, _after, _kept, 
 from sgl_lim.serving.lossless.distributions import SamplingRules, rules_of
 from sgl_lim.serving.lossless.penalties import PenaltyTable, RunPenalties
 from sgl_lim.serving.lossless.run_sampler import RunSampling
-from support.exact_sampling import DRAFT, FIRST, LENGTH, TARGET, VOCAB, Parameters, exact_answers, fit, forbidden_after
+from support.exact_sampling import DRAFT, FIRST, LENGTH, TARGET, VOCAB, Parameters, exact_answers, fit
 from support.sampling_info import sampling_info
 
 DRAWS = 100_000
@@ -20,6 +20,12 @@ DRAFTS = 2
 """Fewer than the tokens of an answer, so that the token after all drafts is one of them."""
 LIKELY = 1e-3
 """A fit above this is taken for the right distribution. Seeds are fixed, so a right one never fails by chance."""
+
+
+def next_higher(answered: Sequence[int]) -> set[int]:
+    """A grammar that forbids the token after the last one."""
+    return {(answered[-1] + 1) % VOCAB}
+
 
 KINDS = {
     "temperature": Parameters(temperature=0.7),
@@ -34,18 +40,22 @@ KINDS = {
     "repetition penalty": Parameters(repetition_penalty=1.6),
     "fewest tokens": Parameters(min_new_tokens=3, stop_token_ids=(0, 2)),
     "logit bias": Parameters(logit_bias={1: 2.0, 3: -1.5}),
-    "grammar": Parameters(grammar=True),
+    "grammar": Parameters(forbidden=next_higher),
     "all": Parameters(
-        0.9, 5, 0.95, 0.02, 0.4, 0.3, 1.2, min_new_tokens=2, stop_token_ids=(4,), logit_bias={0: 0.5}, grammar=True
+        *(0.9, 5, 0.95, 0.02, 0.4, 0.3, 1.2),
+        min_new_tokens=2,
+        stop_token_ids=(4,),
+        logit_bias={0: 0.5},
+        forbidden=next_higher,
     ),
 }
 
 
 class ToyGrammar:
-    """The grammar of `Parameters`, over the rows that have it."""
+    """`next_higher`, over the rows that have it."""
 
     def __init__(self, run: Tensor, rows: Tensor) -> None:
-        self._forbidden = (torch.nn.functional.one_hot(forbidden_after(run), VOCAB) > 0) & rows[:, None, None]
+        self._forbidden = (torch.nn.functional.one_hot((run + 1) % VOCAB, VOCAB) > 0) & rows[:, None, None]
 
     def apply(self, logits: Tensor) -> None:
         logits.masked_fill_(self._forbidden.flatten(0, 1), float("-inf"))
@@ -96,7 +106,7 @@ def answers_of(kinds: list[Parameters], draws: int, seed: int, flashinfer: bool 
     torch.manual_seed(seed)
     rules = rules_for(kinds, draws, flashinfer)
     penalties = repeated(penalties_of(kinds, torch.full((len(kinds),), FIRST)), len(kinds), draws)
-    with_grammar = torch.tensor([kind.grammar for kind in kinds]).repeat_interleave(draws)
+    with_grammar = torch.tensor([kind.forbidden is not None for kind in kinds]).repeat_interleave(draws)
     bonus, lens = penalties.bonus, penalties.lens
     answers = torch.zeros(len(bonus), LENGTH + DRAFTS, dtype=torch.int64)
     answered = torch.zeros_like(bonus)
