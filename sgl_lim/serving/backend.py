@@ -245,8 +245,8 @@ def begin_draft(lim: LimState, rows: Tensor, seq_lens: Tensor) -> Plan:
         plan = plan_reads(lim.method, slots, seq_lens, own_heads=lim.decode.heads.own, granule=lim.granule)
         read = read_unguided(lim.method, lim.roles, seq_lens)
     else:
-        placed = sets.place(rows, lim.counters.generations, slots, seq_lens)
-        plan, read = plan_drafts(Read(slots, seq_lens), placed), sets.read(placed)
+        placed, read = sets.place(rows, lim.counters.generations, slots, seq_lens)
+        plan = plan_drafts(Read(slots, seq_lens), placed)
     lim.drafts.read.index_add_(0, rows.long(), read)
     return plan
 

@@ -158,7 +158,7 @@ def test_all_layers_of_a_draft_attend_to_the_set_before_them(table):
     draft.init_forward_metadata(batch_of([1], [43]))
     plan = draft.lim.plan
     tenants = torch.zeros(ROWS, dtype=torch.int64)
-    first, second = draft.lim.drafts.sets.place(torch.tensor([1]), tenants, table[1:2], plan.seq_lens)
+    (first, second), _ = draft.lim.drafts.sets.place(torch.tensor([1]), tenants, table[1:2], plan.seq_lens)
     q = random_queries(1, 2)
     for role, read in ((Role.DENSE, first), (Role.SELECT, first), (Role.SELECT, second), (Role.SPARSE, second)):
         out = run_role(draft, plan, role, 1)
