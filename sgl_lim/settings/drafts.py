@@ -54,8 +54,8 @@ def model_problems(model: Any) -> list[str]:
     if not getattr(model, "is_multimodal", False):
         return []
     return [
-        f"--speculative-algorithm {ALGORITHM}: a multimodal model counts positions otherwise than its KV slots; leave it "
-        "out"
+        f"--speculative-algorithm {ALGORITHM}: a multimodal model counts positions otherwise than its KV slots; "
+        "leave it out"
     ]
 
 
