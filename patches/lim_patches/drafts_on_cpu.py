@@ -1,4 +1,4 @@
-"""SGLang writes the slots of speculative tokens by Triton on a plain CPU too, and warms up a copy of KV that trees need.
+"""SGLang writes slots of speculative tokens by Triton on a plain CPU too, and warms up a copy of KV that trees need.
 
 Symptom: `RuntimeError: 0 active drivers` when the KV pool of a speculative algorithm is made on a CPU (0.5.23), and at
     its first decode step.
