@@ -69,7 +69,8 @@ class Meter:
 
     def _at(self, rows: int) -> dict[str, Measured]:
         """Costs by pass at one batch size."""
-        room = min(self._table.shape[1], self._slots // rows) - self._most - 2
+        # Dense backends have no places beyond the context.
+        room = min(self._runner.model_config.context_len, self._slots // rows) - self._most - 2
         lengths = sorted({max(1, min(_SHORT, room)), max(1, min(_LONGEST[self._runner.device], room))})
         seconds = [(rows * length, self._with(rows, length)) for length in lengths]
         (few, short), (many, long) = seconds[0], seconds[-1]
