@@ -94,6 +94,7 @@ class Bench:
     def __init__(self, runner: Any, one_batch: Any, device: Any, *, shuffle_slots: bool) -> None:
         self.runner, self.one_batch, self.shuffle_slots = runner, one_batch, shuffle_slots
         self.synchronize, self.clock = device.synchronize, Clock(device)
+        self.sampling: dict[str, float] = {"temperature": 0}
 
     @classmethod
     def load(cls: type[SomeBench], argv: list[str], shuffle_slots: bool) -> SomeBench:
@@ -175,7 +176,7 @@ class Bench:
         return self.one_batch.SpeculativeAlgorithm.NONE
 
     def requests(self, case: Forest, random: np.random.Generator, vocabulary: int) -> list[Any]:
-        """Greedy requests whose shared prefixes are in the cache, and the rest of whose prompts is to be prefilled."""
+        """Requests whose shared prefixes are in the cache, and the rest of whose prompts is to be prefilled."""
         prompts: list[list[np.ndarray]] = [[] for _ in range(case.batch)]
         cached: list[list[Tensor]] = [[] for _ in range(case.batch)]
         for tokens, first, end in case.shared():
@@ -190,7 +191,7 @@ class Bench:
                 rid=str(number),
                 origin_input_text="",
                 origin_input_ids=array("q", prompt.astype(np.int64).tobytes()),
-                sampling_params=self.one_batch.SamplingParams(temperature=0, max_new_tokens=1),
+                sampling_params=self.one_batch.SamplingParams(**self.sampling, max_new_tokens=1),
             )
             request.full_untruncated_fill_ids = request.origin_input_ids
             request.logprob_start_len = -1
@@ -294,6 +295,8 @@ def work(job: dict[str, Any]) -> None:
     outcome, path = Outcome(), Path(job["outcome"])
     try:
         bench = Bench.load(job["argv"], job["shuffle_slots"])
+        if "sampling" in job:
+            bench.sampling = job["sampling"]
         outcome.machine = machine_line()
         if job["profile"]:
             outcome.kernels = bench.kernels(Forest.parse(job["profile"]), job["warmup"])

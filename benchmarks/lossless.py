@@ -43,7 +43,8 @@ from sgl_lim import command
 
 PARTS = ("draft_ms", "draw_ms", "verify_ms", "accept_ms", "plain_ms")
 COLUMNS = (
-    *("backend", "baseline", "batch", "context", "prefixes", "most_drafts", "acceptance", "drafts", "accepted"),
+    *("backend", "baseline", "batch", "context", "prefixes", "sampling", "most_drafts", "acceptance"),
+    *("drafts", "accepted"),
     *("round_ms", "tokens_per_s", "baseline_ms", "baseline_tokens_per_s", "ratio", *PARTS),
     *("logits_error_within_budget", "rounds", "error", "command", "machine"),
 )
@@ -76,6 +77,7 @@ def make_rows(
             row.update(backend=backend.spec, baseline=args.baseline.spec, command=command, machine=found.machine)
             row.update(batch=case.batch, context=case.context, prefixes=case.prefixes, acceptance=acceptance)
             row.update(most_drafts=args.drafts, rounds=args.steps)
+            row["sampling"] = " ".join(f"{name}={value:g}" for name, value in args.sampling.items())
             row["logits_error_within_budget"] = "" if error is None else f"{error:.2g}"
             timed = found.rounds.get(f"{case} {acceptance}")
             row["error"] = failure or found.errors.get(str(case)) or ("" if timed else found.error or "not run")
@@ -132,6 +134,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--drafts", type=int, default=6, help="most drafts of a round")
     parser.add_argument("--steps", type=int, default=24, help="timed rounds, and timed steps of the baseline")
     parser.add_argument("--warmup", type=int, default=4, help="rounds and steps before them")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of all requests; 0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="of all requests")
     parser.add_argument("--shuffle-slots", action="store_true", help="scatter the KV slots")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="compare logits first")
     parser.add_argument("--sglang-args", default="", help="further SGLang arguments, quoted")
@@ -142,7 +146,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if wrong:
         parser.error(f"--acceptance must lie between 0 and 1, got {wrong[0]}")
     args.backend = parse_backend(f"lessismore:{args.lim}" if args.lim else "lessismore")
-    args.profile = None
+    args.profile, args.sampling = None, {"temperature": args.temperature, "top_p": args.top_p}
     return args
 
 
@@ -162,6 +166,7 @@ def main() -> None:
         "cases": list(map(str, args.cases)),
         "acceptance": args.acceptance,
         "sparse": "",
+        "sampling": args.sampling,
         "checked": checked_cases(args.backend.budget) if args.check else [],
     }
     dense = worker_argv(args.baseline, args)

@@ -9,6 +9,7 @@ from sgl_lim.methods.ranked import Ranked
 from sgl_lim.serving.backend import add_sparse_decode
 from sgl_lim.serving.counters import Counters
 from sgl_lim.serving.draft_sets import Drafts, DraftSets
+from sgl_lim.serving.lossless import versions
 from sgl_lim.serving.snapshot import Snapshot
 from sgl_lim.serving.state import LimState
 
@@ -19,8 +20,7 @@ def make_draft_backend(runner: Any, target_backend: Any, *, guided: bool, branch
     Called once, after the target's backend was built and before any graph is captured.
 
     Args:
-        runner: SGLang's model runner; `server_args.speculative_num_draft_tokens` says how many tokens one pass
-            verifies of a row.
+        runner: SGLang's model runner.
         target_backend: what `sgl_lim.serving.backend.make` made for it. From now on its decode steps attend to
             everything, and it takes verifications too.
         guided: whether drafts attend to sets that the verification leaves, or decode as the method does.
@@ -44,7 +44,7 @@ def make_draft_backend(runner: Any, target_backend: Any, *, guided: bool, branch
 def share_drafts(target: LimState, runner: Any, *, guided: bool) -> None:
     """Make a state lossless: what its decode says is the answer, and drafts come from elsewhere."""
     table, method, pool = target.rows.req_to_token, target.method, target.pool
-    tokens = runner.server_args.speculative_num_draft_tokens
+    tokens = versions.draft_steps() + 1
     sets = None
     # Where rows are no wider than the budget, drafts read them whole.
     if guided and method.budget < table.shape[1]:
@@ -58,7 +58,7 @@ def share_drafts(target: LimState, runner: Any, *, guided: bool) -> None:
         [target.role(layer) for layer in range(len(target.roles))],
         table.shape[0],
         table.device,
-        overlap=not runner.server_args.disable_overlap_schedule,
+        overlap=versions.overlaps(),
     )
 
 
