@@ -122,7 +122,8 @@ def lossless(table, tokens, dense=Dense, guided=True, **values):
     """A target's backend that verifies so many tokens of a row, and one that drafts, over the rows of `table`."""
     target = build(table, dense, **values)
     arguments = SimpleNamespace(speculative_num_draft_tokens=tokens, disable_overlap_schedule=True)
-    share_drafts(target.lim, SimpleNamespace(server_args=arguments), guided=guided)
+    overlap = not arguments.disable_overlap_schedule
+    share_drafts(target.lim, arguments.speculative_num_draft_tokens, guided=guided, overlap=overlap)
     draft = dense()
     add_sparse_decode(draft, draft_state(target.lim))
     return target, draft

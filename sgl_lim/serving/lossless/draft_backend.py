@@ -32,16 +32,20 @@ def make_draft_backend(runner: Any, target_backend: Any, *, guided: bool) -> Any
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     target: LimState = target_backend.lim
-    share_drafts(target, runner, guided=guided)
+    share_drafts(target, versions.draft_steps() + 1, guided=guided, overlap=versions.overlaps())
     backend = ATTENTION_BACKENDS[target.dense_backend](runner)
     add_sparse_decode(backend, draft_state(target))
     return backend
 
 
-def share_drafts(target: LimState, runner: Any, *, guided: bool) -> None:
-    """Make a state lossless: what its decode says is the answer, and drafts come from elsewhere."""
+def share_drafts(target: LimState, tokens: int, *, guided: bool, overlap: bool) -> None:
+    """Make a state lossless: what its decode says is the answer, and drafts come from elsewhere.
+
+    Args:
+        tokens: that one pass verifies of a row, at most.
+        guided: as `make_draft_backend` has it; overlap: as `Counters` has it.
+    """
     table, method, pool = target.rows.req_to_token, target.method, target.pool
-    tokens = versions.draft_steps() + 1
     sets = None
     # Where rows are no wider than the budget, drafts read them whole.
     if guided and method.budget < table.shape[1]:
@@ -55,7 +59,7 @@ def share_drafts(target: LimState, runner: Any, *, guided: bool) -> None:
         [target.role(layer) for layer in range(len(target.roles))],
         table.shape[0],
         table.device,
-        overlap=versions.overlaps(),
+        overlap=overlap,
     )
 
 
