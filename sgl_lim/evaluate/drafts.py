@@ -47,8 +47,8 @@ WAYS = (
     Way("last", ("last",)),
     Way("first+last", ("first", "last")),
     Way("accepted", ("accepted",)),
-    Way("first, every layer", ("first",), every_layer=True),
-    Way("accepted, every layer", ("accepted",), every_layer=True),
+    Way("first", ("first",), every_layer=True),
+    Way("accepted", ("accepted",), every_layer=True),
 )
 
 

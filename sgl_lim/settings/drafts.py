@@ -49,6 +49,16 @@ def problems(server_args: Any, backend: str, *, draft_pool_is_backed_up: bool) -
     return found
 
 
+def model_problems(model: Any) -> list[str]:
+    """Reasons in SGLang's model config why the mode cannot work."""
+    if not getattr(model, "is_multimodal", False):
+        return []
+    return [
+        f"--speculative-algorithm {ALGORITHM}: a multimodal model counts positions otherwise than its KV slots; "
+        "leave it out"
+    ]
+
+
 def _steps_problems(server_args: Any) -> list[str]:
     found, steps = [], steps_of(server_args)
     tokens, width = server_args.speculative_num_draft_tokens, server_args.speculative_eagle_topk

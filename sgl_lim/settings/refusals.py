@@ -63,7 +63,7 @@ def check_before_weights(config: LimConfig, model_runner: Any) -> None:
         reasons += method.device_problems(device) + unseen_writes_problems(method, server_args)
         reasons += page_problems(method, server_args, page_size)
         if drafts.is_lossless(server_args):
-            reasons += draft_problems(method, guided=config.drafts == "guided")
+            reasons += drafts.model_problems(model) + draft_problems(method, guided=config.drafts == "guided")
     if reasons:
         raise RefusedConfig(reasons)
 

@@ -170,12 +170,13 @@ def test_the_end_of_the_context_ends_an_answer(server: Server, dense: Server) ->
     bodies = [
         {
             "input_ids": [random.Random(200 + i).choice(VOCABULARY) for _ in range(CONTEXT - 40 - i)],
-            "sampling_params": {"temperature": 0, "max_new_tokens": 100, "ignore_eos": True},
+            "sampling_params": {"temperature": 0, "max_new_tokens": 40 + i, "ignore_eos": True},
         }
         for i in range(4)
     ]
     answers = ask_all(server, bodies)
     assert all(one[0]["meta_info"]["finish_reason"]["type"] == "length" for one in answers)
+    assert all(one[0]["meta_info"]["completion_tokens"] >= 30 for one in answers)
     assert_dense(dense, bodies, answers)
 
 

@@ -80,3 +80,9 @@ def test_what_cannot_work_is_refused_by_name(given: dict[str, Any], reason: str)
 
 def test_a_release_that_knows_one_pool_backs_it_up_once() -> None:
     assert drafts.problems(args(enable_hierarchical_cache=True), BACKEND, draft_pool_is_backed_up=False) == []
+
+
+def test_multimodal_models_are_refused() -> None:
+    (found,) = drafts.model_problems(SimpleNamespace(is_multimodal=True))
+    assert "multimodal" in found and "leave it out" in found
+    assert drafts.model_problems(SimpleNamespace(is_multimodal=False)) == []

@@ -8,6 +8,7 @@ that it knows, so that no step waits for the device.
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 LEAST_GAIN = 1.03
 """Drafting has to win by so much over dense decode steps. Measured costs are not exact, and dense steps cannot lose."""
@@ -21,22 +22,26 @@ _FADE = 1 / 512
 
 @dataclass(frozen=True)
 class Measured:
-    """What a pass took at a batch size, seconds: `fixed`, and `per_token` for each token of context in the batch."""
+    """What a pass took at a batch size: seconds by tokens of context in the batch, which increase."""
 
     rows: int
-    fixed: float
-    per_token: float
+    points: tuple[tuple[float, float], ...]
 
     def at(self, tokens: float) -> float:
-        """Seconds with so many tokens of context over all rows."""
-        return self.fixed + self.per_token * tokens
+        """Seconds with so many tokens of context over all rows: on lines between the points, and beyond the last."""
+        place = bisect_left([few for few, _ in self.points], tokens)
+        if place == 0 or len(self.points) == 1:
+            return self.points[0][1]
+        (few, little), (many, much) = (
+            self.points[place - 1 : place + 1] if place < len(self.points) else self.points[-2:]
+        )
+        return little + (much - little) * (tokens - few) / (many - few)
 
 
-def fitted(rows: int, short: tuple[int, float], long: tuple[int, float]) -> Measured:
-    """Costs from two measurements: tokens of context in the batch, and seconds. Longer contexts cost no less."""
-    (few, little), (many, much) = short, long
-    slope = max(0.0, (much - little) / (many - few)) if many > few else 0.0
-    return Measured(rows, max(little - slope * few, 0.0), slope)
+def rising(rows: int, points: Sequence[tuple[float, float]]) -> Measured:
+    """Costs from measurements. A longer context costs no less, whatever a clock says."""
+    highest = accumulate((seconds for _, seconds in points), max)
+    return Measured(rows, tuple((tokens, seconds) for (tokens, _), seconds in zip(points, highest, strict=True)))
 
 
 @dataclass(frozen=True)

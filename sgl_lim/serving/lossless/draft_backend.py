@@ -9,6 +9,7 @@ from sgl_lim.methods.ranked import Ranked
 from sgl_lim.serving.backend import add_sparse_decode
 from sgl_lim.serving.counters import Counters
 from sgl_lim.serving.draft_sets import Drafts, DraftSets
+from sgl_lim.serving.lossless import versions
 from sgl_lim.serving.snapshot import Snapshot
 from sgl_lim.serving.state import LimState
 
@@ -19,8 +20,7 @@ def make_draft_backend(runner: Any, target_backend: Any, *, guided: bool) -> Any
     Called once, after the target's backend was built and before any graph is captured.
 
     Args:
-        runner: SGLang's model runner; `server_args.speculative_num_draft_tokens` says how many tokens one pass
-            verifies of a row.
+        runner: SGLang's model runner.
         target_backend: what `sgl_lim.serving.backend.make` made for it. From now on its decode steps attend to
             everything, and it takes verifications too.
         guided: whether drafts attend to sets that the verification leaves, or decode as the method does.
@@ -32,16 +32,20 @@ def make_draft_backend(runner: Any, target_backend: Any, *, guided: bool) -> Any
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     target: LimState = target_backend.lim
-    share_drafts(target, runner, guided=guided)
+    share_drafts(target, versions.draft_steps() + 1, guided=guided, overlap=versions.overlaps())
     backend = ATTENTION_BACKENDS[target.dense_backend](runner)
     add_sparse_decode(backend, draft_state(target))
     return backend
 
 
-def share_drafts(target: LimState, runner: Any, *, guided: bool) -> None:
-    """Make a state lossless: what its decode says is the answer, and drafts come from elsewhere."""
+def share_drafts(target: LimState, tokens: int, *, guided: bool, overlap: bool) -> None:
+    """Make a state lossless: what its decode says is the answer, and drafts come from elsewhere.
+
+    Args:
+        tokens: that one pass verifies of a row, at most.
+        guided: as `make_draft_backend` has it; overlap: as `Counters` has it.
+    """
     table, method, pool = target.rows.req_to_token, target.method, target.pool
-    tokens = runner.server_args.speculative_num_draft_tokens
     sets = None
     # Where rows are no wider than the budget, drafts read them whole.
     if guided and method.budget < table.shape[1]:
@@ -55,7 +59,7 @@ def share_drafts(target: LimState, runner: Any, *, guided: bool) -> None:
         [target.role(layer) for layer in range(len(target.roles))],
         table.shape[0],
         table.device,
-        overlap=not runner.server_args.disable_overlap_schedule,
+        overlap=overlap,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgl_lim.serving.lossless.cost import Measured, PassCost, RoundCosts, fitted
+from sgl_lim.serving.lossless.cost import Measured, PassCost, RoundCosts, rising
 from sgl_lim.serving.lossless.passes import Passes, synchronize
 from sgl_lim.serving.lossless.rounds import Rows, decode_batch, verify_batch
 from sgl_lim.serving.state import LimState
@@ -69,11 +69,14 @@ class Meter:
 
     def _at(self, rows: int) -> dict[str, Measured]:
         """Costs by pass at one batch size."""
-        room = min(self._table.shape[1], self._slots // rows) - self._most - 2
-        lengths = sorted({max(1, min(_SHORT, room)), max(1, min(_LONGEST[self._runner.device], room))})
+        # Dense backends have no places beyond the context.
+        room = min(self._runner.model_config.context_len, self._slots // rows) - self._most - 2
+        budget = self._passes.plain.backend.lim.method.budget
+        # Drafts of longer rows read no more than the budget.
+        wanted = (_SHORT, 2 * budget, _LONGEST[self._runner.device])
+        lengths = sorted({max(1, min(length, wanted[-1], room)) for length in wanted})
         seconds = [(rows * length, self._with(rows, length)) for length in lengths]
-        (few, short), (many, long) = seconds[0], seconds[-1]
-        return {name: fitted(rows, (few, short[name]), (many, long[name])) for name in short}
+        return {name: rising(rows, [(tokens, by[name]) for tokens, by in seconds]) for name in seconds[0][1]}
 
     def _with(self, rows: int, length: int) -> dict[str, float]:
         """Seconds by pass with rows of so many tokens."""

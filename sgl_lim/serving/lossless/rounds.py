@@ -96,42 +96,46 @@ def _on_host(batch: Any, most: int) -> Tensor:
 def decode_batch(rows: Rows, tokens: Tensor, step: int) -> ForwardBatch:
     """A decode step at position C + `step` of each row; tokens: int64 [B]."""
     lens = rows.lens + (step + 1)
-    return _forward_batch(
-        ForwardMode.DECODE, rows, tokens, lens, rows.slots[:, step], rows.positions[:, step], step + 1, None
+    return ForwardBatch(
+        forward_mode=ForwardMode.DECODE,
+        input_ids=tokens,
+        seq_lens=lens,
+        orig_seq_lens=lens,
+        out_cache_loc=rows.slots[:, step].contiguous(),
+        positions=rows.positions[:, step].contiguous(),
+        spec_info=None,
+        **_common(rows, rows.lens_cpu + (step + 1)),
     )
 
 
 def verify_batch(rows: Rows, tokens: Tensor) -> ForwardBatch:
     """A pass over the last decided token and all drafts, int64 [B, k + 1]."""
-    width, positions = tokens.shape[1], rows.positions.flatten()
+    positions = rows.positions.flatten()
     spec_info = DFlashVerifyInput(
         draft_token=tokens.flatten(),
         positions=positions,
-        draft_token_num=width,
+        draft_token_num=tokens.shape[1],
         capture_hidden_mode=CaptureHiddenMode.NULL,
     )
-    return _forward_batch(
-        ForwardMode.TARGET_VERIFY, rows, tokens.flatten(), rows.lens, rows.slots.flatten(), positions, 0, spec_info
-    )
-
-
-def _forward_batch(
-    mode: ForwardMode, rows: Rows, tokens: Tensor, lens: Tensor, slots: Tensor, positions: Tensor, more: int, spec: Any
-) -> ForwardBatch:
-    """A batch as SGLang's model runner takes it; `more`: tokens of each row beyond C that `lens` counts."""
-    lens_cpu = rows.lens_cpu + more
     return ForwardBatch(
-        forward_mode=mode,
-        batch_size=rows.size,
-        input_ids=tokens,
-        req_pool_indices=rows.indices,
-        seq_lens=lens,
-        orig_seq_lens=lens,
-        out_cache_loc=slots.contiguous(),
-        seq_lens_sum=int(lens_cpu.sum()),
-        seq_lens_cpu=lens_cpu,
-        positions=positions.contiguous(),
-        spec_algorithm=SpeculativeAlgorithm.NONE,
-        spec_info=spec,
-        capture_hidden_mode=CaptureHiddenMode.NULL,
+        forward_mode=ForwardMode.TARGET_VERIFY,
+        input_ids=spec_info.draft_token,
+        seq_lens=rows.lens,
+        orig_seq_lens=rows.lens,
+        out_cache_loc=rows.slots.flatten(),
+        positions=positions,
+        spec_info=spec_info,
+        **_common(rows, rows.lens_cpu),
     )
+
+
+def _common(rows: Rows, lens_cpu: Tensor) -> dict[str, Any]:
+    """What all batches of a round say of its rows; `lens_cpu` int64 [B]: lengths on the host."""
+    return {
+        "batch_size": rows.size,
+        "req_pool_indices": rows.indices,
+        "seq_lens_cpu": lens_cpu,
+        "seq_lens_sum": int(lens_cpu.sum()),
+        "spec_algorithm": SpeculativeAlgorithm.NONE,
+        "capture_hidden_mode": CaptureHiddenMode.NULL,
+    }

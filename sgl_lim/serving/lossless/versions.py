@@ -35,6 +35,20 @@ def draft_worker_of(runner: Any) -> SharedRunner | None:
     return None if has_draft_pools_of_its_own() else SharedRunner(runner)
 
 
+def draft_steps() -> int:
+    """Tokens that a round drafts at most, as resolved; a server argument of 0.5.23 is as the user left it."""
+    from sglang.srt.runtime_context import get_spec
+
+    return int(get_spec().speculative_num_steps)
+
+
+def overlaps() -> bool:
+    """Whether the scheduler launches a round ahead of the results that it has looked at, as resolved."""
+    from sglang.srt.runtime_context import get_schedule
+
+    return not get_schedule().disable_overlap_schedule
+
+
 def kv_of(req: Any) -> tuple[int, int]:
     """Tokens of a request whose KV is committed, and tokens for which it has KV slots; both on the host."""
     committed = req.kv_committed_len if hasattr(req, "kv_committed_len") else req.kv.kv_committed_len

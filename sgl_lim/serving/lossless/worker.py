@@ -45,8 +45,8 @@ class SelfSpecWorker(BaseSpecWorker):
         self._target_worker = target_worker
         self._runner = target_worker.model_runner
         self._draft_worker = versions.draft_worker_of(self._runner)
-        self.speculative_num_steps: int = server_args.speculative_num_steps
-        self.speculative_num_draft_tokens: int = server_args.speculative_num_draft_tokens
+        self.speculative_num_steps = versions.draft_steps()
+        self.speculative_num_draft_tokens = self.speculative_num_steps + 1
         self._config, most = load(), self.speculative_num_steps
         # Where few drafts are accepted, half as many lose less.
         self._counts = sorted({-(-most // 2), most}) if self._config.vary_drafts else [most]

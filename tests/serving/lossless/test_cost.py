@@ -2,11 +2,12 @@
 
 import pytest
 
-from sgl_lim.serving.lossless.cost import PRIOR, Acceptance, Chooser, Measured, PassCost, RoundCosts, fitted, tokens_of
+from sgl_lim.serving.lossless.cost import PRIOR, Acceptance, Chooser, Measured, PassCost, RoundCosts, rising, tokens_of
 
 
 def flat(fixed: float, per_token: float = 0.0) -> PassCost:
-    return PassCost((Measured(1, fixed, per_token), Measured(16, fixed, per_token)))
+    points = ((0.0, fixed), (1e6, fixed + 1e6 * per_token))
+    return PassCost((Measured(1, points), Measured(16, points)))
 
 
 def costs(draft: float, plain_a_token: float) -> RoundCosts:
@@ -19,15 +20,20 @@ def accepting(share: float) -> Acceptance:
     return Acceptance(share * 1000, 1000)
 
 
-def test_two_measurements_make_a_line() -> None:
-    cost = fitted(4, (256, 2.0), (1280, 3.0))
-    assert cost.at(256) == pytest.approx(2.0)
-    assert cost.at(1280) == pytest.approx(3.0)
-    assert fitted(4, (256, 2.0), (1280, 1.9)).per_token == 0, "a longer context costs no less"
+def test_between_lengths_costs_lie_on_lines() -> None:
+    cost = Measured(4, ((100, 2.0), (1000, 3.0), (2000, 3.5)))
+    assert [cost.at(tokens) for tokens in (0, 100, 550, 1000, 1500, 4000)] == pytest.approx(
+        [2.0, 2.0, 2.5, 3.0, 3.25, 4.5]
+    )
+    assert Measured(4, ((100, 2.0),)).at(5000) == 2.0
+
+
+def test_a_longer_context_costs_no_less() -> None:
+    assert rising(4, [(10, 2.0), (20, 1.9), (30, 2.5)]) == Measured(4, ((10, 2.0), (20, 2.0), (30, 2.5)))
 
 
 def test_between_batch_sizes_costs_lie_between() -> None:
-    cost = PassCost((Measured(4, 1.0, 0.0), Measured(16, 4.0, 0.0)))
+    cost = PassCost((Measured(4, ((0, 1.0),)), Measured(16, ((0, 4.0),))))
     assert [cost.seconds(rows, 0) for rows in (1, 4, 10, 16, 32)] == pytest.approx([1.0, 1.0, 2.5, 4.0, 8.0])
 
 
