@@ -112,7 +112,11 @@ class SelfSpecWorker(BaseSpecWorker):
                 return
 
     def forward_batch_generation(
-        self, batch: Any, on_publish: Publish | None = None, grammar_barrier: Callable[[], None] | None = None
+        self,
+        batch: Any,
+        on_publish: Publish | None = None,
+        grammar_barrier: Callable[[], None] | None = None,
+        pp_proxy_tensors: None = None,
     ) -> GenerationBatchResult:
         """Run a prefill, or one round.
 
@@ -120,6 +124,7 @@ class SelfSpecWorker(BaseSpecWorker):
             batch: SGLang's ScheduleBatch.
             on_publish: takes the lengths, int64 [B], as soon as they are known, under the overlap scheduler.
             grammar_barrier: advances grammars by what the round before has answered, under the overlap scheduler.
+            pp_proxy_tensors: of a pipeline stage before, which there is none of; 0.5.23 says so.
         """
         if batch.forward_mode.is_decode():
             return self._round(batch, on_publish, grammar_barrier)
