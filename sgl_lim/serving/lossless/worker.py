@@ -67,7 +67,10 @@ class SelfSpecWorker(BaseSpecWorker):
     def init_attention_backends(self) -> None:
         """Build the backends of all passes, after the target's own."""
         runner = self._runner
-        draft_backend = make_draft_backend(runner, runner.attn_backend, guided=self._config.drafts == "guided")
+        config, target = self._config, runner.attn_backend
+        draft_backend = make_draft_backend(
+            runner, target, guided=config.drafts == "guided", branches_once=config.verify_groups
+        )
         self._passes = backends_of(runner, draft_backend, self._counts)
 
     def init_cuda_graphs(self) -> None:
