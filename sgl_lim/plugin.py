@@ -39,10 +39,10 @@ def plug() -> None:
     lim_patches.use(triton_on_cpu)
     lim_patches.use(grammar_on_cpu)
     lim_patches.use(slots_on_cpu)
+    algorithm.register()
     # Last: were a hook to raise above, the backend's name would be unknown rather than half served.
     add_attention_backend_choices([refusals.BACKEND])
     register_attention_backend(refusals.BACKEND)(_make)
-    algorithm.register()
 
 
 def _make(runner: Any) -> Any:

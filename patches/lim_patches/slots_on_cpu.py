@@ -1,7 +1,7 @@
 """SGLang handles KV slots by Triton on a plain CPU too: where it allocates pages, and for a speculative algorithm.
 
-Symptom: `RuntimeError: 0 active drivers` with `--page-size` above 1, and with a speculative algorithm when its KV pool is
-    made (0.5.23) and at its first decode step.
+Symptom: `RuntimeError: 0 active drivers` with `--page-size` above 1, and with a speculative algorithm when its KV pool
+    is made (0.5.23) and at its first decode step.
 Cause: `get_last_loc` asks whether the attention backend's name is one of a few known ones. The others ask whether
     SGLang's own CPU engine is on. None asks whether the device has Triton.
 Versions: all supported. For ordinary decoding 0.5.22 and later ask the platform.
