@@ -188,7 +188,7 @@ class DraftRows:
         """
         self._decode, self._pool, self._own = decode, pool, rows.own
         self._roles = decode.method.layer_roles(depth)
-        placed = sets.place(of_sets, sets.memory.tenants, rows.slots, rows.lens)
+        placed, _ = sets.place(of_sets, sets.memory.tenants, rows.slots, rows.lens)
         self._plan = plan_drafts(Read(rows.slots, rows.lens), placed)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

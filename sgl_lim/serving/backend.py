@@ -19,16 +19,17 @@ from lim_kernels import Scaling
 from sgl_lim.methods import Full, Role
 from sgl_lim.serving import metrics
 from sgl_lim.serving.draft_sets import plan_drafts, read_unguided
-from sgl_lim.serving.layer import LayerInput, attend
+from sgl_lim.serving.layer import LayerInput
 from sgl_lim.serving.reads import Plan, Read, plan_reads
 from sgl_lim.serving.state import LimState, build_state, share_of_heads
 from sgl_lim.serving.verification import (
     VerifyPlan,
+    attend_run,
     guide_drafts,
     guides,
     is_verification,
     plan_guide,
-    read_of_tokens,
+    read_of_run,
     tokens_verified,
 )
 from sgl_lim.settings import refusals
@@ -136,7 +137,7 @@ class SparseDecodeMixin(AttentionBackend):
             refuse_options(layer, options)
             if save_kv_cache and k is not None:
                 store_kv(lim.pool, layer, forward_batch, k, v)
-            out = attend(lim.verify.attend, layer_input(lim, q, layer)).reshape(len(q), -1)
+            out = attend_run(lim.verify.attend, layer_input(lim, q, layer)).reshape(len(q), -1)
         lim.learn(layer, forward_batch)
         if guides(lim.verify, lim.roles[layer.layer_id]):
             on_verify_layer(lim, q, layer, forward_batch)
@@ -229,7 +230,7 @@ def begin_verification(lim: LimState, rows: Tensor, lens: Tensor, tokens: int) -
     guided, slots = lim.drafts.sets is not None, lim.snapshot.slots
     lim.verify = VerifyPlan(
         tokens,
-        attend=read_of_tokens(slots, lens, tokens) if lim.dense_by_kernels else None,
+        attend=read_of_run(slots, lens, tokens, lim.granule) if lim.verifies else None,
         guide=plan_guide(lim.decode, slots, lens + 1, lim.granule) if guided else None,
     )
     if lim.verify.guide is not None and lim.drafts.sets is not None:
@@ -245,8 +246,8 @@ def begin_draft(lim: LimState, rows: Tensor, seq_lens: Tensor) -> Plan:
         plan = plan_reads(lim.method, slots, seq_lens, own_heads=lim.decode.heads.own, granule=lim.granule)
         read = read_unguided(lim.method, lim.roles, seq_lens)
     else:
-        placed = sets.place(rows, lim.counters.generations, slots, seq_lens)
-        plan, read = plan_drafts(Read(slots, seq_lens), placed), sets.read(placed)
+        placed, read = sets.place(rows, lim.counters.generations, slots, seq_lens)
+        plan = plan_drafts(Read(slots, seq_lens), placed)
     lim.drafts.read.index_add_(0, rows.long(), read)
     return plan
 

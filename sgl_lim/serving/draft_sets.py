@@ -45,7 +45,8 @@ class DraftSets:
         self._places = {layer: place for place, layer in enumerate(layers)}
         # Layers before the first one that selects attend to its set.
         starts = [0, *layers[1:], len(roles)]
-        self._readers = [end - start for start, end in itertools.pairwise(starts)]
+        readers = [end - start for start, end in itertools.pairwise(starts)]
+        self._readers = torch.tensor(readers, dtype=torch.int64, device=device).unsqueeze(1)
         self._per_kv_head = method.per_kv_head
         # A set is at most two runs old: one in which all drafts were accepted, and the one that it drafts.
         room = -(-2 * tokens // _ALIGNED) * _ALIGNED
@@ -91,23 +92,21 @@ class DraftSets:
         self.memory.sets[place].index_copy_(0, rows, positions.view(len(rows), heads, -1))
         self.memory.counts[place].index_copy_(0, rows, counts.view(len(rows), heads))
 
-    def place(self, rows: Tensor, tenants: Tensor, slots: Tensor, seq_lens: Tensor) -> list[Read]:
+    def place(self, rows: Tensor, tenants: Tensor, slots: Tensor, seq_lens: Tensor) -> tuple[list[Read], Tensor]:
         """What the layers from each selection layer to the next attend to in a draft step.
 
         Args:
             rows: integer [B]; tenants: int64 [R]; slots: int32 [B, L]; seq_lens: int32 [B], the token drafted from
                 included.
+
+        Returns:
+            A read for each selection layer; int64 [B], tokens that all layers attend to, of KV heads the mean.
         """
         placed, ends = place_drafts(self.memory, rows, tenants, slots, seq_lens, self.sizes)
+        tokens = (self._readers * ends.sum(2)).sum(0) // ends.shape[2]
         if not self._per_kv_head:
             placed, ends = placed.squeeze(2), ends.squeeze(2)
-        return [Read(*read) for read in zip(placed, ends, strict=True)]
-
-    def read(self, placed: Sequence[Read]) -> Tensor:
-        """int64 [B], tokens that a draft step on these sets attends to, over all layers; of KV heads the mean."""
-        by_row = (one.ends.to(torch.int64).view(len(one.ends), -1) for one in placed)
-        readers = zip(self._readers, by_row, strict=True)
-        return torch.stack([layers * ends.sum(1) // ends.shape[1] for layers, ends in readers]).sum(0)
+        return [Read(*read) for read in zip(placed, ends, strict=True)], tokens
 
 
 @dataclass(frozen=True)

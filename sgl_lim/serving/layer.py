@@ -123,13 +123,18 @@ class LayerDecode:
 
 def attend(read: Read, layer: LayerInput) -> Tensor:
     """Attention over a read, [B, H, D_v]."""
+    return attend_with_lse(read, layer)[0]
+
+
+def attend_with_lse(read: Read, layer: LayerInput) -> tuple[Tensor, Tensor]:
+    """Attention over a read: out [B, H, D_v], and lse float32 [B, H]."""
     if read.groups is not None:
-        out, _, _ = grouped_decode(
+        out, lse, _ = grouped_decode(
             layer.q, layer.k_cache, layer.v_cache, read.slots, read.ends, read.groups, layer.scaling
         )
-        return out
+        return out, lse
     scaling = layer.scaling
-    out, _ = sparse_decode(
+    return sparse_decode(
         layer.q,
         layer.k_cache,
         layer.v_cache,
@@ -140,7 +145,6 @@ def attend(read: Read, layer: LayerInput) -> Tensor:
         k_scale=scaling.k_scale,
         v_scale=scaling.v_scale,
     )
-    return out
 
 
 def attend_with_logits(scored: ScoredRead, layer: LayerInput) -> tuple[Tensor, Tensor, Tensor]:

@@ -47,6 +47,8 @@ class LimState:
     """Where decode is lossless: what the drafts of this model share with their verification."""
     drafting: bool = False
     """Whether this backend's decode steps are drafts; where decode is lossless, those of the other one are dense."""
+    branches_once: bool = False
+    """Whether verification reads a prefix once that branches share, also where the dense backend can verify."""
     verify: VerifyPlan | None = None
     """Of the verification that runs; None in all other steps."""
 
@@ -64,6 +66,11 @@ class LimState:
         """Take note of the keys that a layer has just stored for the tokens of a batch."""
         if self.pages is not None:
             self.pages.learn(layer.layer_id, forward_batch.out_cache_loc)
+
+    @property
+    def verifies(self) -> bool:
+        """Whether verification runs on our operators, rather than on the dense backend's."""
+        return self.dense_by_kernels or (self.branches_once and self.granule is not None)
 
     @property
     def dense_decode(self) -> bool:

@@ -1,25 +1,32 @@
 """What the verification of drafts does beside the dense backend's attention, and where it does that attention itself.
 
 A pass verifies T tokens of each row: one that is known, at position C, and the drafts behind it. What it answers is
-dense attention's, which the dense backend computes. `torch_native` has no verification, so on a CPU `grouped_decode`
-does it, with a row for each token. Rows that share leading slots are read once there: the T rows of one request, and
-branches.
+dense attention's, which the dense backend computes. `torch_native` has no verification, so on a CPU `attend_run` does
+it. The T tokens of a row then read what they share once, and branches read a shared prefix once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lim_kernels import find_prefix_groups
+from lim_kernels.attention import attend_within
 from sgl_lim.methods import Role
 from sgl_lim.serving.draft_sets import Drafts
-from sgl_lim.serving.layer import LayerDecode, LayerInput
+from sgl_lim.serving.layer import LayerDecode, LayerInput, attend_with_lse
 from sgl_lim.serving.reads import Plan, Read, plan_reads
 
-_GRANULE = 32
-"""On a CPU the rows of one request share all but their last tokens, and reading those together costs nothing."""
+
+@dataclass(frozen=True)
+class RunRead:
+    """What the tokens attend to that are verified together."""
+
+    context: Read
+    """Of all T tokens of each row: what comes before them."""
+    run: Tensor
+    """int64 [B, T], KV slots of the tokens, each of which attends to itself and to those before it."""
 
 
 @dataclass
@@ -28,8 +35,8 @@ class VerifyPlan:
 
     tokens: int
     """That are verified of each row."""
-    attend: Read | None
-    """Of B * tokens rows, where our operators attend; None where the dense backend does."""
+    attend: RunRead | None
+    """Where our operators attend; None where the dense backend does."""
     guide: Plan | None
     """By which selection layers choose the sets of drafts, for the first token of each row; None: nothing to choose."""
 
@@ -55,12 +62,37 @@ def plan_guide(decode: LayerDecode, slots: Tensor, lens: Tensor, granule: int | 
     return plan if plan.select else None
 
 
-def read_of_tokens(slots: Tensor, lens: Tensor, tokens: int) -> Read:
-    """Rows of their own for the tokens behind each row, int32 [B * tokens, L], which see those before them."""
-    each = torch.arange(1, tokens + 1, dtype=torch.int32, device=slots.device)
-    ends = (lens.unsqueeze(1) + each).flatten()
-    by_token = slots.repeat_interleave(tokens, dim=0)
-    return Read(by_token, ends, find_prefix_groups(by_token, ends, granule=_GRANULE))
+def read_of_run(slots: Tensor, lens: Tensor, tokens: int, granule: int | None) -> RunRead:
+    """What so many tokens behind each row attend to.
+
+    Args:
+        slots: int32 [B, L], those of these tokens included; lens: int32 [B], of the rows before them.
+        granule: as in `plan_guide`.
+    """
+    groups = None
+    if granule is not None and len(lens) > 1:
+        groups = find_prefix_groups(slots, lens, granule=granule)
+    places = lens.unsqueeze(1) + torch.arange(tokens, device=slots.device)
+    return RunRead(Read(slots, lens, groups), slots.gather(1, places.long()).long())
+
+
+def attend_run(read: RunRead, layer: LayerInput) -> Tensor:
+    """Dense causal attention [B * T, H, D_v] of the tokens that are verified, whose keys and values are stored.
+
+    The tokens of a row are as many query heads over what comes before all of them, which is read once.
+    """
+    batch, tokens = read.run.shape
+    kv_heads = layer.k_cache.shape[1]
+    # A CPU computes in float32 anyway, and rounds at the end then.
+    queries = layer.q.float() if layer.q.device.type == "cpu" else layer.q
+    # [B, H_kv * T * G, D]
+    queries = queries.unflatten(0, (batch, tokens)).unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(1, 3)
+    before, before_lse = attend_with_lse(read.context, replace(layer, q=queries))
+    within, within_lse = attend_within(queries, layer.k_cache, layer.v_cache, read.run, layer.scaling)
+    lse = torch.logaddexp(before_lse, within_lse)
+    out = before * (before_lse - lse).exp().unsqueeze(2) + within * (within_lse - lse).exp().unsqueeze(2)
+    by_token = out.unflatten(1, (kv_heads, tokens, -1)).transpose(1, 2)
+    return by_token.flatten(0, 1).flatten(1, 2).to(layer.q.dtype)
 
 
 def guide_drafts(

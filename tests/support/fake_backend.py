@@ -121,7 +121,7 @@ def build(table, dense=Dense, granule=4, num_slots=400, **values):
 def lossless(table, tokens, dense=Dense, guided=True, **values):
     """A target's backend that verifies so many tokens of a row, and one that drafts, over the rows of `table`."""
     target = build(table, dense, **values)
-    share_drafts(target.lim, tokens, guided=guided, overlap=False)
+    share_drafts(target.lim, tokens=tokens, guided=guided, overlap=False)
     draft = dense()
     add_sparse_decode(draft, draft_state(target.lim))
     return target, draft

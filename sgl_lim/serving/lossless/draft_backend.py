@@ -14,7 +14,7 @@ from sgl_lim.serving.snapshot import Snapshot
 from sgl_lim.serving.state import LimState
 
 
-def make_draft_backend(runner: Any, target_backend: Any, *, guided: bool) -> Any:
+def make_draft_backend(runner: Any, target_backend: Any, *, guided: bool, branches_once: bool = False) -> Any:
     """Make a backend's decode dense, and give another one its sparse decode.
 
     Called once, after the target's backend was built and before any graph is captured.
@@ -24,6 +24,8 @@ def make_draft_backend(runner: Any, target_backend: Any, *, guided: bool) -> Any
         target_backend: what `sgl_lim.serving.backend.make` made for it. From now on its decode steps attend to
             everything, and it takes verifications too.
         guided: whether drafts attend to sets that the verification leaves, or decode as the method does.
+        branches_once: whether our operators verify wherever prefix groups are looked for, as they read a prefix once
+            that branches share. A CPU verifies by them in any case.
 
     Returns:
         An instance of the same dense backend whose decode steps are drafts. Its `lim` shares roles, counters and
@@ -32,13 +34,14 @@ def make_draft_backend(runner: Any, target_backend: Any, *, guided: bool) -> Any
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     target: LimState = target_backend.lim
-    share_drafts(target, versions.draft_steps() + 1, guided=guided, overlap=versions.overlaps())
+    target.branches_once = branches_once
+    share_drafts(target, tokens=versions.draft_steps() + 1, guided=guided, overlap=versions.overlaps())
     backend = ATTENTION_BACKENDS[target.dense_backend](runner)
     add_sparse_decode(backend, draft_state(target))
     return backend
 
 
-def share_drafts(target: LimState, tokens: int, *, guided: bool, overlap: bool) -> None:
+def share_drafts(target: LimState, *, tokens: int, guided: bool, overlap: bool) -> None:
     """Make a state lossless: what its decode says is the answer, and drafts come from elsewhere.
 
     Args:

@@ -66,7 +66,7 @@ def placed(draft, rows, lens):
 
 def chosen_by_a_step(table, rows, lens, q, **values):
     """KV slots that an ordinary step of these rows and queries chooses by its keys alone."""
-    plain = build(table, granule=None, num_slots=SLOTS, selection_attends="set", **values)
+    plain = build(table, granule=None, num_slots=max(SLOTS, int(table.max()) + 1), selection_attends="set", **values)
     plain.init_forward_metadata(batch_of(rows, lens))
     layer = layer_named(1)
     plain.forward_decode(q.flatten(1), None, None, layer, batch_of(rows, lens), False)
@@ -108,9 +108,8 @@ def test_branches_and_the_tokens_of_a_row_are_read_once_on_a_cpu(table):
     target.lim.dense_by_kernels = True
     target.init_forward_metadata(verification([1, 2], [70, 80], TOKENS))
     read = target.lim.verify.attend
-    # Two rows of 70 and 80 tokens share 64, and each row's tokens all that comes before them but a rest of a granule.
-    assert read.groups.already_read.tolist() == [0, 64, 64, 64, 64, 64, 64, 64]
-    assert read.groups.counts.max() == 2 * TOKENS
+    assert read.context.groups.already_read.tolist() == [0, 64] and read.context.ends.tolist() == [70, 80]
+    assert read.run.tolist() == [table[1, 70:74].tolist(), table[2, 80:84].tolist()]
 
 
 def test_where_the_dense_backend_verifies_its_attention_is_untouched(table):
@@ -158,7 +157,7 @@ def test_all_layers_of_a_draft_attend_to_the_set_before_them(table):
     draft.init_forward_metadata(batch_of([1], [43]))
     plan = draft.lim.plan
     tenants = torch.zeros(ROWS, dtype=torch.int64)
-    first, second = draft.lim.drafts.sets.place(torch.tensor([1]), tenants, table[1:2], plan.seq_lens)
+    (first, second), _ = draft.lim.drafts.sets.place(torch.tensor([1]), tenants, table[1:2], plan.seq_lens)
     q = random_queries(1, 2)
     for role, read in ((Role.DENSE, first), (Role.SELECT, first), (Role.SELECT, second), (Role.SPARSE, second)):
         out = run_role(draft, plan, role, 1)
