@@ -295,8 +295,6 @@ def work(job: dict[str, Any]) -> None:
     outcome, path = Outcome(), Path(job["outcome"])
     try:
         bench = Bench.load(job["argv"], job["shuffle_slots"])
-        if "sampling" in job:
-            bench.sampling = job["sampling"]
         outcome.machine = machine_line()
         if job["profile"]:
             outcome.kernels = bench.kernels(Forest.parse(job["profile"]), job["warmup"])
@@ -306,6 +304,9 @@ def work(job: dict[str, Any]) -> None:
         if job["sparse"]:
             outcome.finite &= bool(bench.logits(Forest.parse(job["sparse"]), own_noise=False).isfinite().all())
         outcome.save(path)
+        # Only now: a sampler that is not greedy leaves probabilities where the logits were.
+        if "sampling" in job:
+            bench.sampling = job["sampling"]
         for name in job["cases"]:
             case = Forest.parse(name)
             try:

@@ -16,12 +16,12 @@ def plug() -> None:
     from lim_patches import (
         cli_flags,
         discarded_results,
-        drafts_on_cpu,
         grammar_on_cpu,
         refuse_before_weights,
         row_generations,
         row_room,
         server_info,
+        slots_on_cpu,
         stops_before_length,
         triton_on_cpu,
     )
@@ -38,11 +38,11 @@ def plug() -> None:
     lim_patches.use(stops_before_length)
     lim_patches.use(triton_on_cpu)
     lim_patches.use(grammar_on_cpu)
-    lim_patches.use(drafts_on_cpu)
+    lim_patches.use(slots_on_cpu)
+    algorithm.register()
     # Last: were a hook to raise above, the backend's name would be unknown rather than half served.
     add_attention_backend_choices([refusals.BACKEND])
     register_attention_backend(refusals.BACKEND)(_make)
-    algorithm.register()
 
 
 def _make(runner: Any) -> Any:

@@ -51,6 +51,12 @@ class LimConfig:
         "With --speculative-algorithm LESSISMORE: draft fewer tokens than --speculative-num-steps, or none, where that "
         "is faster",
     )
+    verify_groups: bool = parameter(
+        False,
+        Switch(),
+        "With --speculative-algorithm LESSISMORE on a GPU: verify by operators that read a prefix once which several "
+        "requests share, in place of the dense backend's",
+    )
     drawn_acceptance: float | None = parameter(
         None,
         Share(hint=": the probability with which a draft is accepted"),

@@ -84,7 +84,7 @@ def test_discarded_results_are_those_that_sglang_skips(monkeypatch):
 
 
 def test_slots_of_drafts_are_written_row_by_row():
-    from lim_patches.drafts_on_cpu import assign
+    from lim_patches.slots_on_cpu import assign
 
     table = torch.zeros(4, 6, dtype=torch.int32)
     start, end = torch.tensor([1, 3, 0], dtype=torch.int32), torch.tensor([4, 3, 2], dtype=torch.int32)

@@ -1,6 +1,7 @@
 """A lossless server's sampled answers against exact probabilities of the dense model, computed by transformers."""
 
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ import torch
 
 from benchmarks.random_checkpoint import write_tokenizer
 from support.exact_sampling import VOCAB, Parameters, adjusted, exact_answers, fit
+from support.fleet import NEXT_PYTHON, interpreter
 from support.server import Server, ServerPool, ServerSpec
 
 pytestmark = pytest.mark.served
 
 LENGTH = 4
 """The prefill answers the first token, rounds the others."""
-AT_ONCE, BATCHES = 50, 30
-"""Requests of each kind in a batch, and batches."""
+AT_ONCE, BATCHES = 50, {"current": 16, "next": 6}
+"""Requests of each kind in a batch, and batches by SGLang's release."""
 END = 5
 LIKELY = 1e-4
 
@@ -110,13 +112,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_six_words(tmp_path_factory.mktemp("six-words"))
 
 
+@pytest.fixture(
+    scope="module",
+    params=[
+        "current",
+        pytest.param("next", marks=pytest.mark.skipif(NEXT_PYTHON not in os.environ, reason=f"no {NEXT_PYTHON}")),
+    ],
+)
+def release(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def lossless(checkpoint: Path, pool: ServerPool) -> Server:
+def lossless(checkpoint: Path, release: str, pool: ServerPool) -> Server:
     args = ("--attention-backend", "lessismore", "--lim-budget", "16", "--lim-selection-layers", "1")
-    args += ("--speculative-algorithm", "LESSISMORE", "--speculative-num-steps", "3", "--lim-vary-drafts", "off")
+    args += ("--speculative-algorithm", "LESSISMORE", "--speculative-num-steps", "2", "--lim-vary-drafts", "off")
     args += ("--max-running-requests", "640", "--max-total-tokens", "40000", "--dtype", "float32")
     # SGLang compiles one of its penalties, which takes two minutes on a busy machine.
-    return pool.get(ServerSpec("lossless-sampling", checkpoint, args, env=(("TORCHDYNAMO_DISABLE", "1"),)))
+    env = (("TORCHDYNAMO_DISABLE", "1"),)
+    return pool.get(ServerSpec(f"lossless-sampling-{release}", checkpoint, args, env, interpreter(release)))
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +138,10 @@ def dense(checkpoint: Path) -> Dense:
     return Dense(checkpoint)
 
 
-def test_sampled_answers_are_the_dense_models(dense: Dense, lossless: Server) -> None:
+def test_sampled_answers_are_the_dense_models(dense: Dense, release: str, lossless: Server) -> None:
     params = [as_request(kind) for kind in KINDS.values() for _ in range(AT_ONCE)]
     answers: dict[str, list[list[int]]] = {name: [] for name in KINDS}
-    for _ in range(BATCHES):
+    for _ in range(BATCHES[release]):
         body = {"input_ids": [prompt()] * len(params), "sampling_params": params}
         reply = lossless.post("/generate", body)
         assert reply.status_code == 200, reply.text

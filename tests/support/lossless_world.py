@@ -11,7 +11,7 @@ from sglang.srt.mem_cache import allocation, common
 from sglang.srt.runtime_context import get_spec
 from torch import Tensor
 
-from lim_patches.drafts_on_cpu import assign
+from lim_patches.slots_on_cpu import assign
 from support.radix_world import RadixWorld, Request, sglang_config
 
 

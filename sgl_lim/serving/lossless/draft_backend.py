@@ -46,7 +46,7 @@ def share_drafts(target: LimState, *, tokens: int, guided: bool, overlap: bool) 
 
     Args:
         tokens: that one pass verifies of a row, at most.
-        overlap: whether the scheduler launches a step ahead of the results that it has looked at.
+        guided: as `make_draft_backend` has it; overlap: as `Counters` has it.
     """
     table, method, pool = target.rows.req_to_token, target.method, target.pool
     sets = None

@@ -67,7 +67,10 @@ class SelfSpecWorker(BaseSpecWorker):
     def init_attention_backends(self) -> None:
         """Build the backends of all passes, after the target's own."""
         runner = self._runner
-        draft_backend = make_draft_backend(runner, runner.attn_backend, guided=self._config.drafts == "guided")
+        config, target = self._config, runner.attn_backend
+        draft_backend = make_draft_backend(
+            runner, target, guided=config.drafts == "guided", branches_once=config.verify_groups
+        )
         self._passes = backends_of(runner, draft_backend, self._counts)
 
     def init_cuda_graphs(self) -> None:
@@ -112,7 +115,11 @@ class SelfSpecWorker(BaseSpecWorker):
                 return
 
     def forward_batch_generation(
-        self, batch: Any, on_publish: Publish | None = None, grammar_barrier: Callable[[], None] | None = None
+        self,
+        batch: Any,
+        on_publish: Publish | None = None,
+        grammar_barrier: Callable[[], None] | None = None,
+        pp_proxy_tensors: None = None,
     ) -> GenerationBatchResult:
         """Run a prefill, or one round.
 
@@ -120,6 +127,7 @@ class SelfSpecWorker(BaseSpecWorker):
             batch: SGLang's ScheduleBatch.
             on_publish: takes the lengths, int64 [B], as soon as they are known, under the overlap scheduler.
             grammar_barrier: advances grammars by what the round before has answered, under the overlap scheduler.
+            pp_proxy_tensors: of a pipeline stage before, which there is none of; 0.5.23 says so.
         """
         if batch.forward_mode.is_decode():
             return self._round(batch, on_publish, grammar_barrier)

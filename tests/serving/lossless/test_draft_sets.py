@@ -66,7 +66,7 @@ def placed(draft, rows, lens):
 
 def chosen_by_a_step(table, rows, lens, q, **values):
     """KV slots that an ordinary step of these rows and queries chooses by its keys alone."""
-    plain = build(table, granule=None, num_slots=SLOTS, selection_attends="set", **values)
+    plain = build(table, granule=None, num_slots=max(SLOTS, int(table.max()) + 1), selection_attends="set", **values)
     plain.init_forward_metadata(batch_of(rows, lens))
     layer = layer_named(1)
     plain.forward_decode(q.flatten(1), None, None, layer, batch_of(rows, lens), False)

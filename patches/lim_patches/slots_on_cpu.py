@@ -1,11 +1,11 @@
-"""SGLang writes slots of speculative tokens by Triton on a plain CPU too, and warms up a copy of KV that trees need.
+"""SGLang handles KV slots by Triton on a plain CPU too: where it allocates pages, and for a speculative algorithm.
 
-Symptom: `RuntimeError: 0 active drivers` when the KV pool of a speculative algorithm is made on a CPU (0.5.23), and at
-    its first decode step.
-Cause: `assign_req_to_token_pool_func` and `copy_all_layer_kv_cache_func` ask whether SGLang's own CPU engine is on, not
-    whether the device has Triton.
-Versions: all supported.
-Remove when: SGLang asks the platform, as it does for `alloc_extend` since 0.5.22.
+Symptom: `RuntimeError: 0 active drivers` with `--page-size` above 1, and with a speculative algorithm when its KV pool
+    is made (0.5.23) and at its first decode step.
+Cause: `get_last_loc` asks whether the attention backend's name is one of a few known ones. The others ask whether
+    SGLang's own CPU engine is on. None asks whether the device has Triton.
+Versions: all supported. For ordinary decoding 0.5.22 and later ask the platform.
+Remove when: SGLang asks the platform for a speculative algorithm too.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from torch import Tensor
 TARGETS = (
     "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func",
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup",
+    "sglang.srt.mem_cache.allocation.get_last_loc",
 )
 
 
@@ -32,6 +33,7 @@ def register() -> None:
 
     HookRegistry.register(TARGETS[0], assign, HookType.AROUND)
     HookRegistry.register(TARGETS[1], copy_nothing, HookType.AROUND)
+    HookRegistry.register(TARGETS[2], last_loc, HookType.AROUND)
 
 
 def assign(
@@ -53,3 +55,10 @@ def assign(
 def copy_nothing(original: Callable[..., None], pool: Any) -> None:
     """Leave the pool without a copy of KV, as it is without a speculative algorithm: moving KV then fails by name."""
     pool._kv_copy_config = None
+
+
+def last_loc(original: Callable[..., Tensor], *args: Tensor, **kwargs: Tensor) -> Tensor:
+    """The slot of the last token of each row."""
+    from sglang.srt.mem_cache.allocation import get_last_loc_torch
+
+    return get_last_loc_torch(*args, **kwargs)
