@@ -214,4 +214,4 @@ def test_a_biased_acceptance_is_found(mutant: str) -> None:
 def fits_with(acceptance: Accept, kind: str) -> float:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_sampler, "accept", acceptance)
-        return fit(answers_of([KINDS[kind]], DRAWS, seed=11)[0], exact_answers(KINDS[kind]))
+        return fit(answers_of([KINDS[kind]], DRAWS // 3, seed=11)[0], exact_answers(KINDS[kind]))
