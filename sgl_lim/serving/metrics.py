@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -197,6 +198,16 @@ def after_step(lim: LimState) -> None:
     elif time.monotonic() - _State.last > PUBLISH_EVERY_S:
         _State.last = time.monotonic()
         _State.pending = _PendingTotals(lim.counters.totals)
+
+
+@contextmanager
+def unpublished() -> Iterator[None]:
+    """Publish nothing of the steps that run meanwhile: they are not counted in the end."""
+    enabled, _State.enabled = _State.enabled, False
+    try:
+        yield
+    finally:
+        _State.enabled, _State.dirty, _State.pending = enabled, False, None
 
 
 def on_idle() -> None:

@@ -16,8 +16,9 @@ PRIOR, PRIOR_WEIGHT = 0.85, 64.0
 """What is assumed of acceptance before anything was drafted, and how many drafts that counts for."""
 MEMORY = 2048.0
 """Acceptance is that of about the last so many drafts."""
-_FADE = 1 / 512
-"""By so much acceptance returns to the prior with each dense step, so that drafting is tried again."""
+_FADE = 1 / 8192
+"""By so much acceptance returns to the prior with each dense step, so that drafting is tried again. A round that is
+tried and fails lowers it by far more, so that about one in a hundred is tried where none pays."""
 
 
 @dataclass(frozen=True)

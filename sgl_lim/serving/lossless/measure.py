@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgl_lim.serving import metrics
 from sgl_lim.serving.lossless.cost import Measured, PassCost, RoundCosts, rising
 from sgl_lim.serving.lossless.passes import Passes, synchronize
 from sgl_lim.serving.lossless.rounds import Rows, decode_batch, verify_batch
@@ -48,10 +49,11 @@ class Meter:
         if self._runner.device == "cpu":
             sizes = sorted({1, min(8, most)})
         points: dict[str, list[Measured]] = {}
-        for rows in sizes:
-            for name, point in self._at(rows).items():
-                points.setdefault(name, []).append(point)
-        self._forget(torch.arange(1, sizes[-1] + 1, device=self._table.device))
+        with metrics.unpublished():
+            for rows in sizes:
+                for name, point in self._at(rows).items():
+                    points.setdefault(name, []).append(point)
+            self._forget(torch.arange(1, sizes[-1] + 1, device=self._table.device))
         verify = {drafts: PassCost(tuple(points[f"verify{drafts}"])) for drafts in self._passes.verify}
         costs = RoundCosts(PassCost(tuple(points["draft"])), PassCost(tuple(points["plain"])), verify)
         logger.info("sgl-lim: measured drafts and verification in %.1f s", time.perf_counter() - started)

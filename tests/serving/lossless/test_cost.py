@@ -64,8 +64,18 @@ def test_drafting_is_tried_again_after_it_did_not_pay() -> None:
     rounds = 0
     while chooser.choose(8, 100_000) == 0:
         rounds += 1
-        assert rounds < 2000
+        assert rounds < 20_000
     assert rounds > 100
+
+
+def test_where_no_draft_is_accepted_few_rounds_try() -> None:
+    chooser = Chooser([3, 6], costs(draft=5.0, plain_a_token=1e-4))
+    tried = []
+    for _ in range(20_000):
+        tried.append(chooser.choose(8, 100_000))
+        if tried[-1]:
+            chooser.acceptance.learn([0] * 8, tried[-1])
+    assert 0 < sum(map(bool, tried[-10_000:])) < 200
 
 
 def test_acceptance_counts_drafts_up_to_the_first_that_was_rejected() -> None:
@@ -79,7 +89,7 @@ def test_acceptance_forgets() -> None:
     for _ in range(2000):
         acceptance.learn([0] * 8, 6)
     assert acceptance.share < 0.01
-    for _ in range(5000):
+    for _ in range(80_000):
         acceptance.fade()
     assert acceptance.share == pytest.approx(PRIOR, abs=0.01)
 
