@@ -64,9 +64,9 @@ def placed(draft, rows, lens):
     return [slots[:end].tolist() for slots, end in zip(read.slots, read.ends.tolist(), strict=True)]
 
 
-def chosen_by_a_step(table, rows, lens, q, **values):
+def chosen_by_a_step(table, rows, lens, q, granule=None, **values):
     """KV slots that an ordinary step of these rows and queries chooses by its keys alone."""
-    plain = build(table, granule=None, num_slots=max(SLOTS, int(table.max()) + 1), selection_attends="set", **values)
+    plain = build(table, granule=granule, num_slots=SLOTS, selection_attends="set", **values)
     plain.init_forward_metadata(batch_of(rows, lens))
     layer = layer_named(1)
     plain.forward_decode(q.flatten(1), None, None, layer, batch_of(rows, lens), False)
@@ -135,6 +135,18 @@ def test_the_first_token_chooses_and_the_draft_reads_its_set_and_what_came_since
             for row, length, slots in zip(rows, lens, chosen, strict=True)
         ]
         assert placed(draft, rows, behind) == expected
+
+
+def test_rows_that_choose_together_draft_on_what_they_chose(table):
+    table[2, :40] = table[1, :40]
+    values = {"granule": 4, "prefix_selection": "group", "aggregate": "max"}
+    target, draft = lossless(table, TOKENS, num_slots=SLOTS, **values)
+    rows, lens, q = [1, 2], [41, 50], random_queries(2 * TOKENS, 5)
+    verify(target, verification(rows, lens, TOKENS), q)
+    assert target.lim.verify.guide.shared is not None
+    chosen = chosen_by_a_step(table, rows, [length + 1 for length in lens], q[::TOKENS], **values)
+    expected = [[*slots, int(table[row, n + 1])] for row, n, slots in zip(rows, lens, chosen, strict=True)]
+    assert placed(draft, rows, [length + 2 for length in lens]) == expected
 
 
 def test_every_kv_head_drafts_on_its_own_set(table):
