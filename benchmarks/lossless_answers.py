@@ -20,6 +20,7 @@ from typing import Any
 
 import requests
 
+from sgl_lim import command
 from sgl_lim.tasks.chains import generate_chains
 
 TIMEOUT_S = 600
@@ -133,4 +134,4 @@ def counters_of(url: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command.run(lambda: main(sys.argv[1:]))
