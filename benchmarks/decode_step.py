@@ -114,15 +114,17 @@ def _scalar(text: str) -> bool | int | float | str:
     return text
 
 
-def run_worker(backend: Backend, job: dict[str, Any], timeout: float) -> Outcome:
-    """Run one backend's worker, its output on our stderr."""
+def run_worker(
+    backend: Backend, job: dict[str, Any], timeout: float, module: str = "benchmarks.decode_step", kind: Any = Outcome
+) -> Any:
+    """Run one backend's worker, its output on our stderr: `module --worker`, which leaves an outcome of this kind."""
     environment = {k: v for k, v in os.environ.items() if k != ENV} | backend.environment
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "outcome.pt")
         command = [
             sys.executable,
             "-m",
-            "benchmarks.decode_step",
+            module,
             "--worker",
             json.dumps({**job, "outcome": str(path)}),
         ]
@@ -131,7 +133,7 @@ def run_worker(backend: Backend, job: dict[str, Any], timeout: float) -> Outcome
             ending = f"the worker ended with status {status}" if status else ""
         except subprocess.TimeoutExpired:
             ending = f"the worker took more than {timeout:g} s"
-        outcome = Outcome(**torch.load(path)) if path.exists() else Outcome(error="the worker left nothing")
+        outcome = kind(**torch.load(path)) if path.exists() else kind(error="the worker left nothing")
     outcome.error = ending or outcome.error
     return outcome
 

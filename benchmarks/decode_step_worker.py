@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from benchmarks.forest import Forest
 from benchmarks.machine import machine_line
 
 CHECKED_STEPS = 2
+SomeBench = TypeVar("SomeBench", bound="Bench")
 
 
 @dataclass
@@ -93,9 +94,10 @@ class Bench:
     def __init__(self, runner: Any, one_batch: Any, device: Any, *, shuffle_slots: bool) -> None:
         self.runner, self.one_batch, self.shuffle_slots = runner, one_batch, shuffle_slots
         self.synchronize, self.clock = device.synchronize, Clock(device)
+        self.sampling: dict[str, float] = {"temperature": 0}
 
     @classmethod
-    def load(cls, argv: list[str], shuffle_slots: bool) -> "Bench":
+    def load(cls: type[SomeBench], argv: list[str], shuffle_slots: bool) -> SomeBench:
         """A model set up as SGLang's own static benchmark does it, its KV pool filled with noise."""
         from sglang.srt.plugins import load_plugins
 
@@ -110,6 +112,7 @@ class Bench:
         one_batch.initialize_moe_config(server_args)
         one_batch.initialize_fp8_gemm_config(server_args)
         one_batch.initialize_fp4_gemm_config(server_args)
+        one_batch.ModelRunner = cls.runner_class(one_batch.ModelRunner, server_args)
         one_batch.get_tokenizer = lambda *args, **options: None  # `load_model` wants one; we send token ids
         wrapped, _ = one_batch.load_model(server_args, PortArgs.init_new(server_args), gpu_id=0, tp_rank=0)
         runner: Any = wrapped.torch_runner
@@ -119,6 +122,11 @@ class Bench:
         for buffer in bench.kv_buffers():
             fill_with_noise(buffer)
         return bench
+
+    @staticmethod
+    def runner_class(original: type, server_args: Any) -> type:
+        """The class of the model runner to load."""
+        return original
 
     def kv_buffers(self) -> list[Tensor]:
         """Keys and values of every layer, each (slot, head, dim)."""
@@ -157,14 +165,18 @@ class Bench:
             ),
             model_config=runner.model_config,
             enable_overlap=False,
-            spec_algorithm=self.one_batch.SpeculativeAlgorithm.NONE,
+            spec_algorithm=self.speculation(),
         )
         batch.prepare_for_extend()
         batch.prefill_input_ids_cpu = None
         return first_tokens, batch
 
+    def speculation(self) -> Any:
+        """SGLang's speculative algorithm of the batches."""
+        return self.one_batch.SpeculativeAlgorithm.NONE
+
     def requests(self, case: Forest, random: np.random.Generator, vocabulary: int) -> list[Any]:
-        """Greedy requests whose shared prefixes are in the cache, and the rest of whose prompts is to be prefilled."""
+        """Requests whose shared prefixes are in the cache, and the rest of whose prompts is to be prefilled."""
         prompts: list[list[np.ndarray]] = [[] for _ in range(case.batch)]
         cached: list[list[Tensor]] = [[] for _ in range(case.batch)]
         for tokens, first, end in case.shared():
@@ -179,7 +191,7 @@ class Bench:
                 rid=str(number),
                 origin_input_text="",
                 origin_input_ids=array("q", prompt.astype(np.int64).tobytes()),
-                sampling_params=self.one_batch.SamplingParams(temperature=0, max_new_tokens=1),
+                sampling_params=self.one_batch.SamplingParams(**self.sampling, max_new_tokens=1),
             )
             request.full_untruncated_fill_ids = request.origin_input_ids
             request.logprob_start_len = -1
@@ -224,20 +236,24 @@ class Bench:
         """
         tokens, batch = self.start(case, CHECKED_STEPS)
         if own_noise:
-            table = self.runner.req_to_token_pool.req_to_token
-            # A shared slot is written once, in an order that no slot's number decides.
-            held = table[batch.req_pool_indices, : case.context].reshape(-1).tolist()
-            slots = torch.tensor(list(dict.fromkeys(held)), device=table.device)
-            generator = torch.Generator().manual_seed(0)
-            for buffer in self.kv_buffers():
-                noise = torch.randn(len(slots), *buffer.shape[1:], generator=generator).to(buffer.dtype)
-                # As bytes: not every device can index float8.
-                buffer.view(torch.uint8)[slots] = noise.view(torch.uint8).to(buffer.device)
+            self.write_noise(case, batch)
         found = []
         for _ in range(CHECKED_STEPS):
             found.append(self.step(tokens, batch)[1].float().cpu())
             tokens = tokens.flip(0)
         return torch.stack(found)
+
+    def write_noise(self, case: Forest, batch: Any) -> None:
+        """Write the keys and values of a batch's prompts by position."""
+        table = self.runner.req_to_token_pool.req_to_token
+        # A shared slot is written once, in an order that no slot's number decides.
+        held = table[batch.req_pool_indices, : case.context].reshape(-1).tolist()
+        slots = torch.tensor(list(dict.fromkeys(held)), device=table.device)
+        generator = torch.Generator().manual_seed(0)
+        for buffer in self.kv_buffers():
+            noise = torch.randn(len(slots), *buffer.shape[1:], generator=generator).to(buffer.dtype)
+            # As bytes: not every device can index float8.
+            buffer.view(torch.uint8)[slots] = noise.view(torch.uint8).to(buffer.device)
 
     def kernels(self, case: Forest, warmup: int) -> list[tuple[str, int, float]]:
         """Kernels (on a CPU: operators) of one step after `warmup`: name, launches, microseconds; longest first."""
@@ -288,6 +304,9 @@ def work(job: dict[str, Any]) -> None:
         if job["sparse"]:
             outcome.finite &= bool(bench.logits(Forest.parse(job["sparse"]), own_noise=False).isfinite().all())
         outcome.save(path)
+        # Only now: a sampler that is not greedy leaves probabilities where the logits were.
+        if "sampling" in job:
+            bench.sampling = job["sampling"]
         for name in job["cases"]:
             case = Forest.parse(name)
             try:

@@ -13,6 +13,7 @@ elsewhere. A named implementation is used or refused, never replaced. Triton is 
 from lim_kernels.adaptive_budget import adapt_budgets
 from lim_kernels.count_decode_step import count_decode_step, count_sets
 from lim_kernels.decode_with_scores import decode_with_scores
+from lim_kernels.draft_sets import DraftMemory, DraftSizes, place_drafts
 from lim_kernels.group_selection import choose_for_groups, groups_of_sets
 from lim_kernels.grouped_decode import grouped_decode
 from lim_kernels.operands import Scaling, SetSizes
@@ -24,6 +25,8 @@ from lim_kernels.set_memory import decide_actions, keep_sets, place_sets
 from lim_kernels.sparse_decode import sparse_decode
 
 __all__ = [
+    "DraftMemory",
+    "DraftSizes",
     "Scaling",
     "SetSizes",
     "adapt_budgets",
@@ -39,6 +42,7 @@ __all__ = [
     "grouped_decode",
     "groups_of_sets",
     "keep_sets",
+    "place_drafts",
     "place_sets",
     "score_context",
     "score_pages",

@@ -80,6 +80,29 @@ def attend(
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2), logits.flatten(1, 2)
 
 
+def attend_within(q: Tensor, k_cache: Tensor, v_cache: Tensor, run: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
+    """Causal attention of tokens to themselves and those before them in a short run; waits for nothing.
+
+    Args:
+        q: [B, H_kv * T * G, D], of each KV head the queries of T tokens.
+        k_cache, v_cache: [num_slots, H_kv, D], [num_slots, H_kv, D_v].
+        run: int64 [B, T], KV slots of the tokens.
+        scaling: of this layer.
+
+    Returns:
+        out [B, H_kv * T * G, D_v] and lse [B, H_kv * T * G] in the arithmetic's dtype.
+    """
+    tokens = run.shape[1]
+    # [B, H_kv, T * G, T]
+    logits = scaled_logits(q, k_cache, run, scaling)
+    of_query = torch.arange(tokens, device=q.device).repeat_interleave(logits.shape[2] // tokens)
+    later = torch.arange(tokens, device=q.device) > of_query.unsqueeze(1)
+    logits = logits.masked_fill(later, float("-inf"))
+    lse = logits.logsumexp(dim=3)
+    out = (logits - lse.unsqueeze(3)).exp() @ gather_slots(v_cache, run).to(logits.dtype) * scaling.v_scale
+    return out.flatten(1, 2), lse.flatten(1, 2)
+
+
 def scaled_logits(q: Tensor, k_cache: Tensor, slots: Tensor, scaling: Scaling) -> Tensor:
     """Scaled (and capped) logits [B, H_kv, H / H_kv, K] of q [B, H, D] by the keys of int64 slots, as `gather_slots`.
 

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint in decode: a dense prompt, then known tokens as decode steps under any method."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,12 +97,21 @@ class Checkpoint:
         return whole[: next(places, 0)]
 
     @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int], *, keep: int = 1, beside: Prompt | None = None, room: int = 0) -> Prompt:
+    def prefill(
+        self,
+        tokens: Sequence[int],
+        *,
+        keep: int = 1,
+        beside: Prompt | None = None,
+        room: int = 0,
+        note: Callable[[int, Tensor, float], None] | None = None,
+    ) -> Prompt:
         """Dense causal pass over a prompt, with the logits of its last `keep` tokens.
 
         Args:
             beside: a prompt whose pool this one joins, and whose slots it shares as far as both begin equally.
             room: slots that a new pool will have in the end, if that is known.
+            note: is told each layer's queries [1, H, S, D] and their scale.
 
         Raises:
             UnsupportedModel: the model's attention is not all by transformers' interface.
@@ -112,7 +121,7 @@ class Checkpoint:
         slots = pool.take(len(tokens) - shared, self.model.device)
         if beside is not None:
             slots = torch.cat((beside.slots[:shared], slots))
-        dense = PromptPass(pool, slots)
+        dense = PromptPass(pool, slots, note=note)
         ids = torch.tensor(tokens[shared:], device=self.model.device)
         positions = torch.arange(shared, len(tokens), device=self.model.device)
         with under_way(dense):

@@ -8,6 +8,7 @@ from pathlib import Path
 from sgl_lim.evaluate import sources
 from sgl_lim.evaluate.checkpoint import Checkpoint, load, load_config
 from sgl_lim.evaluate.choices import Choice, choices_of
+from sgl_lim.evaluate.draft_report import DraftFile, draft_table, measure_drafts, ways_of
 from sgl_lim.evaluate.items import KEYS, ItemError, Sizes, Suite, chain_suite, needle_suite, text_suite
 from sgl_lim.evaluate.measure import Row, measure, measured
 from sgl_lim.evaluate.options import Options, parse
@@ -33,7 +34,12 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
+        if options.measure == "drafts":
+            return _measure_drafts(options, checkpoint, suites, choices)
         rows = _measure(options, checkpoint, suites, choices)
+    except ItemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"stopped; {options.output} has the rows that were done", file=sys.stderr)
         return 130
@@ -101,6 +107,26 @@ def _measure(options: Options, checkpoint: Checkpoint, suites: list[Suite], choi
     finally:
         progress.close()
     return found
+
+
+def _measure_drafts(options: Options, checkpoint: Checkpoint, suites: list[Suite], choices: list[Choice]) -> int:
+    count = len(ways_of(choices))
+    if not count:
+        print("error: --measure drafts: no method of --methods can draft; take lessismore", file=sys.stderr)
+        return 2
+    total = count * sum(len(item.right) for suite in suites for item in suite.items)
+    file, found, progress = DraftFile(options.output, options.drafts, _where(options, checkpoint)), [], Progress(total)
+    try:
+        progress.say(f"rounds of {options.drafts} drafts: {count} ways on {', '.join(s.name for s in suites)}")
+        for suite in suites:
+            progress.begin(suite.name)
+            rows = measure_drafts(checkpoint, suite, choices, options.drafts, progress.add)
+            file.add(rows)
+            found += rows
+    finally:
+        progress.close()
+    print(f"{draft_table(found, options.drafts)}\n\nwrote {options.output}")
+    return 0
 
 
 def _where(options: Options, checkpoint: Checkpoint) -> dict[str, str]:

@@ -9,6 +9,7 @@ from sgl_lim.programs.argument_types import integer, number
 from sgl_lim.tasks.chains import MAX_STEPS, NUM_NODES
 
 TASKS = ("text", "needles", "chains")
+MEASURES = ("answers", "drafts")
 _PAGE = 16
 
 _EXAMPLES = """
@@ -26,6 +27,9 @@ class Options:
     """A valid command line."""
 
     model_path: str
+    measure: str
+    drafts: int
+    """Of a round, with `measure` drafts."""
     tasks: tuple[str, ...]
     methods: tuple[str, ...]
     budgets: tuple[int, ...]
@@ -53,12 +57,15 @@ def parse(argv: list[str]) -> Options:
     """
     parser = _parser()
     args = parser.parse_args(argv)
-    unknown = [task for task in args.tasks if task not in TASKS]
+    tasks = args.tasks or (TASKS if args.measure == "answers" else ("text",))
+    unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         parser.error(f"argument --tasks: there are {', '.join(TASKS)}, got {', '.join(unknown)}")
     if args.decoded + 1 >= args.context:
         parser.error(f"argument --decoded: must be below --context {args.context} by 2 or more, got {args.decoded}")
-    if args.text and "text" not in args.tasks:
+    if args.measure == "drafts" and "needles" in tasks:
+        parser.error("argument --tasks: needles end before a round of --measure drafts does; leave them out")
+    if args.text and "text" not in tasks:
         parser.error("argument --text: only with text in --tasks")
     for layers in args.selection:
         if problem := Increasing().problem(layers):
@@ -68,7 +75,9 @@ def parse(argv: list[str]) -> Options:
     eighth = max(_PAGE, args.context // 8 // _PAGE * _PAGE)
     return Options(
         model_path=args.model_path,
-        tasks=args.tasks,
+        measure=args.measure,
+        drafts=args.drafts,
+        tasks=tasks,
         methods=args.methods,
         budgets=args.budgets or (eighth,),
         selections=tuple(args.selection),
@@ -105,6 +114,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model-path", required=True, help="a Hugging Face folder, or a name on the hub")
     what = parser.add_argument_group("what is compared")
+    what.add_argument(
+        "--measure",
+        choices=MEASURES,
+        default="answers",
+        help="what sparse decode answers, or how many of its drafts dense decode accepts (default: %(default)s)",
+    )
+    what.add_argument(
+        "--drafts", type=integer(1, 64), default=7, help="of a round, with --measure drafts (default: %(default)s)"
+    )
     what.add_argument("--methods", type=_words, default=("lessismore", "window"), help="by commas; see below")
     what.add_argument("--budgets", type=_budgets, metavar="K,K", help="default: an eighth of --context")
     what.add_argument(
@@ -137,7 +155,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_items(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--tasks", type=_words, default=TASKS, help=f"by commas (default: {','.join(TASKS)})")
+    tasks = f"by commas (default: {','.join(TASKS)}; text with --measure drafts)"
+    group.add_argument("--tasks", type=_words, help=tasks)
     group.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="texts of your own, in UTF-8")
     group.add_argument("--context", type=integer(64), default=4096, help="tokens of an item (default: %(default)s)")
     group.add_argument("--items", type=integer(1), default=20, help="of each kind (default: %(default)s)")

@@ -5,7 +5,7 @@ are stored, and row t attends to positions 0 … t by `sgl_lim.serving.layer`. A
 which sparse layers have shaped, as in a server. Rows of several sequences can run together.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -88,10 +88,14 @@ class PromptPass:
     """int64 [L]: of the whole sequence."""
     seen: set[int] = field(default_factory=set)
     """Layers that attended."""
+    note: Callable[[int, Tensor, float], None] | None = None
+    """Is told each layer's queries [1, H, S, D] and their scale."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See `Pass`."""
         self.seen.add(layer)
+        if self.note is not None:
+            self.note(layer, q, scale)
         rows, length, mask = q.shape[2], len(self.slots), None
         self.pool.store(layer, self.slots[length - rows :], k, v)
         if rows < length:

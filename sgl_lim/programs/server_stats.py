@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 from sgl_lim.programs.run_records import Measurement
@@ -10,7 +10,15 @@ from sgl_lim.programs.run_records import Measurement
 _BLOCK = "lessismore"  # key of the plugin's block in each of `internal_states` of `/server_info`
 # All but the first follow from, or explain, others.
 _NOT_SETTINGS = ("counters", "layer_roles", "selection_layers_from", "selection_layers_measured")
-_MONOTONE = ("decode_steps", "tokens_attended", "tokens_dense", "selections", "requests", "tokens_scored")
+_MONOTONE = (
+    "decode_steps",
+    "tokens_attended",
+    "tokens_dense",
+    "selections",
+    "requests",
+    "tokens_scored",
+    "verifications",
+)
 _SPARED = 6
 """Tokens of the context or the KV pool that SGLang takes no prompt into."""
 _KEY_SHARE = 0.5  # of a KV token's bytes its key has half
@@ -27,6 +35,12 @@ class Counters:
     requests: int
     requests_dense: int  # never exceeded the budget so far: the only total that can go down
     tokens_scored: int = 0  # KV tokens of which a selection layer read the key alone; older servers have none
+    verifications: int = 0  # of a lossless server, over requests; others have none, nor drafts
+    drafts_proposed: int = 0
+    drafts_accepted: int = 0
+
+
+_NONE_COUNTED = {item.name: item.default for item in fields(Counters) if item.default is not MISSING}
 
 
 @dataclass(frozen=True)
@@ -133,9 +147,18 @@ def _fraction_of(delta: Counters) -> AttendedFraction:
     )
 
 
+def drafted(delta: Mapping[str, int]) -> dict[str, float] | None:
+    """What became of drafts, from a difference of `Counters`; None if nothing was drafted."""
+    proposed, verified = delta.get("drafts_proposed", 0), delta.get("verifications", 0)
+    if not proposed or not verified:
+        return None
+    accepted = delta["drafts_accepted"]
+    return {"acceptance": accepted / proposed, "tokens_a_verification": 1 + accepted / verified, "drafts": proposed}
+
+
 def _sum_counters(blocks: list[Mapping[str, Any]]) -> Counters:
-    # A plugin from before there was this total read no keys alone.
-    groups = [{"tokens_scored": 0, **block["counters"]} for block in blocks]
+    # Totals with a default are missing from a plugin from before there was the total, and where nothing drafts.
+    groups = [{**_NONE_COUNTED, **block["counters"]} for block in blocks]
     return Counters(**{item.name: sum(int(group[item.name]) for group in groups) for item in fields(Counters)})
 
 

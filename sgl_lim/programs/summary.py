@@ -9,7 +9,7 @@ from sgl_lim.programs.intervals import clustered_interval, standard_error, wilso
 from sgl_lim.programs.run_records import Measurement, Row, Sample
 from sgl_lim.programs.run_warnings import warnings_of
 from sgl_lim.programs.runner import Invocation
-from sgl_lim.programs.server_stats import ServerState, total_fraction
+from sgl_lim.programs.server_stats import ServerState, drafted, total_fraction
 
 
 def summarize(
@@ -86,6 +86,15 @@ def table(summary: Mapping[str, Any]) -> str:
         )
     if summary["other_branch_tokens"]:
         lines.append(("on other branches", f"{summary['other_branch_tokens']:,} tokens"))
+    if summary["drafted"] is not None:
+        drafts = summary["drafted"]
+        lines.append(
+            (
+                "drafts accepted",
+                f"{drafts['acceptance']:.3f} of {drafts['drafts']:,}, {drafts['tokens_a_verification']:.2f} tokens a "
+                "verification",
+            )
+        )
     lines += [
         (
             "generation tokens",
@@ -197,6 +206,7 @@ def _measured(samples: Sequence[Sample], measurements: Sequence[Measurement]) ->
         "attended_fraction": attended.value,
         "attended_note": attended.note,
         "attended_counters": None if attended.delta is None else asdict(attended.delta),
+        "drafted": None if attended.delta is None else drafted(asdict(attended.delta)),
         "context_tokens": mean_context,
         "attended_tokens": None if attended.value is None or mean_context is None else attended.value * mean_context,
     }

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from lim_kernels.count_decode_step import TOTALS, Layers, Ledger, Sharing, count_decode_step, count_sets
 from sgl_lim.methods import Role
+from sgl_lim.serving.draft_sets import Drafts
 from sgl_lim.serving.reads import Plan
 
 COUNTERS = {
-    "decode_steps": "Decode steps run by the lessismore backend whose results were kept",
+    "decode_steps": "Decode steps run by the lessismore backend whose results were kept; a verification is one",
     "tokens_attended": "KV tokens that decode attended to, over all layers",
     "tokens_scored": "KV tokens whose keys alone a selection layer read, to rank them: half of a token's bytes each",
     "tokens_dense": "KV tokens a dense decode would have attended to, over all layers",
@@ -19,6 +20,7 @@ COUNTERS = {
     "tokens_shared": "KV tokens not read again, because they were read for another row of a prefix group",
     "rows_grouped": "Rows that were in a prefix group, summed over decode steps",
     "warm_starts": "Requests that began with a set that earlier selections had left on their KV slots",
+    "draft_tokens_attended": "Of tokens_attended, those that drafts attended to, accepted or not",
     "requests": "Requests that decoded",
     "requests_dense": "Requests that never exceeded the token budget",
 }
@@ -67,6 +69,13 @@ class Counters:
         self._known = b""
         self._discarded: list[Tensor] = []
         self._unsettled = False
+
+    def clear(self) -> None:
+        """Nothing counts that ran so far; what captured graphs write stays where it is."""
+        empty = Ledger.empty(len(self._generations), self._generations.device)
+        for name, value in vars(empty).items():
+            getattr(self._ledger, name).copy_(value)
+        self._discarded.clear()
 
     def forget(self, rows: Tensor, where: Tensor | None = None) -> None:
         """A prefill runs on these rows of the request pool, so whoever decodes there next is new.
@@ -138,6 +147,41 @@ class Counters:
             actions=None if plan.kept is None else plan.kept.actions,
             sharing=sharing,
         )
+
+    def record_round(self, rows: Tensor, lens: Tensor, accept_lens: Tensor, drafts: int, lossless: Drafts) -> None:
+        """Count one verification and the drafts before it; waits for nothing.
+
+        Only tokens that were kept are in `tokens_dense`. A verification reads a row once for all its tokens.
+
+        Args:
+            rows: integer [B], rows of the request pool; row 0 only pads.
+            lens: integer [B], tokens of each row before those that were verified.
+            accept_lens: integer [B], tokens that were kept, 1 … drafts + 1: the one that was known is one of them.
+            drafts: verified of each row.
+            lossless: whose draft steps these were.
+        """
+        rows, lens, kept = rows.long(), lens.to(torch.int64), accept_lens.to(torch.int64)
+        real = rows != 0
+        ledger, scoring = self._ledger, 0 if lossless.sets is None else lossless.sets.layers
+        outgrew = lens + 1 > self._budget
+        new = ledger.seen[rows] != self._generations[rows]
+        before = (ledger.sparse[rows] != 0) & ~new
+        read = lossless.take_read(rows)
+        amounts = {
+            **dict.fromkeys(TOTALS, torch.zeros_like(lens)),
+            "decode_steps": torch.ones_like(lens),
+            "draft_tokens_attended": read,
+            "tokens_attended": self._layers.all * (lens + drafts + 1) + read,
+            "tokens_dense": self._layers.all * (kept * lens + kept * (kept + 1) // 2),
+            "tokens_scored": scoring * outgrew * (lens + 1),
+            "selections": scoring * outgrew,
+            "requests": new,
+            "requests_sparse": outgrew & ~before,
+        }
+        by_row = torch.stack([amounts[name].to(torch.int64) for name in TOTALS], dim=1)
+        ledger.enter(rows, by_row * real.unsqueeze(1))
+        ledger.seen[rows] = torch.where(real, self._generations[rows], ledger.seen[rows])
+        ledger.sparse[rows] = ((before | outgrew) & real).to(ledger.sparse.dtype)
 
     def record_sets(self, layer: int, rows: Tensor, plan: Plan) -> None:
         """Count the set in force as long as it is; after `record`, may be captured in a graph.

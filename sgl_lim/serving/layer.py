@@ -50,6 +50,9 @@ class LayerDecode:
             if plan.chosen is None:
                 raise RuntimeError("a sparse layer ran before a selection layer of the same step")
             return attend(plan.chosen, layer)
+        if plan.placed is not None:
+            plan.chosen = next(plan.placed)
+            return attend(plan.chosen, layer)
         if not plan.select:
             # No row can exceed the budget: the set is the whole context, and nobody asks for logits.
             plan.chosen = Read(plan.context.slots, plan.context.ends)
@@ -64,20 +67,39 @@ class LayerDecode:
 
     def _select(self, plan: Plan, layer: LayerInput) -> Tensor:
         """A selection layer: it scores what it reads, puts a set in force, and attends to that or to what it read."""
-        to_set = self.method.selection_attends == "set"
+        if self.method.selection_attends == "set":
+            plan.chosen = self._choose(plan, self.scores(plan, layer))
+            return attend(plan.chosen, layer)
         outs, scores = [], []
         for scored in plan.select:
-            if to_set:
-                lse, logits = score_keys(scored, layer)
-            else:
-                out, lse, logits = attend_with_logits(scored, layer)
-                outs.append(out)
+            out, lse, logits = attend_with_logits(scored, layer)
+            outs.append(out)
             scores.append(self._over_ranks(plan.choose_lens[scored.rows], logits, lse, layer.k_cache.shape[1]))
             # The logits' memory serves the next rows.
             del logits
         # Rows that choose together need not have been scored together, and scores are few beside logits.
         plan.chosen = self._choose(plan, _together(scores))
-        return attend(plan.chosen, layer) if to_set else _together(outs)
+        return _together(outs)
+
+    def choose_positions(self, plan: Plan, layer: LayerInput) -> tuple[Tensor, Tensor]:
+        """The sets of a selection layer by its keys alone, in positions; nothing is put in force.
+
+        Args:
+            plan: whose `select` says what is scored.
+
+        Returns:
+            As `Method.choose`: int32 [B, K], or [B, H_kv, K], and counts.
+        """
+        return self.method.choose(self.scores(plan, layer), plan.choose_lens, None, plan.shared)
+
+    def scores(self, plan: Plan, layer: LayerInput) -> Tensor:
+        """The scores of all rows of a step's selection, float32 [B, L] or [B, H_kv, L], by keys alone."""
+        scores = []
+        for scored in plan.select:
+            lse, logits = score_keys(scored, layer)
+            scores.append(self._over_ranks(plan.choose_lens[scored.rows], logits, lse, layer.k_cache.shape[1]))
+            del logits
+        return _together(scores)
 
     def _over_ranks(self, lens: Tensor, logits: Tensor, lse: Tensor, kv_heads: int) -> Tensor:
         """The scores of rows by which they choose, over all ranks that must choose the same."""
@@ -99,13 +121,18 @@ class LayerDecode:
 
 def attend(read: Read, layer: LayerInput) -> Tensor:
     """Attention over a read, [B, H, D_v]."""
+    return attend_with_lse(read, layer)[0]
+
+
+def attend_with_lse(read: Read, layer: LayerInput) -> tuple[Tensor, Tensor]:
+    """Attention over a read: out [B, H, D_v], and lse float32 [B, H]."""
     if read.groups is not None:
-        out, _, _ = grouped_decode(
+        out, lse, _ = grouped_decode(
             layer.q, layer.k_cache, layer.v_cache, read.slots, read.ends, read.groups, layer.scaling
         )
-        return out
+        return out, lse
     scaling = layer.scaling
-    out, _ = sparse_decode(
+    return sparse_decode(
         layer.q,
         layer.k_cache,
         layer.v_cache,
@@ -116,7 +143,6 @@ def attend(read: Read, layer: LayerInput) -> Tensor:
         k_scale=scaling.k_scale,
         v_scale=scaling.v_scale,
     )
-    return out
 
 
 def attend_with_logits(scored: ScoredRead, layer: LayerInput) -> tuple[Tensor, Tensor, Tensor]:

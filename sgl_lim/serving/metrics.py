@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 from sgl_lim.methods import Role
 from sgl_lim.methods.parameters import parameters_of
 from sgl_lim.serving.counters import COUNTERS, NOT_MONOTONE, named
+from sgl_lim.serving.draft_sets import Drafts
 from sgl_lim.serving.state import LimState
+from sgl_lim.serving.tally import TALLIED, Tally
+from sgl_lim.settings.config import LimConfig
 
 logger = logging.getLogger(__name__)
 
@@ -22,13 +26,13 @@ PUBLISH_EVERY_S = 5.0
 class _Published:
     """Prometheus counters of this process; created on first use, after SGLang chose the multiprocess directory."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, names: Mapping[str, str]) -> None:
         from prometheus_client import Counter, Gauge
 
         self._label = model_name
         self._counters = {
             name: Counter(f"sgl_lim_{name}", text, ["model_name"])
-            for name, text in COUNTERS.items()
+            for name, text in names.items()
             if name != NOT_MONOTONE
         }
         self._dense = Gauge(
@@ -37,7 +41,7 @@ class _Published:
         self._last = dict.fromkeys(self._counters, 0)
 
     def publish(self, totals: dict[str, int]) -> None:
-        """Show `totals`, as `Counters.read` returns them."""
+        """Show `totals` by the names that were given, and NOT_MONOTONE."""
         for name, counter in self._counters.items():
             counter.labels(self._label).inc(totals[name] - self._last[name])
             self._last[name] = totals[name]
@@ -63,6 +67,8 @@ class _State:
     """The backend of this scheduler process, and when its counters were last published."""
 
     lim: LimState | None = None
+    tally: Tally | None = None
+    drawn_acceptance: float | None = None
     model_name = ""
     enabled = False
     published: _Published | None = None
@@ -76,7 +82,7 @@ def announce(lim: LimState, runner: Any) -> None:
     from sglang.srt.distributed.parallel_state import get_attn_tp_group
 
     first_rank = get_attn_tp_group().rank_in_group == 0
-    _State.lim = lim
+    _State.lim, _State.tally, _State.drawn_acceptance = lim, None, None
     _State.model_name = runner.server_args.served_model_name or runner.server_args.model_path
     _State.enabled = runner.server_args.enable_metrics and first_rank
     if first_rank:
@@ -85,9 +91,38 @@ def announce(lim: LimState, runner: Any) -> None:
         logger.info("sgl-lim is on: %s", summary(lim))
 
 
+def announce_lossless(tally: Tally, counts: Sequence[int], config: LimConfig) -> None:
+    """Log the line that says that answers are the dense model's; make `tally` what `describe` and metrics show.
+
+    Args:
+        counts: numbers of drafts that a round may have, increasing.
+    """
+    from sglang.srt.distributed.parallel_state import get_attn_tp_group
+
+    _State.tally, _State.drawn_acceptance = tally, config.drawn_acceptance
+    if get_attn_tp_group().rank_in_group != 0:
+        return
+    if config.drawn_acceptance is not None:
+        logger.warning(
+            "sgl-lim: ANSWERS ARE WRONG. --lim-drawn-acceptance %g accepts drafts by chance, to measure speed on "
+            "random weights",
+            config.drawn_acceptance,
+        )
+    else:
+        how = "the sets that verification chose" if config.drafts == "guided" else "sets of their own"
+        logger.info(
+            "sgl-lim is lossless: answers are the dense model's; up to %d tokens are drafted on %s, and one dense pass "
+            "verifies them",
+            counts[-1],
+            how,
+        )
+
+
 def settings(lim: LimState) -> dict[str, Any]:
     """Configuration as resolved, builtins only."""
+    lossless = {} if lim.drafts is None else _settings_of_drafts(lim.drafts)
     return {
+        **lossless,
         "method": lim.method.name,
         **lim.method.settings(),
         "selection_layers_from": lim.layers.source,
@@ -95,6 +130,14 @@ def settings(lim: LimState) -> dict[str, Any]:
         "layer_roles": [role.value for role in lim.roles],
         "dense_backend": lim.dense_backend,
         "prefix_groups": lim.granule is not None,
+    }
+
+
+def _settings_of_drafts(drafts: Drafts) -> dict[str, Any]:
+    return {
+        "lossless": True,
+        "draft_tokens": drafts.tokens - 1,
+        "drafts": "unguided" if drafts.sets is None else "guided",
     }
 
 
@@ -138,7 +181,9 @@ def describe() -> dict[str, Any] | None:
     """Block for `/server_info`: settings and counters, or None where this process has no lessismore backend."""
     if _State.lim is None:
         return None
-    return {**settings(_State.lim), "counters": _State.lim.counters.read()}
+    drawn = _State.drawn_acceptance
+    wrong = {} if drawn is None else {"answers_are_wrong": True, "drawn_acceptance": drawn}
+    return {**wrong, **settings(_State.lim), "counters": {**_State.lim.counters.read(), **_tallied()}}
 
 
 def after_step(lim: LimState) -> None:
@@ -153,6 +198,16 @@ def after_step(lim: LimState) -> None:
     elif time.monotonic() - _State.last > PUBLISH_EVERY_S:
         _State.last = time.monotonic()
         _State.pending = _PendingTotals(lim.counters.totals)
+
+
+@contextmanager
+def unpublished() -> Iterator[None]:
+    """Publish nothing of the steps that run meanwhile: they are not counted in the end."""
+    enabled, _State.enabled = _State.enabled, False
+    try:
+        yield
+    finally:
+        _State.enabled, _State.dirty, _State.pending = enabled, False, None
 
 
 def on_idle() -> None:
@@ -174,5 +229,10 @@ def on_discarded(rows: Tensor, places: list[int]) -> None:
 
 def _publish(totals: Tensor) -> None:
     if _State.published is None:
-        _State.published = _Published(_State.model_name)
-    _State.published.publish(named(totals))
+        _State.published = _Published(_State.model_name, {**COUNTERS, **({} if _State.tally is None else TALLIED)})
+    _State.published.publish({**named(totals), **_tallied()})
+
+
+def _tallied() -> dict[str, int]:
+    """What became of drafts; nothing where there are none."""
+    return {} if _State.tally is None else _State.tally.totals()

@@ -4,7 +4,7 @@
 (`sgl_lim.serving.layer`), and counters count by it. A kind of layer that reads otherwise is one more read here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -59,6 +59,8 @@ class Plan:
     """What rows do that have a set from an earlier step, where sets outlive a step."""
     chosen: Read | None = None
     """The set in force; whoever chooses one replaces it."""
+    placed: Iterator[Read] | None = None
+    """Sets that were there before the step, one for each selection layer in turn, which then selects nothing."""
 
     @property
     def set_groups(self) -> PrefixGroups | None:

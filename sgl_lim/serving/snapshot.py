@@ -33,16 +33,26 @@ class Snapshot:
         self._eager = self._allocate(0)
 
     def reserve(self, rows: int) -> None:
-        """Allocate the buffer that captured graphs of at most `rows` rows read; it never moves afterwards."""
+        """Allocate the buffer that captured graphs of at most `rows` rows read; it never moves afterwards.
+
+        Raises:
+            RuntimeError: graphs of fewer rows read the buffer already.
+        """
+        if rows > len(self._captured) > 0:
+            raise RuntimeError(
+                f"graphs of {rows} rows cannot read what graphs of {len(self._captured)} rows were captured with; "
+                "capture the largest batch first, or give --cuda-graph-bs that every graph can have"
+            )
         if rows > len(self._captured):
             self._captured = self._allocate(rows)
 
-    def take(self, forward_batch: Any, *, captured: bool) -> None:
-        """Copy the rows of a decode batch.
+    def take(self, forward_batch: Any, *, captured: bool, beyond: int = 0) -> None:
+        """Copy the rows of a decode batch, or of one that is verified.
 
         Args:
             forward_batch: SGLang's batch, or the view of it that a graph is replayed with.
             captured: whether a captured graph will read the copy, which is then as wide as the pool's rows.
+            beyond: tokens of each row that its length does not count yet.
         """
         batch = forward_batch.batch_size
         if not captured and batch > len(self._eager):
@@ -51,7 +61,8 @@ class Snapshot:
         slots = extended[:, self._room :]
         # SGLang may leave lengths out on the host to avoid waiting for the device.
         on_host = forward_batch.seq_lens_cpu
-        longest = self._table.shape[1] if on_host is None else int(on_host[:batch].max())
+        widest = self._table.shape[1]
+        longest = widest if on_host is None else min(widest, int(on_host[:batch].max()) + beyond)
         torch.index_select(self._table[:, :longest], 0, forward_batch.req_pool_indices, out=slots[:, :longest])
         # Eagerly, what follows is sized by the longest row.
         self.extended = extended if captured else extended[:, : self._room + longest]

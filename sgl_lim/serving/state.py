@@ -8,11 +8,13 @@ from torch import Tensor
 from sgl_lim.methods import CombineRanks, HeadsOfRank, Method, Role
 from sgl_lim.methods.ranked import Ranked
 from sgl_lim.serving.counters import Counters
+from sgl_lim.serving.draft_sets import Drafts
 from sgl_lim.serving.kept_sets import KeptSets
 from sgl_lim.serving.layer import LayerDecode
 from sgl_lim.serving.page_store import PageStore
 from sgl_lim.serving.reads import Plan
 from sgl_lim.serving.snapshot import Snapshot
+from sgl_lim.serving.verification import VerifyPlan
 from sgl_lim.settings.config import LimConfig
 from sgl_lim.settings.layers import Layers, resolve_layers
 
@@ -41,6 +43,14 @@ class LimState:
     """Bounds of the pages' keys, where layers choose pages for themselves."""
     plan: Plan | None = None
     """Of the decode step that runs; None in all other steps."""
+    drafts: Drafts | None = None
+    """Where decode is lossless: what the drafts of this model share with their verification."""
+    drafting: bool = False
+    """Whether this backend's decode steps are drafts; where decode is lossless, those of the other one are dense."""
+    branches_once: bool = False
+    """Whether verification reads a prefix once that branches share, also where the dense backend can verify."""
+    verify: VerifyPlan | None = None
+    """Of the verification that runs; None in all other steps."""
 
     @property
     def method(self) -> Method:
@@ -56,6 +66,20 @@ class LimState:
         """Take note of the keys that a layer has just stored for the tokens of a batch."""
         if self.pages is not None:
             self.pages.learn(layer.layer_id, forward_batch.out_cache_loc)
+
+    @property
+    def verifies(self) -> bool:
+        """Whether verification runs on our operators, rather than on the dense backend's."""
+        return self.dense_by_kernels or (self.branches_once and self.granule is not None)
+
+    @property
+    def dense_decode(self) -> bool:
+        """Whether decode steps attend to everything, because what they say is the answer."""
+        return self.drafts is not None and not self.drafting
+
+    def role(self, layer: int) -> Role:
+        """What a layer does in a decode step."""
+        return Role.DENSE if self.dense_decode else self.roles[layer]
 
     def decodes(self, role: Role) -> bool:
         """Whether layers of a role run on our operators in this step; if not, they are the dense backend's."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sgl_lim.methods import DEFAULT, METHODS, Method
-from sgl_lim.methods.parameters import Switch, Text, flag, parameter, parameters_of
+from sgl_lim.methods.parameters import Choice, Share, Switch, Text, flag, parameter, parameters_of
 from sgl_lim.methods.selection_layers import DEFAULT_LAYERS
 
 ENV = "LESSISMORE_CONFIG"
@@ -39,6 +39,29 @@ class LimConfig:
         None,
         Text("the name of a backend of SGLang"),
         "SGLang backend for prefill and dense layers (default: fa3, flashinfer or torch_native by the device)",
+    )
+    drafts: str = parameter(
+        "guided",
+        Choice(("guided", "unguided")),
+        "With --speculative-algorithm LESSISMORE: drafts read the sets that verification chose, or choose their own",
+    )
+    vary_drafts: bool = parameter(
+        True,
+        Switch(),
+        "With --speculative-algorithm LESSISMORE: draft fewer tokens than --speculative-num-steps, or none, where that "
+        "is faster",
+    )
+    verify_groups: bool = parameter(
+        False,
+        Switch(),
+        "With --speculative-algorithm LESSISMORE on a GPU: verify by operators that read a prefix once which several "
+        "requests share, in place of the dense backend's",
+    )
+    drawn_acceptance: float | None = parameter(
+        None,
+        Share(hint=": the probability with which a draft is accepted"),
+        "For benchmarks alone, because ANSWERS ARE WRONG: with --speculative-algorithm LESSISMORE, accept each draft "
+        "with this probability, whatever the model says. Random weights accept nothing",
     )
     prefix_groups: bool = parameter(
         True, Switch(), "Read a prefix that several requests of a batch share once for all of them"

@@ -9,9 +9,10 @@ import torch
 
 from sgl_lim.methods import Method
 from sgl_lim.methods.parameters import Increasing, flag, parameters_of
-from sgl_lim.settings import preset_file
+from sgl_lim.settings import drafts, preset_file
 from sgl_lim.settings.architectures import architecture_problems
 from sgl_lim.settings.config import LimConfig, RefusedConfig
+from sgl_lim.settings.draft_methods import draft_problems
 from sgl_lim.settings.layers import resolve_layers
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ def check_before_weights(config: LimConfig, model_runner: Any) -> None:
     if method is not None:
         reasons += method.device_problems(device) + unseen_writes_problems(method, server_args)
         reasons += page_problems(method, server_args, page_size)
+        if drafts.is_lossless(server_args):
+            reasons += drafts.model_problems(model) + draft_problems(method, guided=config.drafts == "guided")
     if reasons:
         raise RefusedConfig(reasons)
 
@@ -151,9 +154,15 @@ def speculation_problems(server_args: Any, device: str) -> list[str]:
     algorithm = server_args.speculative_algorithm
     if not algorithm:
         return []
+    if drafts.is_lossless(server_args):
+        # What does not go with it was refused where SGLang resolved its flags (`drafts.problems`).
+        return []
     asked = f"--speculative-algorithm {algorithm}"
     if device == "cpu":
-        return [f"{asked}: SGLang speculates on GPUs alone; on a CPU leave it out"]
+        return [
+            f"{asked}: SGLang speculates on GPUs alone; on a CPU leave it out, or take {drafts.ALGORITHM}, by which "
+            "this backend drafts for itself"
+        ]
     if algorithm == "NGRAM":
         return [f"{asked} has no draft model, and verifies densely, so that nothing would be sparse; leave it out"]
     if server_args.speculative_draft_attention_backend in (None, BACKEND):
@@ -222,7 +231,7 @@ def page_problems(method: Method, server_args: Any, page_size: int) -> list[str]
             f"--page-size {page_size}: {name} chooses pages of {page} tokens, which have to lie together; "
             f"use --page-size {page}"
         )
-    if server_args.speculative_algorithm:
+    if server_args.speculative_algorithm and not drafts.is_lossless(server_args):
         found.append(
             f"--speculative-algorithm {server_args.speculative_algorithm}: {name} bounds the keys of tokens that "
             "verification may take back; leave one of them out"

@@ -22,6 +22,8 @@ from triton.runtime.jit import JITFunction
 
 import lim_kernels
 from lim_kernels import (
+    DraftMemory,
+    DraftSizes,
     Scaling,
     SetSizes,
     adapt_budgets,
@@ -37,6 +39,7 @@ from lim_kernels import (
     grouped_decode,
     groups_of_sets,
     keep_sets,
+    place_drafts,
     place_sets,
     score_context,
     score_pages,
@@ -136,6 +139,13 @@ def launch_set_memory(layers: int, *, interval: int, early: bool) -> None:
     )
 
 
+def launch_drafts(layers: int, heads: int) -> None:
+    memory = DraftMemory.empty(layers, 9, heads, 2048, empty(1).device)
+    rows, tenants = empty(4, dtype=torch.int64), empty(9, dtype=torch.int64)
+    sizes = DraftSizes(2048, sinks=4, room=16)
+    place_drafts(memory, rows, tenants, empty(4, 4096), empty(4), sizes, implementation="triton")
+
+
 def launch_page_bounds(batch, heads, kv_heads, dim, dtype, cache_dtype=None) -> None:
     triton = {"implementation": "triton"}
     bounds = PageBounds(*(empty(1 << 12, kv_heads, dim, dtype=dtype) for _ in range(2)))
@@ -209,6 +219,10 @@ def launch_all(*, fp8: bool, widest: bool) -> None:
 
     launch_set_memory(2, interval=4, early=False)
     launch_set_memory(1, interval=1, early=True)
+    for heads in (1, 8):
+        launch_drafts(2, heads)
+    # Eight tokens that are verified together are as many query heads.
+    launch_grouped(8, 8 * 32, 8, 128, bf16)
 
     rows, tenants = empty(4, dtype=torch.int64), empty(9, dtype=torch.int64)
     ledger, layers = Ledger.empty(9, "meta"), Layers(32, sparse=28, selecting=2)

@@ -81,3 +81,53 @@ def test_discarded_results_are_those_that_sglang_skips(monkeypatch):
     before(SimpleNamespace(enable_overlap=False), batch, "result")
     before(SimpleNamespace(enable_overlap=True), SimpleNamespace(reqs=requests[:1]), "result")
     assert told == [("rows", [1, 2])]
+
+
+def test_slots_of_drafts_are_written_row_by_row():
+    from lim_patches.slots_on_cpu import assign
+
+    table = torch.zeros(4, 6, dtype=torch.int32)
+    start, end = torch.tensor([1, 3, 0], dtype=torch.int32), torch.tensor([4, 3, 2], dtype=torch.int32)
+    assign(None, torch.tensor([2, 0, 3]), table, start, end, torch.tensor([11, 12, 13, 14, 15]), 3)
+    assert table.tolist() == [[0] * 6, [0] * 6, [0, 11, 12, 13, 0, 0], [14, 15, 0, 0, 0, 0]]
+
+
+def test_rows_have_room_for_what_two_rounds_reserve(monkeypatch):
+    from sglang.srt.mem_cache import allocation_sizing
+
+    from lim_patches.row_room import at_least_what_is_reserved
+
+    monkeypatch.setattr(allocation_sizing, "get_alloc_reserve_per_decode", lambda *_: 20)
+    assert at_least_what_is_reserved(14) == 20
+    assert at_least_what_is_reserved(30) == 30
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "expected"),
+    [
+        pytest.param(3, ("stop", 3), id="before"),
+        pytest.param(5, ("length", 5), id="with-the-last"),
+        pytest.param(6, ("length", 5), id="behind"),
+        pytest.param(None, ("length", 5), id="never"),
+    ],
+)
+def test_a_run_ends_at_its_first_stop_or_its_length(stop_at, expected):
+    from lim_patches.stops_before_length import look_for_stops_first
+
+    req = SimpleNamespace(
+        sampling_params=SimpleNamespace(max_new_tokens=5),
+        output_ids=[1] * 7,
+        finished_reason=None,
+        finished_len=None,
+        to_finish=None,
+    )
+    req.finished = lambda: req.finished_reason is not None
+
+    def original(req, new_accepted_len):
+        assert len(req.output_ids) < req.sampling_params.max_new_tokens
+        if stop_at is not None:
+            req.finished_reason, req.finished_len = SimpleNamespace(to_json=lambda: {"type": "stop"}), stop_at
+
+    look_for_stops_first(original, req, 4)
+    assert (req.finished_reason.to_json()["type"], req.finished_len) == expected
+    assert req.sampling_params.max_new_tokens == 5

@@ -9,7 +9,7 @@ import pytest
 from stub_endpoint import COUNTERS, StubEndpoint
 
 from sgl_lim.programs.endpoint import EndpointError, count_tokens, is_alive, server_info
-from sgl_lim.programs.server_stats import Counters, ServerState, attended_fraction, parse_server_info
+from sgl_lim.programs.server_stats import Counters, ServerState, attended_fraction, drafted, parse_server_info
 
 
 def state(*values: int) -> ServerState:
@@ -121,3 +121,12 @@ def test_what_speaks_no_http_is_said_so() -> None:
         with pytest.raises(EndpointError, match="not HTTP"):
             server_info(f"http://127.0.0.1:{listener.getsockname()[1]}")
         greeter.join()
+
+
+def test_drafts_are_told_where_there_were_any() -> None:
+    info: dict[str, Any] = StubEndpoint(counters=dict.fromkeys(COUNTERS, 3)).server_info()
+    assert drafted(vars(parse_server_info(info).counters)) is None
+    counters = info["internal_states"][0]["lessismore"]["counters"]
+    counters |= {"verifications": 10, "drafts_proposed": 60, "drafts_accepted": 45, "plain_rounds": 2}
+    told = drafted(vars(parse_server_info(info).counters))
+    assert told == {"acceptance": 0.75, "tokens_a_verification": 5.5, "drafts": 60}

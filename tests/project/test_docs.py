@@ -11,6 +11,7 @@ import pytest
 from sgl_lim.evaluate import options as evaluate_options
 from sgl_lim.programs import compare_servers, run_options
 from sgl_lim.serving.counters import COUNTERS
+from sgl_lim.serving.tally import TALLIED
 from sgl_lim.settings.flags import add_flags
 
 ROOT = Path(__file__).parents[2]
@@ -101,4 +102,4 @@ def test_metrics_are_tabled_each_once() -> None:
         for row in re.findall(r"^\| (`\w+(?:_total|requests_dense)`.*?) \|", text, re.MULTILINE)
         for name in row.split(", ")
     ]
-    assert sorted(name.strip("`").removesuffix("_total") for name in tabled) == sorted(COUNTERS)
+    assert sorted(name.strip("`").removesuffix("_total") for name in tabled) == sorted({**COUNTERS, **TALLIED})

@@ -27,6 +27,7 @@ def test_the_start_line_is_what_a_server_logs() -> None:
         layers=Layers((2, 12), "context", "preset qwen3-8b"),
         dense_backend="fa3",
         granule=128,
+        drafts=None,
     )
     assert shown()[0] == f"sgl-lim is on: {summary(lim)}"
 

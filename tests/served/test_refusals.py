@@ -106,6 +106,22 @@ LAUNCHES = {
         ("--speculative-algorithm", "EAGLE", "--speculative-draft-model-path", "{model}", *EAGLE),
         (r"--speculative-algorithm EAGLE: SGLang speculates on GPUs alone; on a CPU leave it out",),
     ),
+    "lossless-with-what-cannot-be": Refusal(
+        (
+            *("--speculative-algorithm", "LESSISMORE", "--speculative-eagle-topk", "2", "--enable-mixed-chunk"),
+            *("--speculative-draft-model-path", "{model}", "--disaggregation-mode", "decode"),
+        ),
+        (
+            r"--speculative-eagle-topk 2: drafts are one chain, not a tree; leave the flag out",
+            r"--speculative-draft-model-path .*: the model drafts for itself; leave the flag out",
+            r"--enable-mixed-chunk does not go with --speculative-algorithm LESSISMORE; leave one of them out",
+            r"--disaggregation-mode decode: .*; use one server for both",
+        ),
+    ),
+    "lossless-by-pages": Refusal(
+        ("--speculative-algorithm", "LESSISMORE", "--lim-method", "quest", "--page-size", "16"),
+        (r"--lim-method quest: .*; take lessismore",),
+    ),
     "mla": Refusal((), (r"MLA models .*; serve it with a dense --attention-backend",), config=json.dumps(MLA)),
 }
 

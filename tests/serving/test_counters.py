@@ -55,6 +55,7 @@ def test_hand_count():
         "tokens_shared": 0,
         "rows_grouped": 0,
         "warm_starts": 0,
+        "draft_tokens_attended": 0,
     }
 
 
@@ -300,3 +301,24 @@ def test_totals_never_go_down_whatever_is_thrown_away():
         last = totals
     assert 0 <= 20 * 5 * kept - last["tokens_dense"] <= 20 * 5 * 7, "only the newest step may be missing"
     assert kept > 100
+
+
+def test_what_ran_before_the_counters_were_cleared_does_not_count():
+    counters = build()
+    record(counters, [1, 2], [1, 1], [30, 6])
+    ledger = counters._ledger.totals
+    counters.clear()
+    assert not any(counters.read().values())
+    assert counters._ledger.totals is ledger, "captured graphs write there"
+    record(counters, [1], [1], [30])
+    assert counters.read()["requests"] == 1
+
+
+def test_nothing_is_published_of_what_runs_to_be_measured(monkeypatch):
+    monkeypatch.setattr(metrics._State, "enabled", True)
+    monkeypatch.setattr(metrics._State, "last", 0.0)
+    monkeypatch.setattr(metrics._State, "dirty", False)
+    monkeypatch.setattr(metrics._State, "pending", None)
+    with metrics.unpublished():
+        metrics.after_step(SimpleNamespace(counters=SimpleNamespace(totals=None)))
+    assert metrics._State.enabled and not metrics._State.dirty and metrics._State.pending is None

@@ -9,6 +9,8 @@ import torch
 from sgl_lim.methods import HeadsOfRank
 from sgl_lim.serving import metrics
 from sgl_lim.serving.state import agreed
+from sgl_lim.serving.tally import Tally
+from sgl_lim.settings.config import LimConfig
 from sgl_lim.settings.layers import Layers
 from support.fake_backend import build
 
@@ -26,7 +28,7 @@ LAYERS = Layers((1,), "set", "the calibration kept in x.json", MEASURED, ("first
 @pytest.fixture
 def lim(monkeypatch):
     """The state of a backend whose layers were measured; nothing of it stays for other tests."""
-    for name in ("lim", "model_name", "enabled"):
+    for name in ("lim", "tally", "drawn_acceptance", "model_name", "enabled"):
         monkeypatch.setattr(metrics._State, name, getattr(metrics._State, name))
     state = build(torch.zeros(2, 64, dtype=torch.int32), selection_attends="set").lim
     state.layers = LAYERS
@@ -79,3 +81,19 @@ def test_ranks_take_the_first_one_s_layers(monkeypatch):
     own = Layers((2,), "context", "preset some")
     assert agreed(own, HeadsOfRank(first=2, own=2, all=4)) == LAYERS and sent == [(own, 0)]
     assert agreed(own, HeadsOfRank(first=0, own=4, all=4)) == own and len(sent) == 1
+
+
+@pytest.mark.parametrize("drawn", [None, 0.9])
+def test_a_lossless_server_says_whose_answers_it_gives(lim, monkeypatch, caplog, drawn):
+    announced(lim, monkeypatch, caplog, rank=0)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        metrics.announce_lossless(Tally(), [3, 6], LimConfig(drawn_acceptance=drawn))
+    (record,) = caplog.records
+    block = metrics.describe()
+    if drawn is None:
+        assert record.levelname == "INFO" and "answers are the dense model's; up to 6 tokens" in record.getMessage()
+        assert "answers_are_wrong" not in block
+    else:
+        assert record.levelname == "WARNING" and "ANSWERS ARE WRONG" in record.getMessage()
+        assert (block["answers_are_wrong"], block["drawn_acceptance"]) == (True, 0.9)

@@ -9,12 +9,13 @@ from lim_kernels import Scaling
 from sgl_lim.methods import HeadsOfRank, Role
 from sgl_lim.serving.backend import add_sparse_decode
 from sgl_lim.serving.layer import LayerInput
+from sgl_lim.serving.lossless.draft_backend import draft_state, share_drafts
 from sgl_lim.serving.state import build_state
 from sgl_lim.settings.config import configure
 
 BUDGET = 16
 HEADS, KV_HEADS, DIM, LAYERS = 4, 2, 8, 3
-DECODE, EXTEND, MIXED, IDLE = "decode", "extend", "mixed", "idle"
+DECODE, EXTEND, MIXED, IDLE, VERIFY = "decode", "extend", "mixed", "idle", "target_verify"
 
 
 class Dense(AttentionBackend):
@@ -54,7 +55,7 @@ class Composed(Dense):
 
 class Mode(SimpleNamespace):
     def __getattr__(self, name):
-        return lambda: name == f"is_{self.name}" or (name == "is_extend" and self.name == MIXED)
+        return lambda: name == f"is_{self.name}" or (name == "is_extend" and self.name in (MIXED, VERIFY))
 
 
 def batch_of(rows, lens, mode=DECODE, written=None, **more):
@@ -115,6 +116,44 @@ def build(table, dense=Dense, granule=4, num_slots=400, **values):
     backend = dense()
     add_sparse_decode(backend, lim)
     return backend
+
+
+def lossless(table, tokens, dense=Dense, guided=True, **values):
+    """A target's backend that verifies so many tokens of a row, and one that drafts, over the rows of `table`."""
+    target = build(table, dense, **values)
+    share_drafts(target.lim, tokens=tokens, guided=guided, overlap=False)
+    draft = dense()
+    add_sparse_decode(draft, draft_state(target.lim))
+    return target, draft
+
+
+def verification(rows, lens, tokens, **more):
+    """A batch that verifies so many tokens behind each row's length."""
+    return batch_of(rows, lens, mode=VERIFY, spec_info=SimpleNamespace(draft_token_num=tokens), **more)
+
+
+def layer_named(index):
+    """What our backend asks of a layer of SGLang's."""
+    return SimpleNamespace(
+        layer_id=index,
+        tp_q_head_num=HEADS,
+        qk_head_dim=DIM,
+        v_head_dim=DIM,
+        scaling=0.3,
+        logit_cap=0.0,
+        k_scale=None,
+        v_scale=None,
+        is_cross_attention=False,
+        sliding_window_size=-1,
+    )
+
+
+def verify(target, batch, q):
+    """The outputs of all layers of a verification, each [B * tokens, H, D], of queries [B * tokens, H, D]."""
+    target.init_forward_metadata(batch)
+    layers = [layer_named(index) for index in range(LAYERS)]
+    outs = [target.forward_extend(q.flatten(1), None, None, layer, batch, False) for layer in layers]
+    return [out.view_as(q) for out in outs]
 
 
 def queries(batch):

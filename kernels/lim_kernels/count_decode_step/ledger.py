@@ -18,6 +18,7 @@ TOTALS = (
     "tokens_shared",
     "rows_grouped",
     "warm_starts",
+    "draft_tokens_attended",
 )
 """Names of the totals, in the order of `Ledger.totals`: the one place that says which number is which."""
 STEPS = TOTALS.index("decode_steps")
@@ -93,6 +94,23 @@ class Ledger:
             seen=zeros(num_rows) - 1,
             sparse=torch.zeros(num_rows, dtype=torch.uint8, device=device),
         )
+
+    def enter(self, rows: Tensor, by_row: Tensor) -> None:
+        """Make a step of these rows the newest one; waits for nothing.
+
+        Args:
+            rows: int64 [B], rows of the request pool; row 0 only pads a captured graph.
+            by_row: int64 [B, len(TOTALS)], what each adds; nothing for row 0.
+        """
+        real = rows != 0
+        place = self.steps % 2
+        done = self.pending[place].squeeze(0)
+        done[STEPS].clamp_(max=1)
+        self.totals.add_(done)
+        self.pending[place] = by_row.sum(0)
+        self.amounts[rows] = torch.where(real.unsqueeze(1), by_row, self.amounts[rows])
+        self.last_steps[rows] = torch.where(real, self.steps, self.last_steps[rows])
+        self.steps.add_(1)
 
     def discard(self, rows: Tensor) -> None:
         """Take the last step of some rows back out, if it is pending; waits for nothing.

@@ -20,7 +20,7 @@ leave the sum over rows pending, and remember of each row what it added and when
 import torch
 from torch import Tensor
 
-from lim_kernels.count_decode_step.ledger import STEPS, TOTALS, Layers, Ledger, Sharing
+from lim_kernels.count_decode_step.ledger import TOTALS, Layers, Ledger, Sharing
 from lim_kernels.prefix_groups import PrefixGroups
 from lim_kernels.row_actions import EARLY, RECALL, SELECT
 
@@ -46,6 +46,7 @@ def count_decode_step(
     new = (ledger.seen[rows] != generations[rows]) & real
     before = (ledger.sparse[rows] != 0) & ~new
     amounts = {
+        "draft_tokens_attended": torch.zeros_like(real),
         "decode_steps": real,
         "tokens_dense": layers.all * lens,
         "requests": new,
@@ -55,7 +56,7 @@ def count_decode_step(
     }
     # [B, len(TOTALS)]
     by_row = torch.stack([amounts[name].to(torch.int64) for name in TOTALS], dim=1)
-    _enter(ledger, rows, real, by_row)
+    ledger.enter(rows, by_row)
     ledger.seen[rows] = torch.where(real, generations[rows], ledger.seen[rows])
     ledger.sparse[rows] = (before | sparse).to(ledger.sparse.dtype)
 
@@ -97,18 +98,6 @@ def _shared(real: Tensor, layers: Layers, sharing: Sharing | None) -> dict[str, 
 
 def _read_before(groups: PrefixGroups) -> Tensor:
     return groups.already_read.to(torch.int64)
-
-
-def _enter(ledger: Ledger, rows: Tensor, real: Tensor, by_row: Tensor) -> None:
-    """Make a step of these rows the newest one."""
-    place = ledger.steps % 2
-    done = ledger.pending[place].squeeze(0)
-    done[STEPS].clamp_(max=1)
-    ledger.totals.add_(done)
-    ledger.pending[place] = by_row.sum(0)
-    ledger.amounts[rows] = torch.where(real.unsqueeze(1), by_row, ledger.amounts[rows])
-    ledger.last_steps[rows] = torch.where(real, ledger.steps, ledger.last_steps[rows])
-    ledger.steps.add_(1)
 
 
 def count_sets(ledger: Ledger, rows: Tensor, seq_lens: Tensor, set_counts: Tensor, *, budget: int, layers: int) -> None:

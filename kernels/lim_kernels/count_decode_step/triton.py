@@ -22,6 +22,7 @@ _REQUESTS_SPARSE = tl.constexpr(TOTALS.index("requests_sparse"))
 _TOKENS_SHARED = tl.constexpr(TOTALS.index("tokens_shared"))
 _ROWS_GROUPED = tl.constexpr(TOTALS.index("rows_grouped"))
 _WARM_STARTS = tl.constexpr(TOTALS.index("warm_starts"))
+_DRAFT_TOKENS_ATTENDED = tl.constexpr(TOTALS.index("draft_tokens_attended"))
 
 
 @triton.jit(
@@ -108,6 +109,7 @@ def count_decode_step_kernel(
     enter(totals_ptr, pending_ptr, amounts_ptr, real, _TOKENS_SHARED, shared)
     enter(totals_ptr, pending_ptr, amounts_ptr, real, _ROWS_GROUPED, grouped)
     enter(totals_ptr, pending_ptr, amounts_ptr, real, _WARM_STARTS, recalling)
+    enter(totals_ptr, pending_ptr, amounts_ptr, real, _DRAFT_TOKENS_ATTENDED, tl.zeros_like(lens))
     tl.store(last_steps_ptr + rows, step, mask=real)
     tl.store(steps_ptr, step + 1)
     tl.store(seen_ptr + rows, current, mask=real)
