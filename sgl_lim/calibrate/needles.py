@@ -2,10 +2,10 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
-from sgl_lim.evaluate.items import Encoder, Item, ItemError, Suite, common, most_that_fits, split
+from sgl_lim.evaluate.items import Encoder, Item, ItemError, Suite, length_of, most_that_fits, split_before
 from sgl_lim.tasks import filler
 from sgl_lim.tasks.needles import DEPTHS, SHORTEST
 
@@ -61,6 +61,10 @@ class Hidden:
         """As it stands in the text."""
         return f"{self.kind.lead(self.thing)} {self.value}."
 
+    def answer(self, value: str) -> str:
+        """What a model says that takes this value for the right one."""
+        return f" {self.kind.lead(self.thing)} {value}."
+
 
 def different_kinds(rng: random.Random) -> list[Hidden]:
     """A fact of each kind at each depth, so that nothing else looks like what is asked for."""
@@ -99,19 +103,19 @@ def _hide(rng: random.Random, kind: Kind, thing: str, depth: int) -> Hidden:
 def _of_one_text(encoder: Encoder, rng: random.Random, facts: Sequence[Hidden], context: int) -> list[Item]:
     prose = list(islice(filler.sentences(rng), context // filler.TOKENS_A_SENTENCE))
 
-    def build(count: int, asked: Hidden, value: str) -> Item:
-        deepest_first = sorted(facts, key=lambda one: one.depth, reverse=True)
+    deepest_first = sorted(facts, key=lambda one: one.depth, reverse=True)
+
+    def prompt(count: int, asked: Hidden) -> str:
         text = filler.hide([(one.depth, one.sentence) for one in deepest_first], prose[:count])
-        return split(encoder, text + asked.kind.question(asked.thing), f" {asked.kind.lead(asked.thing)} {value}.")
+        return text + asked.kind.question(asked.thing)
 
     def longest(count: int) -> int:
-        return max(len(build(count, one, one.value)) for one in facts)
+        return max(length_of(encoder, prompt(count, one) + one.answer(one.value)) for one in facts)
 
     count = most_that_fits(longest, context, len(prose))
     if count < SHORTEST:
         raise ItemError(f"--context {context}: has no room for hidden facts; raise it")
-    items = []
-    for one in facts:
-        item, wrong = build(count, one, one.value), build(count, one, one.other)
-        items.append(replace(item, scored_from=common(item.right, wrong.right), depth=one.depth))
-    return items
+    return [
+        split_before(encoder, prompt(count, one), one.answer(one.value), one.answer(one.other), one.depth)
+        for one in facts
+    ]

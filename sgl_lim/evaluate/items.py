@@ -115,16 +115,17 @@ def _needle(encoder: Encoder, rng: random.Random, keys: int, depth: int, context
     needle = draw_needle(rng, keys=keys, depth=depth)
     prose = list(islice(filler.sentences(rng), context // filler.TOKENS_A_SENTENCE))
 
-    def build(count: int, code: int) -> Item:
-        prompt = f"{needle.text(prose[:count])}\n\nQuestion: {needle.question}\nAnswer:"
-        return split(encoder, prompt, f" {needle.lead} {code}")
+    def prompt(count: int) -> str:
+        return f"{needle.text(prose[:count])}\n\nQuestion: {needle.question}\nAnswer:"
 
-    count = most_that_fits(lambda n: len(build(n, needle.code)), context, len(prose))
+    def answer(code: int) -> str:
+        return f" {needle.lead} {code}"
+
+    count = most_that_fits(lambda n: length_of(encoder, prompt(n) + answer(needle.code)), context, len(prose))
     if count < SHORTEST:
         raise ItemError(f"--context {context}: has no room for a hidden fact; raise it")
     # No digit of the other number is the right one.
-    item, wrong = build(count, needle.code), build(count, 99_999 - needle.code)
-    return replace(item, scored_from=common(item.right, wrong.right), depth=depth)
+    return split_before(encoder, prompt(count), answer(needle.code), answer(99_999 - needle.code), depth)
 
 
 def chain_suite(encoder: Encoder, sizes: Sizes) -> Suite:
@@ -153,12 +154,25 @@ def chain_suite(encoder: Encoder, sizes: Sizes) -> Suite:
 
 
 def most_that_fits(length: Callable[[int], int], room: int, most: int) -> int:
-    """The largest n from 0 to `most` whose length is within the room; 0 if none is. Lengths increase with n."""
-    low, high = 0, most
+    """The largest n from 0 to `most` whose length is within the room; 0 if none is. Lengths increase with n.
+
+    A length may cost the encoding of a whole context, so few are asked for: texts grow almost evenly, and the next n to
+    look at is where the room would end if they did.
+    """
+    low, high, probe = 0, most, (most + 1) // 2
     while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if length(middle) <= room else (low, middle - 1)
+        found = length(probe)
+        if found <= room:
+            low = probe
+        else:
+            high = probe - 1
+        probe = min(max(low + 1, probe + round((room - found) * probe / max(found, 1))), high)
     return low
+
+
+def length_of(encoder: Encoder, text: str) -> int:
+    """Tokens of an item whose prompt and right tokens are this text."""
+    return len(encoder.beginning()) + len(encoder.encode(text))
 
 
 def split(encoder: Encoder, prompt: str, right: str) -> Item:
@@ -166,6 +180,14 @@ def split(encoder: Encoder, prompt: str, right: str) -> Item:
     whole = encoder.encode(prompt + right)
     cut = common(whole, encoder.encode(prompt))
     return Item(encoder.beginning() + whole[:cut], whole[cut:])
+
+
+def split_before(encoder: Encoder, prompt: str, right: str, wrong: str, depth: int) -> Item:
+    """An item as `split` makes it, of which only the tokens count that a wrong answer does not begin with."""
+    item = split(encoder, prompt, right)
+    whole = encoder.encode(prompt + wrong)
+    first = len(item.prompt) - len(encoder.beginning())
+    return replace(item, scored_from=common(item.right, whole[first:]), depth=depth)
 
 
 def common(one: list[int], other: list[int]) -> int:

@@ -1,8 +1,12 @@
 """Are items what they are said to be: as long as asked for, different, the same for the same seed?"""
 
+import itertools
+import random
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from source_reader.tokenizer import load_tokenizer
 
 from sgl_lim.evaluate import sources
@@ -115,6 +119,25 @@ def test_chains_hold_as_many_facts_as_fit() -> None:
 
 def test_most_that_fits_is_the_last_within_the_room() -> None:
     assert [most_that_fits(lambda n: 3 * n, room, 20) for room in (-1, 0, 8, 9, 1000)] == [0, 0, 2, 3, 20]
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=60), st.integers(-5, 1500))
+def test_most_that_fits_is_right_for_any_lengths(steps: list[int], room: int) -> None:
+    lengths = list(itertools.accumulate(steps))
+    fitting = [n for n, length in enumerate(lengths) if length <= room]
+    assert most_that_fits(lengths.__getitem__, room, len(lengths) - 1) == max(fitting, default=0)
+
+
+def test_few_lengths_are_asked_for_where_texts_grow_evenly() -> None:
+    rng, asked = random.Random(0), []
+    lengths = [90, *itertools.accumulate((rng.randint(8, 20) for _ in range(600)), initial=90)]
+
+    def length(n: int) -> int:
+        asked.append(n)
+        return lengths[n]
+
+    n = most_that_fits(length, 4096, 600)
+    assert lengths[n] <= 4096 < lengths[n + 1] and len(asked) <= 6
 
 
 def test_every_installation_has_texts() -> None:
