@@ -34,8 +34,8 @@ def expected_counts(jobs: Sequence[tuple[list[int], int]], case: LimCase) -> dic
         "selections": len(SELECTION_LAYERS) * sum(n > budget for n in lengths),
         "requests": len(jobs),
         "requests_dense": sum(max(context) <= budget for context in contexts),
-        # Prompts have nothing in common, and selection layers attend to all that they score.
-        **dict.fromkeys(("tokens_scored", "tokens_shared", "rows_grouped", "warm_starts"), 0),
+        # Prompts have nothing in common, selection layers attend to all that they score, and nothing is drafted.
+        **dict.fromkeys(("tokens_scored", "tokens_shared", "rows_grouped", "warm_starts", "draft_tokens_attended"), 0),
     }
 
 
