@@ -14,12 +14,9 @@ from source_reader.model import PUBLISHED
 from transformers import (
     DeepseekV3Config,
     Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
     PreTrainedModel,
     Qwen3Config,
-    Qwen3ForCausalLM,
     T5Config,
 )
 
@@ -29,35 +26,10 @@ from sgl_lim.evaluate.items import Item, Suite
 from sgl_lim.evaluate.measure import measure, measured
 from sgl_lim.evaluate.step_rows import UnsupportedModel
 from sgl_lim.methods import METHODS, Full
+from support.tiny_transformers import KINDS, VOCABULARY, tiny
 
 ROOT = Path(__file__).parents[2]
-PROMPT, VOCABULARY, DEPTH = 100, 512, 4
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 96,
-    "intermediate_size": 128,
-    "num_hidden_layers": DEPTH,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-}
-KINDS: dict[str, tuple[type, type]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
-
-
-def tiny(kind: str) -> Any:
-    """Random weights, drawn wide, so that attention is peaked and a wrong set changes the logits."""
-    config, model = KINDS[kind]
-    torch.manual_seed(0)
-    made = model(config(**SIZES)).eval()
-    with torch.no_grad():
-        for weight in made.parameters():
-            if weight.dim() == 2:
-                weight.normal_(std=1.5 / weight.shape[1] ** 0.5)
-    return made
+PROMPT = 100
 
 
 @pytest.fixture(scope="module")

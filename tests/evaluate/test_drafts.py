@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluate.test_decode import DEPTH, tiny
 from sgl_lim.evaluate.checkpoint import Checkpoint
 from sgl_lim.evaluate.choices import FULL, Choice, method_of
 from sgl_lim.evaluate.cli import main
@@ -14,6 +13,7 @@ from sgl_lim.evaluate.draft_report import measure_drafts, ways_of
 from sgl_lim.evaluate.drafts import WAYS, KnownText, Rounds, Way, accepted, expected_run
 from sgl_lim.evaluate.items import Item, ItemError, Suite
 from sgl_lim.methods import Full
+from support.tiny_transformers import DEPTH, tiny
 
 LENGTH, START, DRAFTS = 150, 100, 3
 FIRST, ACCEPTED = (Way(name, (name,)) for name in ("first", "accepted"))

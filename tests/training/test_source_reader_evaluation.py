@@ -11,7 +11,7 @@ import torch
 from small_qwen3.bench import ChainBench, half_interval, method_of, methods_of, write
 from small_qwen3.decode import decode, prefill
 from small_qwen3.model import SmallQwen3, finish, project, rope_table
-from source_reader import evaluate
+from source_reader import accuracy
 from source_reader.export import export
 from source_reader.identifiers import find_occurrences, token_bytes
 from source_reader.model import TINY
@@ -122,25 +122,25 @@ def test_names_are_distant_near_or_fresh() -> None:
 
 
 def test_a_search_is_of_every_choice_with_a_sparse_layer_behind_each() -> None:
-    args = evaluate.parse(["text", "model", "--csv", "out.csv", "--methods", "lessismore", "--budgets", "64"])
-    pairs = [method.selection_layers for _, method in list(methods_of(args, evaluate.every_choice(8, 2)))[1:]]
+    args = accuracy.parse(["text", "model", "--csv", "out.csv", "--methods", "lessismore", "--budgets", "64"])
+    pairs = [method.selection_layers for _, method in list(methods_of(args, accuracy.every_choice(8, 2)))[1:]]
     assert pairs == [(a, b) for a in range(1, 5) for b in range(a + 2, 7)]
 
 
 def test_a_search_asks_methods_without_selection_layers_once() -> None:
-    args = evaluate.parse(["text", "model", "--csv", "out.csv", "--methods", "quest", "--budgets", "64"])
-    assert [spec for spec, _ in methods_of(args, evaluate.every_choice(8, 2))] == ["full", "quest"]
+    args = accuracy.parse(["text", "model", "--csv", "out.csv", "--methods", "quest", "--budgets", "64"])
+    assert [spec for spec, _ in methods_of(args, accuracy.every_choice(8, 2))] == ["full", "quest"]
 
 
 @pytest.mark.parametrize("number", ["0", "6"])
 def test_a_search_with_nothing_to_choose_from_is_refused(number: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        evaluate.parse(["text", "model", "--csv", "out.csv", "--search", number])
+        accuracy.parse(["text", "model", "--csv", "out.csv", "--search", number])
     assert f"--search {number}: no choice" in capsys.readouterr().err
 
 
 def test_selection_beyond_the_model_is_refused(model: SmallQwen3, tmp_path: Path) -> None:
-    args = evaluate.parse(["chains", str(tmp_path), "--csv", str(tmp_path / "out.csv"), "--selection", "1,9"])
+    args = accuracy.parse(["chains", str(tmp_path), "--csv", str(tmp_path / "out.csv"), "--selection", "1,9"])
     with pytest.raises(SystemExit, match="--selection: lessismore would select at 1,9 of 4 layers"):
         write(ChainBench(model, []), list(methods_of(args)), args)
 
@@ -161,7 +161,7 @@ def test_a_whole_evaluation(model: SmallQwen3, tmp_path: Path, what: str) -> Non
     sizes = ["--items", "3", "--length", "300", "--decoded", "40", "--distance", "64", "--facts", "12", "--steps", "3"]
     asked = ["--methods", "lessismore,window:sinks=0", "--budgets", "32,64", "--selection", "1", "--device", "cpu"]
     places = [what, str(tmp_path / "model"), "--data", str(tmp_path), "--csv", str(out)]
-    evaluate.main([*places, *sizes, *asked], TINY)
+    accuracy.main([*places, *sizes, *asked], TINY)
     rows = list(csv.DictReader(out.open()))
     assert rows[0]["method"] == "full" and float(rows[0]["attended"]) == 1
     budgets = [(r["method"], r["budget"]) for r in rows[1:]]

@@ -64,9 +64,9 @@ def placed(draft, rows, lens):
     return [slots[:end].tolist() for slots, end in zip(read.slots, read.ends.tolist(), strict=True)]
 
 
-def chosen_by_a_step(table, rows, lens, q, granule=None, **values):
-    """KV slots that an ordinary step of these rows and queries chooses by its keys alone."""
-    plain = build(table, granule=granule, num_slots=SLOTS, selection_attends="set", **values)
+def chosen_by_a_step(table, rows, lens, q, granule=None, num_slots=SLOTS, **values):
+    """KV slots that an ordinary step of these rows chooses by its keys alone, in a pool of the same size."""
+    plain = build(table, granule=granule, num_slots=num_slots, selection_attends="set", **values)
     plain.init_forward_metadata(batch_of(rows, lens))
     layer = layer_named(1)
     plain.forward_decode(q.flatten(1), None, None, layer, batch_of(rows, lens), False)
@@ -281,7 +281,7 @@ class Driven:
         q = random_queries(len(requests) * (world.drafts + 1), self.seed)
         verify(self.target, verification(rows, starts, world.drafts + 1), q)
         first = [start + 1 for start in starts]
-        chosen = chosen_by_a_step(world.table, rows, first, q[:: world.drafts + 1])
+        chosen = chosen_by_a_step(world.table, rows, first, q[:: world.drafts + 1], num_slots=len(world.filled))
         # Rows that are verified beside a longer one leave a set too: all they have.
         long = max(starts) + world.drafts + 1 > BUDGET
         for request, length, slots in zip(requests, first, chosen, strict=True):

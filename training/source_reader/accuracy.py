@@ -1,10 +1,10 @@
 """Measure the source reader in decode, method by method: on held-out text and on chains.
 
-    PYTHONPATH=.:kernels:training python -m source_reader.evaluate text models/source-reader --data .ckpt/data \\
+    PYTHONPATH=.:kernels:training python -m source_reader.accuracy text models/source-reader --data .ckpt/data \\
         --methods full,window,lessismore,lessismore:scope=kv_head,tidaldecode --budgets 128,256,512,1024 \\
         --selection 2,5 --csv out/text.csv
-    … evaluate chains models/source-reader --facts 256 --steps 32 … --csv out/chains.csv
-    … evaluate text models/source-reader --search 2 --items 50 --methods lessismore --budgets 512 --csv out/search.csv
+    … accuracy chains models/source-reader --facts 256 --steps 32 … --csv out/chains.csv
+    … accuracy text models/source-reader --search 2 --items 50 --methods lessismore --budgets 512 --csv out/search.csv
 
 `text`: windows of 8,192 tokens behind `<bos>`; the last `--decoded` are decoded, each fed the right token, the others
 are the prompt. `agreement`: share of steps whose argmax is that of full attention by the same operators. `distant`,

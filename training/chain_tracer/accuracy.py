@@ -1,10 +1,10 @@
 """Measure the chain tracer: accuracy against budget, fixed or adaptive, and size; the search for selection layers.
 
-    PYTHONPATH=.:kernels:training python -m chain_tracer.evaluate budget models/chain-tracer --selection 2,8 \\
+    PYTHONPATH=.:kernels:training python -m chain_tracer.accuracy budget models/chain-tracer --selection 2,8 \\
         --csv benchmarks/results/chain_tracer_budget.csv
-    … evaluate search models/chain-tracer --chains 64 --csv search.csv
-    … evaluate sizes models/chain-tracer --chains 64 --csv sizes.csv
-    … evaluate adaptive models/chain-tracer --chains 16 --csv benchmarks/results/chain_tracer_adaptive.csv
+    … accuracy search models/chain-tracer --chains 64 --csv search.csv
+    … accuracy sizes models/chain-tracer --chains 64 --csv sizes.csv
+    … accuracy adaptive models/chain-tracer --chains 16 --csv benchmarks/results/chain_tracer_adaptive.csv
 """
 
 import argparse
