@@ -102,7 +102,7 @@ def split(files: Iterable[Encoded]) -> tuple[list[Encoded], list[Encoded]]:
 
 def encode_all(sources: list[Source], processes: int) -> list[Encoded]:
     """Files worth reading, encoded, in the order of `sources`."""
-    with multiprocessing.get_context("fork").Pool(processes, _start_worker) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, _start_worker) as pool:
         return [e for e in pool.imap(_encode, sources, chunksize=32) if e is not None]
 
 
@@ -124,7 +124,7 @@ def prepare_chains(folder: Path, length: int, count: int, *, seed: int, processe
     files = folder / f"chains-{length}.npy", folder / f"wanted-{length}.npy"
     if all(f.exists() for f in files):
         return
-    with multiprocessing.get_context("fork").Pool(processes, _start_worker) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, _start_worker) as pool:
         draw = partial(_chain_rows, folder=folder, length=length, seed=seed)
         parts = pool.map(draw, [range(i, min(count, i + 64)) for i in range(0, count, 64)])
     for file, rows in zip(files, zip(*parts, strict=True), strict=True):
