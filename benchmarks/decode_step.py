@@ -250,6 +250,19 @@ def kernel_table(kernels: list[tuple[str, int, float]], longest: int = 25) -> st
     return "\n".join(lines)
 
 
+def add_worker_flags(parser: argparse.ArgumentParser) -> None:
+    """What a benchmark takes that runs backends in processes of their own: see `run_worker`."""
+    parser.add_argument(
+        "--shuffle-slots", action="store_true", help="scatter the KV slots as a long-running server does"
+    )
+    parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="compare logits first")
+    parser.add_argument(
+        "--sglang-args", default="", help="further SGLang arguments, quoted: --sglang-args='--device cpu'"
+    )
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds a backend may take")
+    parser.add_argument("--output", type=Path, help="CSV file to append to")
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -265,17 +278,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=24, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument(
-        "--shuffle-slots", action="store_true", help="scatter the KV slots as a long-running server does"
-    )
-    parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="compare logits first")
-    parser.add_argument(
         "--profile", type=Forest.parse, metavar="BxC", help="list the kernels of one step; time nothing"
     )
-    parser.add_argument(
-        "--sglang-args", default="", help="further SGLang arguments, quoted: --sglang-args='--device cpu'"
-    )
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds a backend may take")
-    parser.add_argument("--output", type=Path, help="CSV file to append to")
+    add_worker_flags(parser)
     args = parser.parse_args(argv)
     if bool(args.cases) == bool(args.profile):
         parser.error("give either --cases or --profile")

@@ -29,12 +29,19 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.decode_step import Backend, checked_cases, judge, parse_backend, run_worker, worker_argv
+from benchmarks.decode_step import (
+    Backend,
+    add_worker_flags,
+    checked_cases,
+    judge,
+    parse_backend,
+    run_worker,
+    worker_argv,
+)
 from benchmarks.decode_step_worker import Outcome
 from benchmarks.forest import Forest
 from benchmarks.lossless_worker import LosslessOutcome, work
@@ -136,11 +143,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=4, help="rounds and steps before them")
     parser.add_argument("--temperature", type=float, default=0.0, help="of all requests; 0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="of all requests")
-    parser.add_argument("--shuffle-slots", action="store_true", help="scatter the KV slots")
-    parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="compare logits first")
-    parser.add_argument("--sglang-args", default="", help="further SGLang arguments, quoted")
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds a server may take")
-    parser.add_argument("--output", type=Path, help="CSV file to append to")
+    add_worker_flags(parser)
     args = parser.parse_args(argv)
     wrong = [one for one in args.acceptance if not 0 <= one <= 1]
     if wrong:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from sgl_lim.calibrate.candidates import Candidate
 from sgl_lim.calibrate.job import Job, Result
 from sgl_lim.calibrate.outcome import Outcome, Retrieval
+from sgl_lim.evaluate.output import aligned
 
 
 def table(result: Result, job: Job) -> str:
@@ -16,14 +17,12 @@ def table(result: Result, job: Job) -> str:
     for name, one in shown:
         lines.append([name, *_cells(one, tasks)])
     lines.append(["full attention", "", "", f"{job.space.depth}", "0", "100%", *_full(result.chosen, tasks)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     what = "text" if any(name != "chains" for name in result.chosen.by_suite) else "chains"
     head = (
         f"budget {result.budget}, contexts of {job.sizes.context} tokens: {result.chosen.tokens} decoded tokens of "
         f"{what} that were held out, with 95% intervals"
     )
-    return "\n".join([head, *text])
+    return f"{head}\n{aligned(lines)}"
 
 
 def conclusion(result: Result, job: Job) -> str:

@@ -159,8 +159,8 @@ class Checkpoint:
         for first in range(0, len(ids), rows):
             part = places[first : first + rows]
             lens = torch.tensor([length for _, length in part], dtype=torch.int32, device=device)
-            width = -(-max(length for _, length in part) // _WIDTHS) * _WIDTHS
-            table = torch.zeros(len(part), width, dtype=torch.int32, device=device)
+            width = max(length for _, length in part)
+            table = torch.zeros(len(part), table_width(width), dtype=torch.int32, device=device)
             for row, (sequence, length) in enumerate(part):
                 table[row, :length] = slots[sequence][:length]
             made.append(Rows(torch.tensor(ids[first : first + rows], device=device), table, lens))
@@ -182,6 +182,11 @@ class Checkpoint:
         """float32 logits [S, vocab] of the last `keep` tokens, or with 0 of all."""
         found = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep)
         return found.logits[0].float()
+
+
+def table_width(longest: int) -> int:
+    """Columns of a table of slots for rows of so many tokens at most."""
+    return -(-longest // _WIDTHS) * _WIDTHS
 
 
 def shared_tokens(one: Sequence[int], other: Sequence[int], most: int) -> int:

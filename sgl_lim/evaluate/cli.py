@@ -5,17 +5,17 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from sgl_lim.evaluate import sources
+from sgl_lim.evaluate import draft_report, sources
 from sgl_lim.evaluate.checkpoint import Checkpoint, load, load_config
 from sgl_lim.evaluate.choices import Choice, choices_of
-from sgl_lim.evaluate.draft_report import DraftFile, draft_table, measure_drafts, ways_of
+from sgl_lim.evaluate.draft_report import draft_table, measure_drafts, ways_of
 from sgl_lim.evaluate.items import KEYS, ItemError, Sizes, Suite, chain_suite, needle_suite, text_suite
 from sgl_lim.evaluate.measure import Row, measure, measured
 from sgl_lim.evaluate.options import Options, parse
 from sgl_lim.evaluate.output import check_output
 from sgl_lim.evaluate.plot import draw
 from sgl_lim.evaluate.progress import Progress
-from sgl_lim.evaluate.report import CsvFile, table, verdict
+from sgl_lim.evaluate.report import csv_file, csv_row, table, verdict
 from sgl_lim.evaluate.step_rows import UnsupportedModel
 from sgl_lim.settings.config import configure
 from sgl_lim.settings.layers import layers_for
@@ -96,13 +96,13 @@ def _suites(options: Options, checkpoint: Checkpoint, texts: dict[str, list[str]
 def _measure(options: Options, checkpoint: Checkpoint, suites: list[Suite], choices: list[Choice]) -> list[Row]:
     choices = measured(checkpoint, choices)
     total = len(choices) * sum(len(item.fed) for suite in suites for item in suite.items)
-    file, found, progress = CsvFile(options.output, _where(options, checkpoint)), [], Progress(total)
+    file, found, progress = csv_file(options.output, _where(options, checkpoint)), [], Progress(total)
     try:
         progress.say(f"{total:,} tokens to decode: {len(choices)} choices on {', '.join(s.name for s in suites)}")
         for suite in suites:
             progress.begin(suite.name)
             rows = measure(checkpoint, suite, choices, rows=options.rows, done=progress.add)
-            file.add(rows)
+            file.add(map(csv_row, rows))
             found += rows
     finally:
         progress.close()
@@ -115,13 +115,14 @@ def _measure_drafts(options: Options, checkpoint: Checkpoint, suites: list[Suite
         print("error: --measure drafts: no method of --methods can draft; take lessismore", file=sys.stderr)
         return 2
     total = count * sum(len(item.right) for suite in suites for item in suite.items)
-    file, found, progress = DraftFile(options.output, options.drafts, _where(options, checkpoint)), [], Progress(total)
+    file = draft_report.draft_file(options.output, options.drafts, _where(options, checkpoint))
+    found, progress = [], Progress(total)
     try:
         progress.say(f"rounds of {options.drafts} drafts: {count} ways on {', '.join(s.name for s in suites)}")
         for suite in suites:
             progress.begin(suite.name)
             rows = measure_drafts(checkpoint, suite, choices, options.drafts, progress.add)
-            file.add(rows)
+            file.add(draft_report.csv_row(row, options.drafts) for row in rows)
             found += rows
     finally:
         progress.close()

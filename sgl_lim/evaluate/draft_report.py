@@ -1,6 +1,5 @@
 """Runs rounds of drafts over suites, and writes what was accepted: rows of a CSV file, and a table."""
 
-import csv
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from sgl_lim.evaluate.checkpoint import Checkpoint
 from sgl_lim.evaluate.choices import FULL, Choice
 from sgl_lim.evaluate.drafts import WAYS, Accepted, KnownText, Rounds, Way, accepted
 from sgl_lim.evaluate.items import ItemError, Suite
+from sgl_lim.evaluate.output import RowsFile, aligned
 from sgl_lim.programs.intervals import clustered_interval
 from sgl_lim.settings.draft_methods import draft_problems
 
@@ -82,33 +82,23 @@ def ways_of(choices: Sequence[Choice]) -> list[tuple[Choice, Way]]:
     return list(found.values())
 
 
-class DraftFile:
-    """A CSV file that grows by rows; each is on disk when `add` returns."""
+def draft_file(path: Path, drafts: int, where: Mapping[str, str]) -> RowsFile:
+    """The CSV file of what was accepted, which takes `csv_row`s; the columns of `where` are equal in every row."""
+    places = [f"at_{place}" for place in range(1, drafts + 1)]
+    names = ("suite", "method", "budget", "selection_layers", "drafts", "sets_by", "texts", "rounds")
+    return RowsFile(path, (*names, "accepted", "accepted_low", "accepted_high", *places, "seconds", *where), where)
 
-    def __init__(self, path: Path, drafts: int, where: Mapping[str, str]) -> None:
-        """Begin anew, with the columns of `where` equal in every row."""
-        places = [f"at_{place}" for place in range(1, drafts + 1)]
-        names = ("suite", "method", "budget", "selection_layers", "drafts", "sets_by", "texts", "rounds")
-        self._names = (*names, "accepted", "accepted_low", "accepted_high", *places, "seconds", *where)
-        self._path, self._where, self._drafts = path, dict(where), drafts
-        with path.open("w", newline="") as file:
-            csv.DictWriter(file, self._names, lineterminator="\n").writeheader()
 
-    def add(self, rows: Sequence[DraftRow]) -> None:
-        """Append rows."""
-        with self._path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, self._names, lineterminator="\n")
-            writer.writerows({**self._fields(row), **self._where} for row in rows)
-
-    def _fields(self, row: DraftRow) -> dict[str, str]:
-        texts, rounds = len(row.accepted.run), row.accepted.rounds
-        low, high = interval(row, self._drafts)
-        found = {"suite": row.suite, "method": row.choice.spec, "budget": str(row.choice.budget or "")}
-        found["selection_layers"] = row.layers
-        found |= {"drafts": str(self._drafts), "sets_by": row.way.name, "texts": str(texts), "rounds": str(rounds)}
-        found |= {"accepted": f"{row.run:.3f}", "accepted_low": f"{low:.3f}", "accepted_high": f"{high:.3f}"}
-        found |= {f"at_{place}": f"{chance:.4f}" for place, chance in enumerate(row.accepted.at, 1)}
-        return found | {"seconds": f"{row.seconds:.1f}"}
+def csv_row(row: DraftRow, drafts: int) -> dict[str, str]:
+    """Columns by name."""
+    texts, rounds = len(row.accepted.run), row.accepted.rounds
+    low, high = interval(row, drafts)
+    found = {"suite": row.suite, "method": row.choice.spec, "budget": str(row.choice.budget or "")}
+    found["selection_layers"] = row.layers
+    found |= {"drafts": str(drafts), "sets_by": row.way.name, "texts": str(texts), "rounds": str(rounds)}
+    found |= {"accepted": f"{row.run:.3f}", "accepted_low": f"{low:.3f}", "accepted_high": f"{high:.3f}"}
+    found |= {f"at_{place}": f"{chance:.4f}" for place, chance in enumerate(row.accepted.at, 1)}
+    return found | {"seconds": f"{row.seconds:.1f}"}
 
 
 def interval(row: DraftRow, drafts: int) -> tuple[float, float]:
@@ -135,5 +125,4 @@ def draft_table(rows: Sequence[DraftRow], drafts: int) -> str:
                 " ".join(f"{100 * chance:.0f}" for chance in row.accepted.at),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return aligned(lines)

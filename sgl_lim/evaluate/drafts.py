@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lim_kernels import Scaling
-from sgl_lim.evaluate.checkpoint import Checkpoint, Prompt
+from sgl_lim.evaluate.checkpoint import Checkpoint, Prompt, table_width
 from sgl_lim.evaluate.measure import overlap
 from sgl_lim.evaluate.pool import Pool
 from sgl_lim.evaluate.step_rows import Rows, StepRows
@@ -24,9 +24,6 @@ from sgl_lim.serving.draft_sets import DraftSets, plan_drafts
 from sgl_lim.serving.layer import LayerDecode, LayerInput
 from sgl_lim.serving.reads import Read
 from sgl_lim.serving.verification import plan_guide
-
-_WIDTHS = 64
-"""Tables of slots are as wide as a multiple of this, so that kernels meet few widths."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ class Rounds:
 
     def _table(self, which: Sequence[int], lens: Sequence[int]) -> Tensor:
         """int32 [n, W]: the texts' slots, and those of drafts behind them."""
-        width = -(-(max(lens) + self._drafts) // _WIDTHS) * _WIDTHS
+        width = table_width(max(lens) + self._drafts)
         table = torch.zeros(len(which), width, dtype=torch.int32, device=self._slots.device)
         for row, (n, length) in enumerate(self._each(which, lens)):
             table[row, :length] = self._texts[n].prompt.slots[:length].int()

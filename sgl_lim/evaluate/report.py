@@ -1,6 +1,5 @@
 """What is written: rows of the CSV, the table at the end, and the sentence that says what to set."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from sgl_lim.evaluate.choices import FULL, ROUNDING, Choice
 from sgl_lim.evaluate.items import DEPTHS
 from sgl_lim.evaluate.measure import Row, Share
+from sgl_lim.evaluate.output import RowsFile, aligned
 
 FIELDS = (
     "suite", "task", "method", "budget", "selection_layers", "selection_attends", "items", "tokens",
@@ -36,20 +36,9 @@ def csv_row(row: Row) -> dict[str, str]:
     return found | {f"whole_at_{depth}": f"{share:.4f}" for depth, share in row.by_depth.items()}
 
 
-class CsvFile:
-    """A CSV file that grows by rows; each is on disk when `add` returns."""
-
-    def __init__(self, path: Path, where: Mapping[str, str]) -> None:
-        """Begin anew, with the columns of `where` equal in every row."""
-        self._path, self._where, self._names = path, dict(where), (*FIELDS, *WHERE)
-        with path.open("w", newline="") as file:
-            csv.DictWriter(file, self._names, lineterminator="\n").writeheader()
-
-    def add(self, rows: Sequence[Row]) -> None:
-        """Append rows."""
-        with self._path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, self._names, lineterminator="\n")
-            writer.writerows({**csv_row(row), **self._where} for row in rows)
+def csv_file(path: Path, where: Mapping[str, str]) -> RowsFile:
+    """The CSV file of an evaluation, which takes `csv_row`s; the columns of `where` are equal in every row."""
+    return RowsFile(path, (*FIELDS, *WHERE), where)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -63,8 +52,7 @@ def table(rows: Sequence[Row]) -> str:
         if choice.layers and choice.method.selection_attends == "set":
             layers += " (set)"
         lines.append([choice.spec, layers, str(choice.budget or "-"), f"{read:.0%}", *cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return aligned(lines)
 
 
 def _cell(row: Row) -> str:

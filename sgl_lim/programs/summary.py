@@ -87,14 +87,7 @@ def table(summary: Mapping[str, Any]) -> str:
     if summary["other_branch_tokens"]:
         lines.append(("on other branches", f"{summary['other_branch_tokens']:,} tokens"))
     if summary["drafted"] is not None:
-        drafts = summary["drafted"]
-        lines.append(
-            (
-                "drafts accepted",
-                f"{drafts['acceptance']:.3f} of {drafts['drafts']:,}, {drafts['tokens_a_verification']:.2f} tokens a "
-                "verification",
-            )
-        )
+        lines.append(("drafts accepted", _drafted(summary["drafted"])))
     lines += [
         (
             "generation tokens",
@@ -115,6 +108,11 @@ def table(summary: Mapping[str, Any]) -> str:
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _drafted(drafts: Mapping[str, Any]) -> str:
+    share = f"{drafts['acceptance']:.3f} of {drafts['drafts']:,}"
+    return f"{share}, {drafts['tokens_a_verification']:.2f} tokens a verification"
 
 
 def mean_length(lengths: Mapping[str, Any]) -> str:

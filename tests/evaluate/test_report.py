@@ -14,7 +14,7 @@ from sgl_lim.evaluate.items import Item, Suite
 from sgl_lim.evaluate.measure import Row, Share, measure, overlap
 from sgl_lim.evaluate.plot import draw
 from sgl_lim.evaluate.pool import Pool
-from sgl_lim.evaluate.report import FIELDS, WHERE, CsvFile, table, verdict
+from sgl_lim.evaluate.report import FIELDS, WHERE, csv_file, csv_row, table, verdict
 
 VOCABULARY = 4
 SPARSE = Choice("window", method_of("window", 64, (2,)))
@@ -124,9 +124,9 @@ def test_needles_that_full_attention_loses_tell_nothing() -> None:
 
 def test_rows_are_on_disk_as_they_come(tmp_path: Path) -> None:
     rows, path = rows_of(l6_14=(0.94, 0.9, 0.3)), tmp_path / "out.csv"
-    file = CsvFile(path, {"model": "m", "seed": "0"})
+    file = csv_file(path, {"model": "m", "seed": "0"})
     for count, one in enumerate(rows, start=1):
-        file.add([one])
+        file.add([csv_row(one)])
         with path.open() as read:
             found = list(csv.DictReader(read))
         assert len(found) == count and list(found[0]) == [*FIELDS, *WHERE]

@@ -13,6 +13,7 @@ from benchmarks.random_checkpoint import write_tokenizer
 from support.exact_sampling import VOCAB, Parameters, adjusted, exact_answers, fit
 from support.fleet import NEXT_PYTHON, interpreter
 from support.server import Server, ServerPool, ServerSpec
+from support.wide_weights import draw_wide
 
 pytestmark = pytest.mark.served
 
@@ -67,12 +68,7 @@ def write_six_words(folder: Path) -> Path:
         pad_token_id=None,
     )
     model = Qwen3ForCausalLM(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight.normal_(std=1.5 / weight.shape[1] ** 0.5)
-            if "q_norm" in name or "k_norm" in name:
-                weight.fill_(2.0)
+    draw_wide(model, qk_norms=2.0)
     model.save_pretrained(folder)
     write_tokenizer(folder, VOCAB, 512)
     return folder

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from sgl_lim.tasks.chains import vocabulary
+from support.wide_weights import draw_wide
 
 
 def write_tiny_model(
@@ -42,12 +43,7 @@ def write_tiny_model(
         pad_token_id=words.index("<pad>"),
     )
     model = Qwen3ForCausalLM(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight.normal_(std=1.5 / weight.shape[1] ** 0.5)
-            if "q_norm" in name or "k_norm" in name:
-                weight.fill_(1.7)
+    draw_wide(model, qk_norms=1.7)
     model.save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<[a-z]+>|v\d+|\d+|->|[a-z]+|\S"), "removed", invert=True)

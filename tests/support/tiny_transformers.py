@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from support.wide_weights import draw_wide
+
 VOCABULARY, DEPTH = 512, 4
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -27,8 +29,5 @@ def tiny(kind: str) -> Any:
     config, model = KINDS[kind]
     torch.manual_seed(0)
     made = model(config(**SIZES)).eval()
-    with torch.no_grad():
-        for weight in made.parameters():
-            if weight.dim() == 2:
-                weight.normal_(std=1.5 / weight.shape[1] ** 0.5)
+    draw_wide(made)
     return made
