@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lim_kernels import SetSizes, choose_tokens, expand_pages, score_pages
+from lim_kernels import choose_pages, expand_pages, score_pages
 from lim_kernels.page_bounds import PAGE, PageBounds
 from sgl_lim.methods.base import Budgeted, CombineRanks, Role
 from sgl_lim.methods.parameters import Choice, parameter
@@ -55,8 +55,5 @@ class Quest(Budgeted):
         scores = score_pages(q, bounds, slots, seq_lens, score_beyond=self.budget)
         if combine_ranks is not None:
             scores = combine_ranks(scores, "max")
-        heads = scores.shape[:2]
-        in_row = ((seq_lens + PAGE - 1) // PAGE).repeat_interleave(heads[1])
-        sizes = SetSizes(budget=self.budget // PAGE, recent=1, sinks=0)
-        pages, _ = choose_tokens(scores.flatten(0, 1), in_row, sizes)
-        return expand_pages(pages.unflatten(0, heads), slots, seq_lens)
+        pages, counts = choose_pages(scores, seq_lens, page=PAGE, most=self.budget // PAGE)
+        return expand_pages(pages, counts, slots, seq_lens, page=PAGE)
