@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lim_kernels import choose_pages, expand_pages, score_pages
+from lim_kernels.block_gates import GatedBlocks
 from lim_kernels.page_bounds import PAGE, PageBounds
 from sgl_lim.methods.base import Budgeted, CombineRanks, Role
 from sgl_lim.methods.parameters import Choice, parameter
@@ -46,14 +47,15 @@ class Quest(Budgeted):
     def choose_own(
         self,
         q: Tensor,
-        bounds: PageBounds,
+        pages: PageBounds | GatedBlocks,
         slots: Tensor,
         seq_lens: Tensor,
         combine_ranks: CombineRanks | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The best pages and the last one of each row and KV head; a row within the budget keeps all it has."""
-        scores = score_pages(q, bounds, slots, seq_lens, score_beyond=self.budget)
+        assert isinstance(pages, PageBounds)
+        scores = score_pages(q, pages, slots, seq_lens, score_beyond=self.budget)
         if combine_ranks is not None:
             scores = combine_ranks(scores, "max")
-        pages, counts = choose_pages(scores, seq_lens, page=PAGE, most=self.budget // PAGE)
-        return expand_pages(pages, counts, slots, seq_lens, page=PAGE)
+        chosen = choose_pages(scores, seq_lens, page=PAGE, most=self.budget // PAGE)
+        return expand_pages(*chosen, slots, seq_lens, page=PAGE)

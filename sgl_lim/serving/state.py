@@ -11,7 +11,7 @@ from sgl_lim.serving.counters import Counters
 from sgl_lim.serving.draft_sets import Drafts
 from sgl_lim.serving.kept_sets import KeptSets
 from sgl_lim.serving.layer import LayerDecode
-from sgl_lim.serving.page_store import PageStore
+from sgl_lim.serving.own_pages import Pages, build_pages
 from sgl_lim.serving.reads import Plan
 from sgl_lim.serving.snapshot import Snapshot
 from sgl_lim.serving.verification import VerifyPlan
@@ -39,8 +39,8 @@ class LimState:
     counters: Counters
     granule: int | None
     """Shared prefixes are found in multiples of so many tokens; None where they are not looked for."""
-    pages: PageStore | None = None
-    """Bounds of the pages' keys, where layers choose pages for themselves."""
+    pages: Pages | None = None
+    """What is known of the pool's pages, where layers choose pages for themselves."""
     plan: Plan | None = None
     """Of the decode step that runs; None in all other steps."""
     drafts: Drafts | None = None
@@ -65,7 +65,8 @@ class LimState:
     def learn(self, layer: Any, forward_batch: Any) -> None:
         """Take note of the keys that a layer has just stored for the tokens of a batch."""
         if self.pages is not None:
-            self.pages.learn(layer.layer_id, forward_batch.out_cache_loc)
+            k_scale = 1.0 if layer.k_scale is None else layer.k_scale_float
+            self.pages.learn(layer.layer_id, forward_batch.out_cache_loc, forward_batch.positions, k_scale)
 
     @property
     def verifies(self) -> bool:
@@ -103,7 +104,6 @@ def build_state(config: LimConfig, runner: Any, dense_backend: str, heads: Heads
     method = config.build(**layers.parameters)
     kept_sets = build_kept_sets(method, table, pool.size + pool.page_size)
     roles = method.layer_roles(num_layers)
-    choosing = [layer for layer, role in enumerate(roles) if role is Role.OWN]
     return LimState(
         decode=LayerDecode(method, heads, combiner(heads, per_kv_head=method.per_kv_head), kept_sets),
         roles=roles,
@@ -123,7 +123,7 @@ def build_state(config: LimConfig, runner: Any, dense_backend: str, heads: Heads
             overlap=not runner.server_args.disable_overlap_schedule,
         ),
         granule=GRANULE if config.prefix_groups else None,
-        pages=PageStore(pool, choosing, runner.model_config.dtype) if choosing else None,
+        pages=build_pages(method, roles, runner, heads),
     )
 
 

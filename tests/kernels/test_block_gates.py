@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
-from support.gate_oracle import GateRule, PublishedGate, angles, draw_gate, gate_key, gate_scores, rope
 
 from lim_kernels import gate_keys, score_blocks
 from lim_kernels.block_gates import Gate, GatedBlocks, Rotation
+from support.gate_oracle import GateRule, PublishedGate, angles, draw_gate, gate_key, gate_scores, rope
 
 PUBLISHED = {
     # Qwen3-4B and 8B: 32 query heads, 8 KV heads of 128 elements; the gates of both are as large.

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.gate_oracle import chosen_blocks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lim_kernels import choose_pages, expand_pages
+from support.gate_oracle import chosen_blocks
 
 EXAMPLES = {"reference": 60, "triton": 12}
 

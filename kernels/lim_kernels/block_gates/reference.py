@@ -7,6 +7,8 @@
 q and the keys are those before the model's own rotation. Training differentiates these functions.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -42,8 +44,12 @@ def score_blocks(q: Tensor, blocks: GatedBlocks, slots: Tensor, seq_lens: Tensor
 
 def pool_keys(keys: Tensor, pools: tuple[str, ...]) -> Tensor:
     """Keys [..., n, D] of blocks, pooled and joined: [..., len(pools) * D]."""
-    by_name = {"max": keys.amax, "min": keys.amin, "avg": keys.mean}
-    return torch.cat([by_name[name](-2) for name in pools], dim=-1)
+    by_name: dict[str, Callable[[Tensor], Tensor]] = {
+        "max": lambda of: of.amax(-2),
+        "min": lambda of: of.amin(-2),
+        "avg": lambda of: of.mean(-2),
+    }
+    return torch.cat([by_name[name](keys) for name in pools], dim=-1)
 
 
 def project_keys(gate: Gate, pooled: Tensor, first: Tensor) -> Tensor:

@@ -66,11 +66,12 @@ def rotated(one, two, table_ptr, position, columns, HALF: tl.constexpr, ROTATE: 
 def pooled(keys, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """One of keys [BLOCK, BLOCK_DIM], by the place of its name among `POOLS`."""
     if KIND == 0:
-        return tl.max(keys, axis=0)
+        result = tl.max(keys, axis=0)
     elif KIND == 1:
-        return tl.min(keys, axis=0)
+        result = tl.min(keys, axis=0)
     else:
-        return tl.sum(keys, axis=0) / BLOCK
+        result = tl.sum(keys, axis=0) / BLOCK
+    return result
 
 
 @triton.jit

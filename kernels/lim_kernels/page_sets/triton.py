@@ -76,6 +76,27 @@ def choose_pages_kernel(
     tl.store(counts_ptr + item, wanted + 1)
 
 
+@triton.jit
+def pages_above(scores_row, count, threshold, BLOCK: tl.constexpr):
+    """How many of `count` pages have a larger share of their softmax than `threshold`."""
+    peak = tl.full([], -float("inf"), dtype=tl.float32)
+    for start in range(0, count, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        scores = tl.load(scores_row + places, mask=places < count, other=-float("inf"))
+        peak = tl.maximum(peak, tl.max(scores, axis=0))
+    weight = tl.full([], 0.0, dtype=tl.float32)
+    for start in range(0, count, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        scores = tl.load(scores_row + places, mask=places < count, other=-float("inf"))
+        weight += tl.sum(tl.exp(scores - peak), axis=0)
+    above = 0
+    for start in range(0, count, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        scores = tl.load(scores_row + places, mask=places < count, other=-float("inf"))
+        above += tl.sum((tl.exp(scores - peak) > threshold * weight).to(tl.int32), axis=0)
+    return above
+
+
 @triton.jit(do_not_specialize=["threshold"])
 def count_above_kernel(
     scores_ptr,
@@ -98,24 +119,9 @@ def count_above_kernel(
     tl.store(in_row_ptr + item, in_row)
     budget = most
     if THRESHOLD:
-        if in_row > most:
-            scores_row = scores_ptr + row * stride_row + head * stride_head
-            peak = tl.full([], -float("inf"), dtype=tl.float32)
-            for start in range(0, in_row - 1, BLOCK):
-                places = start + tl.arange(0, BLOCK)
-                scores = tl.load(scores_row + places, mask=places < in_row - 1, other=-float("inf"))
-                peak = tl.maximum(peak, tl.max(scores, axis=0))
-            weight = tl.full([], 0.0, dtype=tl.float32)
-            for start in range(0, in_row - 1, BLOCK):
-                places = start + tl.arange(0, BLOCK)
-                scores = tl.load(scores_row + places, mask=places < in_row - 1, other=-float("inf"))
-                weight += tl.sum(tl.exp(scores - peak), axis=0)
-            above = 0
-            for start in range(0, in_row - 1, BLOCK):
-                places = start + tl.arange(0, BLOCK)
-                scores = tl.load(scores_row + places, mask=places < in_row - 1, other=-float("inf"))
-                above += tl.sum((tl.exp(scores - peak) > threshold * weight).to(tl.int32), axis=0)
-            budget = tl.minimum(budget, above + 1)
+        scores_row = scores_ptr + row * stride_row + head * stride_head
+        above = pages_above(scores_row, in_row - 1, threshold, BLOCK)
+        budget = tl.where(in_row > most, tl.minimum(most, above + 1), most)
     tl.store(budgets_ptr + item, budget)
 
 
