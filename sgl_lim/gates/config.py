@@ -62,7 +62,7 @@ class GateConfig:
             rotate=bool(values.get("seerattn_use_rope", True)),
             start_layer=_whole(values, "seerattn_start_layer", 0),
             base_model=values.get("base_model"),
-            model={key: value for key, value in values.items() if not key.startswith(("seerattn_", "_"))},
+            model={key: value for key, value in values.items() if not key.startswith(("seerattn_", "base_model", "_"))},
         )
         _check(config)
         return config

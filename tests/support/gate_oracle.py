@@ -3,6 +3,7 @@ the published weights, before any rotation is taken back: queries and keys are t
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from lim_kernels.block_gates import Gate, Rotation
 
 THETA = 10_000.0
+ROUNDING = 1e-3
+"""Of scores in float32, whose angles are products of large positions."""
 
 
 @dataclass(frozen=True)
@@ -137,3 +140,31 @@ def chosen_blocks(scores: Tensor, before: int, most: int, threshold: float | Non
         shares = scores[:before].softmax(0)
         ranked = [block for block in ranked if shares[block] > threshold]
     return sorted([*ranked, before])
+
+
+def explains_blocks(
+    gate: PublishedGate, served: Sequence[int], head: int, q: Tensor, keys: Tensor, budget: int
+) -> bool:
+    """Whether the positions `served` are those of the current token's block and the best-scored blocks before it.
+
+    Scores may be off by rounding: no block left out may score surely higher than one that was kept.
+
+    Args:
+        q: [H, D], of the last position; keys: [L, H_kv, D]; both rotated, as a server has them.
+    """
+    rule, length = gate.rule, len(keys)
+    if length <= budget:
+        return list(served) == list(range(length))
+    before = (length - 1) // rule.block
+    kept = sorted({position // rule.block for position in served})
+    whole = [t for block in kept for t in range(block * rule.block, min(length, (block + 1) * rule.block))]
+    if list(served) != whole or len(kept) != budget // rule.block or kept[-1] != before:
+        return False
+    bare = rope(keys.double(), rule, torch.arange(length), back=True)
+    q_bare = rope(q.double()[None], rule, torch.tensor([length - 1]), back=True)[0]
+    blocks = [gate_key(gate, bare[n * rule.block : (n + 1) * rule.block], n * rule.block) for n in range(before)]
+    scores = gate_scores(gate, q_bare, torch.stack(blocks), length - 1)[head]
+    slack = ROUNDING * float(scores.abs().max())
+    left = sorted(set(range(before)) - set(kept))
+    worst = min((float(scores[block]) for block in kept[:-1]), default=math.inf)
+    return worst + slack >= max(float(scores[block]) for block in left)
