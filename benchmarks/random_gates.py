@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgl_lim import command
 from sgl_lim.gates import GateConfig, save_gates
 from sgl_lim.gates.config import BLOCKS, WIDTHS
 from sgl_lim.gates.weights import KNORM, LINEAR_K, LINEAR_Q, QNORM, ModelShape
@@ -88,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)
