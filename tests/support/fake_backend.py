@@ -110,7 +110,7 @@ class Attention(torch.nn.Module):
 def runner_of(table, num_slots=400):
     """What the builder asks of SGLang's model runner, for three layers over the rows of `table`."""
     model = SimpleNamespace(
-        num_attention_heads=HEADS, num_hidden_layers=LAYERS, model_path="nameless", dtype=torch.float32
+        num_attention_heads=HEADS, num_hidden_layers=LAYERS, model_path="nameless", dtype=torch.float32, context_len=256
     )
     generations = torch.zeros(len(table), dtype=torch.int64)
     rotary = RotaryEmbedding()
