@@ -93,6 +93,12 @@ class SamplingRules:
     drawn_acceptance: float | None = None
     """For benchmarks: drafts stay with this probability each, whatever the model says. Answers are wrong then."""
 
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether these rules can leave a place without a token. The host knows."""
+        rules = (self.logit_bias, self.penalties, self.mask, self.processors)
+        return any(rule is not None for rule in rules)
+
     def masked(self, mask: TokenMask | None) -> "SamplingRules":
         """The same rules under a grammar's mask."""
         return replace(self, mask=mask)

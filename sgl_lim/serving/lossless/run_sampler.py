@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lim_patches.no_token_left import make_choosable
 from sgl_lim.serving.lossless.accept import Accepted, accept, draw
 from sgl_lim.serving.lossless.distributions import SamplingRules, TokenMask, rules_of
 from sgl_lim.serving.lossless.penalties import PenaltyMemory, RunPenalties
@@ -83,6 +84,8 @@ class RunSampling:
         if self._rules.all_greedy:
             token = logits[:, 0].argmax(-1)
         else:
+            if self._rules.takes_tokens:
+                make_choosable(logits)
             probs = self._rules.probabilities(logits)[:, 0]
             if self._probs is None:
                 self._probs = probs.new_empty(len(probs), self._tokens.shape[1], probs.shape[1])
@@ -111,7 +114,8 @@ class RunSampling:
             return accepted
         packed = self._first_ranks(torch.cat([accepted.tokens, accepted.accept_lens[:, None]], dim=1))
         tokens, lens = packed[:, :-1].contiguous(), packed[:, -1].contiguous()
-        return Accepted(tokens, lens, tokens.gather(1, lens[:, None].long() - 1)[:, 0].long())
+        bonus = tokens.gather(1, lens[:, None].long() - 1)[:, 0].long()
+        return replace(accepted, tokens=tokens, accept_lens=lens, bonus=bonus)
 
     def _first_ranks(self, values: Tensor) -> Tensor:
         if self._group is not None:

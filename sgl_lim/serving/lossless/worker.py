@@ -9,6 +9,7 @@ from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from torch import Tensor
 
+from lim_patches.no_token_left import FOUND
 from sgl_lim.serving import metrics
 from sgl_lim.serving.lossless import versions
 from sgl_lim.serving.lossless.cost import Chooser
@@ -160,6 +161,7 @@ class SelfSpecWorker(BaseSpecWorker):
         out = one.run(self._runner, forward_batch)
         logits = out.logits_output.next_token_logits
         accepted = sampling.verify(logits, None if grammar is None else grammar.mask(grammar_barrier))
+        setattr(out.logits_output, FOUND, accepted.without_token)
         new_lens = rows.lens + accepted.accept_lens
         if on_publish is not None:
             on_publish(new_lens)

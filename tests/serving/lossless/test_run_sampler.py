@@ -37,11 +37,13 @@ class Wire:
             values.copy_(self._sent.pop(0))
 
 
-def one_round(temperature: float, seed: int, group: Any) -> tuple[Tensor, Any]:
+def one_round(temperature: float, seed: int, group: Any, bias: Tensor | None = None) -> tuple[Tensor, Any]:
     """Drafts and what is accepted of them, by logits that do not depend on the rank, and by chance that does."""
     torch.manual_seed(seed)
     batch = SimpleNamespace(
-        reqs=[Request()] * ROWS, sampling_info=sampling_info([temperature] * ROWS), has_grammar=False
+        reqs=[Request()] * ROWS,
+        sampling_info=sampling_info([temperature] * ROWS, logit_bias=bias),
+        has_grammar=False,
     )
     sampling = RunSampler(VOCAB, "cpu", group).begin(batch, torch.zeros(ROWS).long(), torch.ones(ROWS).long(), DRAFTS)
     logits = torch.randn(ROWS, DRAFTS + 1, VOCAB, generator=torch.Generator().manual_seed(1))
@@ -68,3 +70,15 @@ def test_greedy_ranks_and_single_ones_need_no_word(group: Any) -> None:
     drafts, accepted = one_round(0, 3, group)
     assert torch.equal(accepted.tokens[:, :DRAFTS].long(), drafts)
     assert not getattr(group, "_sent", [])
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_ranks_end_the_same_answers(temperature: float) -> None:
+    """A bias that forbids all, of the second row; it is found after the first rank has said what stays."""
+    bias = torch.zeros(ROWS, VOCAB)
+    bias[1] = float("-inf")
+    sent: list[Tensor] = []
+    for seed, first in ((1, True), (2, False)):
+        _, accepted = one_round(temperature, seed, Wire(sent, first), bias)
+        assert accepted.without_token.tolist() == [False, True, False]
+        assert accepted.accept_lens[1] == 1
