@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from sglang.srt.layers.sampler import SYNC_TOKEN_IDS_ACROSS_TP
 from torch import Tensor
 
 from lim_patches.no_token_left import make_choosable
@@ -59,11 +60,17 @@ class RunSampler:
         penalties = self._memory.of(batch.reqs, bonus, lens)
         rules = rules_of(batch.sampling_info, penalties, self._flashinfer)
         rules = replace(rules, drawn_acceptance=self.drawn_acceptance)
-        return RunSampling(rules, penalties, bonus, drafts, self._group)
+        # SGLang's rule too: greedy ranks agree by themselves, but with a grammar it makes sure.
+        asks = not rules.all_greedy or batch.has_grammar or SYNC_TOKEN_IDS_ACROSS_TP
+        return RunSampling(rules, penalties, bonus, drafts, self._group if asks else None)
 
 
 class RunSampling:
-    """One round: `draft` so often as was said, then `verify` once."""
+    """One round: `draft` so often as was said, then `verify` once.
+
+    Args:
+        group: whose first rank says what is drafted and accepted; None: ranks need no word.
+    """
 
     def __init__(
         self, rules: SamplingRules, penalties: RunPenalties | None, bonus: Tensor, drafts: int, group: Any
@@ -82,7 +89,7 @@ class RunSampling:
         """The next token of each row, int64 [B], by a draft's logits [B, V], which are changed in place."""
         logits = self._rules.adjust(logits[:, None], self.drafts, first=self._drawn)
         if self._rules.all_greedy:
-            token = logits[:, 0].argmax(-1)
+            token = self._first_ranks(logits[:, 0].argmax(-1))
         else:
             if self._rules.takes_tokens:
                 make_choosable(logits)
@@ -110,7 +117,7 @@ class RunSampling:
         return accepted
 
     def _of_first_rank(self, accepted: Accepted) -> Accepted:
-        if self._group is None or self._rules.all_greedy:
+        if self._group is None:
             return accepted
         packed = self._first_ranks(torch.cat([accepted.tokens, accepted.accept_lens[:, None]], dim=1))
         tokens, lens = packed[:, :-1].contiguous(), packed[:, -1].contiguous()

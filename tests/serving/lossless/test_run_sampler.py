@@ -37,13 +37,15 @@ class Wire:
             values.copy_(self._sent.pop(0))
 
 
-def one_round(temperature: float, seed: int, group: Any, bias: Tensor | None = None) -> tuple[Tensor, Any]:
+def one_round(
+    temperature: float, seed: int, group: Any, bias: Tensor | None = None, has_grammar: bool = False
+) -> tuple[Tensor, Any]:
     """Drafts and what is accepted of them, by logits that do not depend on the rank, and by chance that does."""
     torch.manual_seed(seed)
     batch = SimpleNamespace(
         reqs=[Request()] * ROWS,
         sampling_info=sampling_info([temperature] * ROWS, logit_bias=bias),
-        has_grammar=False,
+        has_grammar=has_grammar,
     )
     sampling = RunSampler(VOCAB, "cpu", group).begin(batch, torch.zeros(ROWS).long(), torch.ones(ROWS).long(), DRAFTS)
     logits = torch.randn(ROWS, DRAFTS + 1, VOCAB, generator=torch.Generator().manual_seed(1))
@@ -52,12 +54,13 @@ def one_round(temperature: float, seed: int, group: Any, bias: Tensor | None = N
     return sampling.drafts, sampling.verify(logits.flatten(0, 1))
 
 
-def test_ranks_draw_what_the_first_one_draws() -> None:
+@pytest.mark.parametrize(("temperature", "has_grammar"), [(1.0, False), (0.0, True)])
+def test_ranks_draw_what_the_first_one_draws(temperature: float, has_grammar: bool) -> None:
     for seed in range(20):
         sent: list[Tensor] = []
-        drafts, accepted = one_round(1.0, seed, Wire(sent, first=True))
+        drafts, accepted = one_round(temperature, seed, Wire(sent, first=True), has_grammar=has_grammar)
         assert len(sent) == DRAFTS + 1
-        others, others_accepted = one_round(1.0, seed + 1000, Wire(sent, first=False))
+        others, others_accepted = one_round(temperature, seed + 1000, Wire(sent, first=False), has_grammar=has_grammar)
         assert torch.equal(drafts, others) and not sent
         assert vars(accepted).keys() == vars(others_accepted).keys()
         for name, value in vars(accepted).items():
