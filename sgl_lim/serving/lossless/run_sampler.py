@@ -75,7 +75,7 @@ class RunSampling:
     def __init__(
         self, rules: SamplingRules, penalties: RunPenalties | None, bonus: Tensor, drafts: int, group: Any
     ) -> None:
-        self._rules, self._penalties, self._group = rules, penalties, group
+        self._rules, self._penalties, self._bonus, self._group = rules, penalties, bonus, group
         self._tokens = torch.empty(len(bonus), drafts, dtype=torch.int64, device=bonus.device)
         self._probs: Tensor | None = None
         self._drawn = 0
@@ -84,6 +84,11 @@ class RunSampling:
     def drafts(self) -> Tensor:
         """int64 [B, k], drawn so far."""
         return self._tokens[:, : self._drawn]
+
+    @property
+    def run(self) -> Tensor:
+        """int64 [B, k + 1], the token that each row begins with, and its drafts so far."""
+        return torch.cat([self._bonus[:, None], self.drafts], dim=1)
 
     def draft(self, logits: Tensor) -> Tensor:
         """The next token of each row, int64 [B], by a draft's logits [B, V], which are changed in place."""
@@ -110,7 +115,10 @@ class RunSampling:
             mask: a grammar's, of the same rows.
         """
         places = logits.view(len(self._tokens), self._drawn + 1, -1)
-        probs = None if self._probs is None else self._probs[:, : self._drawn]
+        # SGLang keeps a round until two more were launched, which must not triple what is the largest in it.
+        probs, self._probs = self._probs, None
+        if probs is not None:
+            probs = probs[:, : self._drawn]
         accepted = self._of_first_rank(accept(places, self.drafts, probs, self._rules.masked(mask)))
         if self._penalties is not None:
             self._penalties.learn(self.drafts, accepted.accept_lens)

@@ -68,6 +68,17 @@ def test_ranks_draw_what_the_first_one_draws(temperature: float, has_grammar: bo
             assert torch.equal(value, other) and value.dtype == other.dtype, name
 
 
+def test_a_round_that_is_over_holds_no_distributions() -> None:
+    info = sampling_info([1.0] * ROWS)
+    batch = SimpleNamespace(reqs=[Request()] * ROWS, sampling_info=info, has_grammar=False)
+    sampling = RunSampler(VOCAB, "cpu").begin(batch, torch.zeros(ROWS).long(), torch.ones(ROWS).long(), DRAFTS)
+    for _ in range(DRAFTS):
+        sampling.draft(torch.randn(ROWS, VOCAB))
+    sampling.verify(torch.randn(ROWS * (DRAFTS + 1), VOCAB))
+    held = [value.numel() for value in vars(sampling).values() if isinstance(value, Tensor)]
+    assert max(held) == ROWS * DRAFTS
+
+
 @pytest.mark.parametrize("group", [None, SimpleNamespace(world_size=1), Wire([], first=True)])
 def test_greedy_ranks_and_single_ones_need_no_word(group: Any) -> None:
     drafts, accepted = one_round(0, 3, group)
