@@ -48,6 +48,9 @@ def accept(
     sampling.adjust(target_logits, draft_tokens)
     if sampling.all_greedy:
         best = target_logits.argmax(-1)
+        if not draft_tokens.shape[1]:
+            # A dense step must cost what it costs elsewhere, so it launches no more than it needs.
+            return Accepted(best.int(), torch.ones_like(best[:, 0], dtype=torch.int32), best[:, 0])
         return _accepted(draft_tokens, _or_drawn(best[:, :-1] == draft_tokens, sampling, generator), best)
     probs = sampling.probabilities(target_logits)
     p = probs[:, :-1].gather(2, draft_tokens[:, :, None])[:, :, 0]

@@ -12,6 +12,7 @@ from torch import Tensor
 from sgl_lim.serving import metrics
 from sgl_lim.serving.lossless import versions
 from sgl_lim.serving.lossless.cost import Chooser
+from sgl_lim.serving.lossless.distributions import compile_filters
 from sgl_lim.serving.lossless.draft_backend import make_draft_backend
 from sgl_lim.serving.lossless.grammar import RunGrammar
 from sgl_lim.serving.lossless.logprobs import attach_logprobs
@@ -82,11 +83,14 @@ class SelfSpecWorker(BaseSpecWorker):
         most = most_rows(runner, self._passes)
         costs = versions.agreed(Meter(runner, self._passes, most).measure()) if self._config.vary_drafts else None
         self._chooser = Chooser(self._counts, costs, most_rows=most)
+        flashinfer = runner.server_args.sampling_backend == "flashinfer"
+        if flashinfer and runner.device == "cuda":
+            compile_filters(runner.device)
         self._sampler = RunSampler(
             runner.model_config.vocab_size,
             runner.device,
             versions.tensor_parallel_group(),
-            flashinfer=runner.server_args.sampling_backend == "flashinfer",
+            flashinfer=flashinfer,
             drawn_acceptance=self._config.drawn_acceptance,
         )
         metrics.announce_lossless(self._tally, self._counts, self._config)
@@ -153,7 +157,7 @@ class SelfSpecWorker(BaseSpecWorker):
         bonus = batch.spec_info.bonus_tokens.to(torch.int64)
         sampling = self._sampler.begin(batch, bonus, rows.lens, drafts)
         self._draft(rows, bonus, sampling, drafts)
-        run = torch.cat([bonus[:, None], sampling.drafts], dim=1)
+        run = torch.cat([bonus[:, None], sampling.drafts], dim=1) if drafts else bonus[:, None]
         grammar = RunGrammar(batch, run) if batch.has_grammar else None
         forward_batch = verify_batch(rows, run) if drafts else decode_batch(rows, bonus, 0)
         one = self._passes.verify[drafts] if drafts else self._passes.plain
