@@ -61,6 +61,9 @@ def accept(
     none_left = make_choosable(target_logits) if looks else None
     if sampling.all_greedy:
         best = target_logits.argmax(-1)
+        if not draft_tokens.shape[1]:
+            # A dense step must cost what it costs elsewhere, so it launches no more than it needs.
+            return Accepted(best.int(), torch.ones_like(best[:, 0], dtype=torch.int32), best[:, 0], none_left)
         stays = _possible(_or_drawn(best[:, :-1] == draft_tokens, sampling, generator), none_left)
         return _accepted(draft_tokens, stays, best, none_left)
     probs = sampling.probabilities(target_logits)

@@ -14,6 +14,7 @@ from sgl_lim.serving import metrics
 from sgl_lim.serving.lossless import versions
 from sgl_lim.serving.lossless.accept import Accepted
 from sgl_lim.serving.lossless.cost import Chooser
+from sgl_lim.serving.lossless.distributions import compile_filters
 from sgl_lim.serving.lossless.draft_backend import make_draft_backend
 from sgl_lim.serving.lossless.grammar import RunGrammar
 from sgl_lim.serving.lossless.logprobs import attach_logprobs
@@ -84,11 +85,14 @@ class SelfSpecWorker(BaseSpecWorker):
         most = most_rows(runner, self._passes)
         costs = versions.agreed(Meter(runner, self._passes, most).measure()) if self._config.vary_drafts else None
         self._chooser = Chooser(self._counts, costs, most_rows=most)
+        flashinfer = runner.server_args.sampling_backend == "flashinfer"
+        if flashinfer and runner.device == "cuda":
+            compile_filters(runner.device)
         self._sampler = RunSampler(
             runner.model_config.vocab_size,
             runner.device,
             versions.tensor_parallel_group(),
-            flashinfer=runner.server_args.sampling_backend == "flashinfer",
+            flashinfer=flashinfer,
             drawn_acceptance=self._config.drawn_acceptance,
         )
         metrics.announce_lossless(self._tally, self._counts, self._config)

@@ -138,6 +138,14 @@ def test_an_answer_ends_where_no_token_is_left_and_only_there(temperature: float
     assert logits.isfinite().all(), "log-probabilities are numbers"
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_round_without_drafts_ends_an_answer(temperature: float) -> None:
+    rules = rules_of(sampling_info([temperature] * 2)).masked(Forbids([[True], [False]]))
+    accepted = accept(logits_with([[4], [9]]), torch.empty(2, 0, dtype=torch.int64), None, rules)
+    assert accepted.without_token is not None and accepted.without_token.tolist() == [True, False]
+    assert accepted.accept_lens.tolist() == [1, 1]
+
+
 def test_chance_ends_where_no_token_is_left() -> None:
     rules = replace(rules_of(sampling_info([1.0])).masked(Forbids([[False, True, False]])), drawn_acceptance=1.0)
     accepted = accept(torch.zeros(1, 3, VOCAB), torch.zeros(1, 2, dtype=torch.int64), None, rules)
