@@ -17,6 +17,7 @@ def plug() -> None:
         cli_flags,
         discarded_results,
         grammar_on_cpu,
+        llguidance_dead_ends,
         no_token_left,
         refuse_before_weights,
         requests_out_of_range,
@@ -41,6 +42,7 @@ def plug() -> None:
     lim_patches.use(triton_on_cpu)
     lim_patches.use(grammar_on_cpu)
     lim_patches.use(no_token_left)
+    lim_patches.use(llguidance_dead_ends)
     lim_patches.use(requests_out_of_range)
     lim_patches.use(slots_on_cpu)
     algorithm.register()
