@@ -118,6 +118,22 @@ def test_rows_have_the_length_that_was_asked_for_and_depend_on_the_seed(tmp_path
         next(text_rows(Words(), [tmp_path / "nothing"], 64, 0))
 
 
+class Letters(Words):
+    """A tokenizer of letters."""
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+
+@pytest.mark.parametrize(("encoder", "length"), [(Words(), 640), (Letters(), 2000)])
+def test_a_row_of_chains_has_a_whole_solution_whatever_the_tokenizer(encoder, length):
+    answer = encoder.encode("answer")
+    for row in islice(chain_rows(encoder, length, 3), 5):
+        first = row[: row.index(99, 1)] if 99 in row[1:] and isinstance(encoder, Words) else row
+        assert any(first[n : n + len(answer)] == answer for n in range(len(first)))
+        assert len(row) == length
+
+
 def test_the_learning_rate_warms_up_and_falls_to_a_hundredth():
     rates = [train.learning_rate(step, 100, most=1.0, warmup=20) for step in range(101)]
     assert rates[0] == 0.05 and max(rates) == rates[20] == 1.0 and rates[100] == pytest.approx(0.01)

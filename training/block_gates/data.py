@@ -47,7 +47,7 @@ def text_rows(encoder: Encoder, roots: Sequence[Path], length: int, seed: int) -
 
 
 def chain_rows(encoder: Encoder, length: int, seed: int) -> Iterator[list[int]]:
-    """Token ids of chain-tracing problems and their solutions, without end; each fills its row or is cut at its end."""
+    """Token ids of chain-tracing problems and their solutions, without end; each has as many facts as its row holds."""
     beginning = encoder.beginning()
     for index in range(1 << 62):
         rng = random.Random(f"{seed}/chains/{index}")
@@ -56,9 +56,20 @@ def chain_rows(encoder: Encoder, length: int, seed: int) -> Iterator[list[int]]:
         # Facts take six words each, steps eight; words take one token or more.
         facts = min(NUM_NODES, max(steps, (length - 8 * steps) // 6))
         while len(row) < length:
-            chain = make_chain(rng, num_facts=facts, num_steps=steps)
-            row += beginning + encoder.encode(f"{chain.prompt} {chain.solution}")
+            ids = beginning + _problem(encoder, rng, facts, steps)
+            if len(ids) <= length or steps == 1:
+                row += ids
+                continue
+            # Fewer facts, and fewer steps where there is a fact for each step alone.
+            facts = max(1, min(facts - 1, facts * length // len(ids)))
+            steps = min(steps, max(1, facts))
+            facts = max(facts, steps, 2)
         yield row[:length]
+
+
+def _problem(encoder: Encoder, rng: random.Random, facts: int, steps: int) -> list[int]:
+    chain = make_chain(rng, num_facts=facts, num_steps=steps)
+    return encoder.encode(f"{chain.prompt} {chain.solution}")
 
 
 def batches(
