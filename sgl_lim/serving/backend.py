@@ -192,18 +192,25 @@ def observe(lim: LimState, forward_batch: Any, *, captured: bool) -> bool:
         beyond = 0 if is_decode_step(forward_batch) else tokens_verified(forward_batch)
         lim.snapshot.take(forward_batch, captured=captured, beyond=beyond)
         lim.counters.learn_generations(lim.rows.req_generation)
+        lim.learn_arrivals(forward_batch)
         metrics.after_step(lim)
         return True
     mode = forward_batch.forward_mode
     forget_sets(lim, forward_batch)
     if lim.kept_sets is not None and forward_batch.out_cache_loc is not None:
         lim.kept_sets.forget(forward_batch.out_cache_loc)
-    if mode.is_mixed():
+    if mode.is_mixed() or was_decoding(forward_batch):
         # A row that extends by one token may be decoding, and then goes on.
         lim.counters.forget(forward_batch.req_pool_indices.long(), forward_batch.extend_seq_lens > 1)
     elif mode.is_extend() and not mode.is_target_verify():
         lim.counters.forget(forward_batch.req_pool_indices.long())
     return False
+
+
+def was_decoding(forward_batch: Any) -> bool:
+    """Whether SGLang runs a decode batch as a prefill of one token a row, as another group of DP attention prefills."""
+    original = getattr(forward_batch, "_original_forward_mode", None)
+    return original is not None and bool(original.is_decode())
 
 
 def forget_sets(lim: LimState, forward_batch: Any) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sgl_lim.methods import CombineRanks, HeadsOfRank, Method, Role
 from sgl_lim.methods.ranked import Ranked
+from sgl_lim.serving.arrivals import Arrivals, brings_kv
 from sgl_lim.serving.counters import Counters
 from sgl_lim.serving.draft_sets import Drafts
 from sgl_lim.serving.kept_sets import KeptSets
@@ -41,6 +42,8 @@ class LimState:
     """Shared prefixes are found in multiples of so many tokens; None where they are not looked for."""
     pages: PageStore | None = None
     """Bounds of the pages' keys, where layers choose pages for themselves."""
+    arrivals: Arrivals | None = None
+    """Where KV may come without a prefill, and something is kept of KV slots."""
     plan: Plan | None = None
     """Of the decode step that runs; None in all other steps."""
     drafts: Drafts | None = None
@@ -66,6 +69,16 @@ class LimState:
         """Take note of the keys that a layer has just stored for the tokens of a batch."""
         if self.pages is not None:
             self.pages.learn(layer.layer_id, forward_batch.out_cache_loc)
+
+    def learn_arrivals(self, forward_batch: Any) -> None:
+        """Take note of the KV of requests that decode for the first time, in the step of the snapshot."""
+        arrived = None if self.arrivals is None else self.arrivals.take(self.snapshot.slots, forward_batch)
+        if arrived is None:
+            return
+        if self.pages is not None:
+            self.pages.learn_rows(*arrived)
+        if self.kept_sets is not None:
+            self.kept_sets.forget_rows(*arrived)
 
     @property
     def verifies(self) -> bool:
@@ -124,6 +137,7 @@ def build_state(config: LimConfig, runner: Any, dense_backend: str, heads: Heads
         ),
         granule=GRANULE if config.prefix_groups else None,
         pages=PageStore(pool, choosing, runner.model_config.dtype) if choosing else None,
+        arrivals=Arrivals(rows) if (choosing or kept_sets is not None) and brings_kv(runner.server_args) else None,
     )
 
 
