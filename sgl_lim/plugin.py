@@ -18,6 +18,7 @@ def plug() -> None:
         discarded_results,
         grammar_on_cpu,
         host_cache_on_cpu,
+        lora_on_cpu,
         no_token_left,
         refuse_before_weights,
         requests_out_of_range,
@@ -47,6 +48,7 @@ def plug() -> None:
     lim_patches.use(requests_out_of_range)
     lim_patches.use(slots_on_cpu)
     lim_patches.use(host_cache_on_cpu)
+    lim_patches.use(lora_on_cpu)
     algorithm.register()
     # Last: were a hook to raise above, the backend's name would be unknown rather than half served.
     add_attention_backend_choices([refusals.BACKEND])

@@ -205,6 +205,9 @@ def device_problems(dense: str | None, server_args: Any, device: str) -> list[st
             found.append(f"--lim-dense-backend {dense} needs a GPU; on a CPU leave it out")
         if getattr(server_args, "enable_torch_compile", False):
             found.append("--enable-torch-compile captures decode on CPU, where sets vary in place; leave the flag out")
+        adapters = getattr(server_args, "enable_lora", None) or getattr(server_args, "lora_paths", None)
+        if adapters and server_args.lora_backend != "torch_native":
+            found.append(f"--lora-backend {server_args.lora_backend} needs Triton; on a CPU use torch_native")
     elif device == "cuda":
         e5m2 = str(server_args.kv_cache_dtype) == "fp8_e5m2"
         if e5m2 and (dense or default_dense_backend(device)) == "fa3":

@@ -96,6 +96,8 @@ def test_plain_configuration_is_served():
         ),
         ({"enable_torch_compile": True}, ("--enable-torch-compile", "leave the flag out")),
         ({"tp_size": 2, "attn_dp_size": 2}, ("--attn-dp-size", "leave the flag out")),
+        ({"enable_lora": True, "lora_backend": "csgmv"}, ("--lora-backend csgmv", "use torch_native")),
+        ({"lora_paths": ["a=b"], "lora_backend": "triton"}, ("--lora-backend triton", "use torch_native")),
         ({"enable_hisparse": True}, ("--enable-hisparse", "leave the flag out")),
         (
             {"attention_backend": "triton", "prefill_attention_backend": "lessismore"},
@@ -219,6 +221,11 @@ def test_budgets_and_caches_that_the_kernels_take_are_served_on_a_gpu():
 def test_fp8_e5m2_depends_on_the_default_dense_backend(monkeypatch, dense, refused):
     monkeypatch.setattr(refusals, "default_dense_backend", lambda device: dense)
     assert bool(reasons(device="cuda", kv_cache_dtype="fp8_e5m2")) == refused
+
+
+def test_lora_is_served_by_what_a_device_has():
+    assert reasons(enable_lora=True, lora_backend="torch_native") == []
+    assert reasons(device="cuda", enable_lora=True, lora_backend="csgmv") == []
 
 
 def test_recorded_metadata_is_refused(monkeypatch):
