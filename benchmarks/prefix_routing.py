@@ -145,7 +145,7 @@ def ask(url: str, prompt: Sequence[int], output_len: int) -> Reply:
         EndpointError: it was refused, or is of another length.
     """
     sampling = {"max_new_tokens": output_len, "temperature": 0, "ignore_eos": True}
-    body = {"input_ids": list(prompt), "sampling_params": sampling}
+    body: Row = {"input_ids": list(prompt), "sampling_params": sampling}
     answer = requests.post(f"{url}/generate", json=body, headers=api_key.headers(None), timeout=3600)
     if not answer.ok:
         raise EndpointError(f"{url}: HTTP {answer.status_code}: {answer.text[:500]}")

@@ -153,8 +153,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         with running_servers(launches, timeout=args.start_timeout) as servers:
             urls = [server.url for server in servers]
-            launch = RouterLaunch(urls, args.policy, logs / "router.log", args.port, shlex.split(args.router))
-            with running_router(launch) as url:
+            router = RouterLaunch(urls, args.policy, logs / "router.log", args.port, shlex.split(args.router))
+            with running_router(router) as url:
                 _say(f"{url} is the router ({args.policy}) of {', '.join(urls)}; logs in {logs}; Ctrl-C ends all")
                 while not threading.Event().wait(1):
                     for server in servers:
