@@ -30,11 +30,13 @@ def write_tiny_model(
     return _write(folder, Qwen3Config, Qwen3ForCausalLM, shape, seed)
 
 
-def write_tiny_moe(folder: Path, *, layers: int = 6, experts: int = 8, chosen: int = 2, seed: int = 0) -> Path:
+def write_tiny_moe(
+    folder: Path, *, layers: int = 6, head_dim: int = 32, experts: int = 8, chosen: int = 2, seed: int = 0
+) -> Path:
     """Write a Qwen3-MoE checkpoint of the same attention as `write_tiny_model`, and return `folder`."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    shape = {"num_hidden_layers": layers, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    shape = {"num_hidden_layers": layers, "hidden_size": 128, "intermediate_size": 256, "head_dim": head_dim}
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096}
     shape |= {"num_experts": experts, "num_experts_per_tok": chosen, "moe_intermediate_size": 64}
     # SGLang reads the output matrix of this architecture from the checkpoint, tied or not.
