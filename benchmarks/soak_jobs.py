@@ -55,7 +55,7 @@ class Job:
 
     @property
     def refused(self) -> bool:
-        """Whether the server has to refuse it, as its grammar allows nothing."""
+        """Whether the server has to refuse it, or to answer nothing, as its grammar allows nothing."""
         return self.kind == "hopeless"
 
 
@@ -114,7 +114,7 @@ def _turns(kind: str, draw: random.Random, sizes: Sizes, prefixes: Sequence[list
     elif kind == "schema":
         sampling |= {"json_schema": '{"type": "integer"}', "ignore_eos": False}
     elif kind == "hopeless":
-        sampling |= {"regex": r"[^\s\S]", "temperature": 1}
+        sampling |= {"regex": r"[^\s\S]", "temperature": 1, "ignore_eos": False}
     elif kind == "logprobs":
         # Log-probabilities of the prompt too, which is prefilled in chunks.
         body |= {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 3}

@@ -18,6 +18,7 @@ def plug() -> None:
         discarded_results,
         grammar_on_cpu,
         host_cache_on_cpu,
+        llguidance_dead_ends,
         lora_on_cpu,
         no_token_left,
         refuse_before_weights,
@@ -45,6 +46,7 @@ def plug() -> None:
     lim_patches.use(triton_on_cpu)
     lim_patches.use(grammar_on_cpu)
     lim_patches.use(no_token_left)
+    lim_patches.use(llguidance_dead_ends)
     lim_patches.use(requests_out_of_range)
     lim_patches.use(slots_on_cpu)
     lim_patches.use(host_cache_on_cpu)

@@ -11,6 +11,9 @@ Remove when: SGLang ends the request whose row has no token left.
 What is done: such a row is made uniform before anything is sampled, and its request ends by `FINISH_ABORT`, without the
 token. On an accelerator rows are looked at only where a request may have taken tokens away, and nothing waits for them:
 what was found reaches the host with the sampled tokens.
+
+A step of a speculative algorithm answers a run of tokens, whose last one is sampled from nothing then. The tokens
+before it may hold a stop, or reach `max_new_tokens`. So SGLang looks at these first, and what goes on after them ends.
 """
 
 from http import HTTPStatus
@@ -28,9 +31,14 @@ TARGETS = (
     "sglang.srt.managers.utils.GenerationBatchResult.copy_to_cpu",
     f"{_PROCESSOR}.process_batch_result_prefill",
     f"{_PROCESSOR}.process_batch_result_decode",
+    "sglang.srt.managers.schedule_batch.Req.update_finish_state",
 )
 FOUND = "lim_rows_without_token"
 """Attribute by which bool [B] travels with a batch: of its sampling information, then of its logits output."""
+_CHOSEN = "lim_chosen"
+"""Attribute of a request whose run of tokens is to end it: how many of the run were chosen."""
+_UNCHOSEN = "lim_unchosen"
+"""Attribute of a request while SGLang looks for stops: the token that was sampled from nothing, if it was kept."""
 MOST = 1e30
 """Logits count as no larger: divided by the lowest temperature, 1e-6, they are still finite in float32."""
 
@@ -47,8 +55,10 @@ def register() -> None:
     HookRegistry.register(TARGETS[0], after_preprocess, HookType.AFTER)
     HookRegistry.register(TARGETS[1], after_sampling, HookType.AFTER)
     HookRegistry.register(TARGETS[2], before_copy, HookType.BEFORE)
-    for target in TARGETS[3:]:
+    for target in TARGETS[3:5]:
         HookRegistry.register(target, before_results, HookType.BEFORE)
+    HookRegistry.register(TARGETS[5], before_stops, HookType.BEFORE)
+    HookRegistry.register(TARGETS[5], after_stops, HookType.AFTER)
 
 
 def make_choosable(logits: Tensor) -> Tensor:
@@ -104,11 +114,46 @@ def before_results(processor: Any, batch: Any, result: Any, *args: object, **kwa
         return
     if result.copy_done is not None:
         result.copy_done.synchronize()
+    runs = getattr(result, "accept_lens", None)
     # Rows that a beam search adds come after those of the batch's requests.
-    for req, without in zip(batch.reqs, found.tolist(), strict=False):
+    for place, (req, without) in enumerate(zip(batch.reqs, found.tolist(), strict=False)):
         # A prompt's middle chunk samples nothing that counts; the other two are SGLang's own conditions.
-        if without and not (req.finished() or req.is_retracted or req.inflight_middle_chunks > 0):
+        if not without or req.finished() or req.is_retracted or req.inflight_middle_chunks > 0:
+            continue
+        if runs is None:
             end(req)
+        else:
+            setattr(req, _CHOSEN, int(runs[place]) - 1)
+
+
+def before_stops(req: Any, new_accepted_len: int = 1) -> tuple[tuple[Any, int], dict[str, Any]] | None:
+    """Hide the token that was sampled from nothing from SGLang, which looks for stops in the run before it."""
+    chosen = req.__dict__.pop(_CHOSEN, None)
+    if chosen is None:
+        return None
+    # A grammar that refused the token would have the request end without a word.
+    req.to_finish = None
+    # Then it has left the run already, as has what comes after the end of a grammar.
+    looked_at = min(new_accepted_len, chosen)
+    ends = len(req.output_ids) - (new_accepted_len - looked_at)
+    setattr(req, _UNCHOSEN, req.output_ids[ends:])
+    del req.output_ids[ends:]
+    if looked_at == 0:
+        end(req)
+    return (req, looked_at), {}
+
+
+def after_stops(result: None, req: Any, new_accepted_len: int = 1) -> None:
+    """End the request if nothing before did."""
+    unchosen = req.__dict__.pop(_UNCHOSEN, None)
+    if unchosen is None:
+        return
+    if not req.finished():
+        end(req)
+        req.finished_reason, req.to_finish = req.to_finish, None
+    elif req.finished_len is None:
+        req.finished_len = len(req.output_ids)
+    req.output_ids.extend(unchosen)
 
 
 def end(req: Any) -> None:

@@ -113,11 +113,14 @@ def item(reason="length", **meta):
     return {"output_ids": [1, 2], "meta_info": {**plain, **meta}}
 
 
-def test_a_hopeless_grammar_has_to_be_refused(monkeypatch):
+def test_a_hopeless_grammar_has_to_be_refused_or_to_get_no_answer(monkeypatch):
     def refuse(body):
         raise EndpointError("http://host/generate: HTTP 400 Bad Request")
 
-    for reply, refused, failures in ((refuse, 1, 0), (lambda body: item(), 0, 1)):
+    def end(body):
+        return {**item("stop"), "output_ids": [2]}
+
+    for reply, refused, failures in ((refuse, 1, 0), (end, 1, 0), (lambda body: item(), 0, 1)):
         tally = replies(monkeypatch, reply)
         send("url", Sent(job_of("hopeless"), "whole", 0), tally)
         assert (tally.refused, len(tally.failures)) == (refused, failures)

@@ -195,3 +195,27 @@ def test_aborted_requests_leave_the_others_alone(server: Server, dense: Server) 
         for one in hung_up:
             one.result()
     assert_dense(dense, bodies, answers)
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_a_pause_changes_no_answer(server: Server, dense: Server, mode: str) -> None:
+    sampling = {"temperature": 0, "max_new_tokens": 80, "ignore_eos": True}
+    bodies = [{**request_of(number), "sampling_params": sampling} for number in (40, 41, 42, 43)]
+    streamed = {**bodies[0], "stream": True}
+    with ThreadPoolExecutor(3) as clients, server.post("/generate", streamed, stream=True) as reply:
+        others = [clients.submit(ask, server, body) for body in bodies[1:]]
+        pieces = (line[6:] for line in reply.iter_lines() if line.startswith(b"data: {"))
+        for _ in range(3):
+            assert len(json.loads(next(pieces))["output_ids"]) < 80
+            assert server.post("/pause_generation", {"mode": mode}).status_code == 200
+            assert server.post("/continue_generation", {}).status_code == 200
+        *_, last = pieces
+        answers = [[json.loads(last)], *(one.result() for one in others)]
+    assert_dense(dense, bodies, answers)
+
+
+def test_weights_that_are_loaded_again_answer_the_same(server: Server, dense: Server) -> None:
+    reply = server.post("/update_weights_from_disk", {"model_path": str(CHAIN_TRACER)})
+    assert reply.status_code == 200 and reply.json()["success"], reply.text
+    bodies = [request_of(number) for number in range(4)]
+    assert_dense(dense, bodies, ask_all(server, bodies))

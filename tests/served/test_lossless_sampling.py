@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,34 @@ def test_logprobs_of_a_run_are_the_dense_models(dense: Dense, lossless: Server) 
                 for one, logprob in found.items():
                     possible = expected[one] > -50
                     assert logprob == pytest.approx(expected[one].item(), abs=1e-3) if possible else logprob < -50
+
+
+def test_an_answer_that_no_token_can_go_on_ends_alone(lossless: Server) -> None:
+    """After four words comes a character that no token has. Two drafts reach beyond it from the places before."""
+    four_words = "((w0|w1)(w2|w3|w4)){2}"
+    plain = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+    hopeless, fewest = {**plain, "regex": four_words + "漢"}, {"min_new_tokens": 9, "stop_token_ids": [END]}
+    # The grammar allows the first token, which is taken where nothing is left; the bias does not.
+    biased = {**plain, "regex": "w2(w0|w1){8}", "logit_bias": {"0": -3e38, "1": -3e38}}
+    kinds = [
+        (hopeless, "after 4 generated tokens: its grammar"),
+        ({**hopeless, "temperature": 1}, "after 4 generated tokens: its grammar"),
+        ({**plain, "regex": four_words, **fewest}, "and min_new_tokens, which forbids to stop, allowed none"),
+        (biased, "after 1 generated tokens: its grammar"),
+        ({**biased, "temperature": 1}, "and logit_bias allowed none"),
+        ({**hopeless, "max_new_tokens": 4}, None),
+        (plain, None),
+    ]
+
+    def ask(sampling: dict[str, Any]) -> Any:
+        return lossless.post("/generate", {"input_ids": prompt(), "sampling_params": sampling})
+
+    alone = ask(plain).json()["output_ids"]
+    with ThreadPoolExecutor(len(kinds)) as clients:
+        for _ in range(3):
+            replies = list(clients.map(lambda kind: ask(kind[0]), kinds))
+            for reply, (_, said) in zip(replies, kinds, strict=True):
+                assert reply.status_code == (400 if said else 200) and (said or "") in reply.text, reply.text
+            assert replies[-2].json()["meta_info"]["finish_reason"]["type"] == "length"
+            assert replies[-1].json()["output_ids"] == alone
+    lossless.check_alive()

@@ -1,8 +1,5 @@
 """More tensor-parallel ranks than KV heads: ranks that hold the same one choose the set of all its query heads."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 from sglang.srt.distributed import parallel_state
@@ -13,48 +10,11 @@ from sgl_lim.methods import HeadsOfRank, Role
 from sgl_lim.serving.layer import LayerDecode
 from sgl_lim.serving.state import combiner, share_of_heads
 from support.driven_layers import build_method, int32, layer_of, plan_of
+from support.ranks import Ranks
 
 HEADS, KV_HEADS, DIM, SLOTS, BUDGET, SCALE = 8, 2, 8, 1024, 48, 0.4
 LENS = [200, 48, 131, 7]
 CASES = [("lessismore", aggregate) for aggregate in ("union", "max", "sum")] + [("tidaldecode", "union"), ("quest", "")]
-
-
-class Ranks:
-    """A tensor-parallel group whose ranks are threads."""
-
-    def __init__(self, number):
-        self.number, self.here = number, threading.local()
-        self.barrier, self.given = threading.Barrier(number, timeout=20), [None] * number
-
-    def run(self, work):
-        """What `work()` returns on each rank."""
-
-        def on(rank):
-            self.here.rank = rank
-            try:
-                return work()
-            except BaseException:
-                self.barrier.abort()
-                raise
-
-        with ThreadPoolExecutor(self.number) as threads:
-            return list(threads.map(on, range(self.number)))
-
-    @property
-    def world_size(self):
-        return self.number
-
-    @property
-    def rank_in_group(self):
-        return self.here.rank
-
-    def all_gather(self, tensor, dim):
-        assert dim == 0
-        self.given[self.here.rank] = tensor
-        self.barrier.wait()
-        gathered = torch.cat(self.given)
-        self.barrier.wait()
-        return gathered
 
 
 def operands():

@@ -37,15 +37,20 @@ class Filters:
     top_ks: Tensor  # int32 [B]
     top_ps: Tensor  # float32 [B]
     min_ps: Tensor | None  # float32 [B]; None where no row has one
-    in_turn: bool = False
-    """Whether top-p counts what top-k left, and not the whole distribution. FlashInfer's sampler does, with min-p."""
+    flashinfer: bool = False
+    """Whether SGLang samples with FlashInfer (`--sampling-backend`). PyTorch's sampler is the other one."""
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether top-p counts what top-k left, and not the whole distribution. FlashInfer's does, with min-p."""
+        return self.flashinfer and self.min_ps is not None
 
     def keep(self, probs: Tensor) -> Tensor:
         """Probabilities [B, n, V] with zeros for what is cut; they need not sum to 1 then."""
-        return self.keep_by_kernels(probs) if probs.is_cuda else self.keep_by_sorting(probs)
+        return self.keep_by_kernels(probs) if self.flashinfer and probs.is_cuda else self.keep_by_sorting(probs)
 
     def keep_by_sorting(self, probs: Tensor) -> Tensor:
-        """`keep` on any device. Sorting a vocabulary for each place takes a GPU milliseconds."""
+        """`keep` in PyTorch. Sorting a vocabulary for each place takes a GPU milliseconds."""
         ranked, tokens = probs.sort(dim=-1, descending=True)
         ranks = torch.arange(probs.shape[-1], device=probs.device)
         kept = ranks < self.top_ks[:, None, None]
@@ -57,7 +62,7 @@ class Filters:
         return torch.zeros_like(probs).scatter_(-1, tokens, ranked * kept)
 
     def keep_by_kernels(self, probs: Tensor) -> Tensor:
-        """`keep` by the kernels of SGLang's sampler, which find thresholds without sorting. CUDA alone."""
+        """`keep` by FlashInfer, which finds thresholds without sorting. CUDA alone."""
         from sglang.srt.layers.sampler import top_k_renorm_prob, top_p_renorm_prob
 
         places = probs.shape[1]
@@ -92,6 +97,12 @@ class SamplingRules:
     has no drafts in it, so they go with a round without drafts alone."""
     drawn_acceptance: float | None = None
     """For benchmarks: drafts stay with this probability each, whatever the model says. Answers are wrong then."""
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether these rules can leave a place without a token. The host knows."""
+        rules = (self.logit_bias, self.penalties, self.mask, self.processors)
+        return any(rule is not None for rule in rules)
 
     def masked(self, mask: TokenMask | None) -> "SamplingRules":
         """The same rules under a grammar's mask."""
@@ -143,7 +154,7 @@ def rules_of(info: Any, penalties: Penalties | None = None, flashinfer: bool = F
     filters = None
     if info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling:
         min_ps = info.min_ps if info.need_min_p_sampling else None
-        filters = Filters(info.top_ks, info.top_ps, min_ps, in_turn=flashinfer and info.need_min_p_sampling)
+        filters = Filters(info.top_ks, info.top_ps, min_ps, flashinfer)
     return SamplingRules(
         all_greedy=info.is_all_greedy,
         greedy=info.top_ks <= 1 if info.is_any_greedy else None,
@@ -153,6 +164,13 @@ def rules_of(info: Any, penalties: Penalties | None = None, flashinfer: bool = F
         penalties=penalties,
         processors=partial(_run_processors, info) if info.has_custom_logit_processor else None,
     )
+
+
+def compile_filters(device: torch.device | str) -> None:
+    """Let FlashInfer compile what `Filters.keep` runs on a GPU. The first time takes it a minute on a machine."""
+    one = torch.ones(1, dtype=torch.float32, device=device)
+    filters = Filters(torch.full_like(one, 2, dtype=torch.int32), 0.9 * one, None, flashinfer=True)
+    filters.keep(torch.full((1, 1, 64), 1 / 64, device=device))
 
 
 def _run_processors(info: Any, logits: Tensor) -> None:

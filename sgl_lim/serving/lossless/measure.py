@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgl_lim.methods import Role
 from sgl_lim.serving import metrics
 from sgl_lim.serving.lossless.cost import Measured, PassCost, RoundCosts, rising
 from sgl_lim.serving.lossless.passes import Passes, synchronize
@@ -24,6 +25,15 @@ _ROWS = (1, 4, 16, 64, 256)
 _LONGEST = {"cpu": 1024, "cuda": 32768}
 _REPEATS = {"cpu": 1, "cuda": 4}
 _SHORT = 64
+_NOISE = 1 << 16
+
+
+def told(found: dict[str, Measured]) -> str:
+    """What passes take at one batch size and its longest context, for the log."""
+    tokens = next(iter(found.values())).points[-1][0]
+    rows = next(iter(found.values())).rows
+    times = ", ".join(f"{name} {1e3 * point.points[-1][1]:.2f} ms" for name, point in found.items())
+    return f"{rows} requests of {tokens / rows:.0f} tokens: {times}"
 
 
 class Meter:
@@ -51,7 +61,9 @@ class Meter:
         points: dict[str, list[Measured]] = {}
         with metrics.unpublished():
             for rows in sizes:
-                for name, point in self._at(rows).items():
+                found = self._at(rows)
+                logger.info("sgl-lim: %s", told(found))
+                for name, point in found.items():
                     points.setdefault(name, []).append(point)
             self._forget(torch.arange(1, sizes[-1] + 1, device=self._table.device))
         verify = {drafts: PassCost(tuple(points[f"verify{drafts}"])) for drafts in self._passes.verify}
@@ -107,10 +119,19 @@ class Meter:
         synchronize(device)
         return (time.perf_counter() - started) / _REPEATS[device]
 
+    def _write_keys(self, slots: int) -> None:
+        """Give selection layers keys to rank: those of an empty pool are all equal, and ties take longest to break."""
+        lim: LimState = self._passes.plain.backend.lim
+        for layer in (layer for layer, role in enumerate(lim.roles) if role is Role.SELECT):
+            keys = lim.pool.get_key_buffer(layer)[1 : slots + 1]
+            for part in keys.split(_NOISE):
+                part.copy_(torch.randn(part.shape, device=part.device))
+
     def _rows(self, rows: int, length: int) -> Rows:
         """Rows 1 to `rows` of the pool, each on slots of its own."""
         device, width = self._table.device, length + self._most + 1
         slots = 1 + torch.arange(rows * width, device=device) % (self._slots - 1)
+        self._write_keys(rows * width)
         self._table[1 : rows + 1, :width] = slots.view(rows, width).to(self._table.dtype)
         lens = torch.full((rows,), length, dtype=torch.int64, device=device)
         positions = lens[:, None] + torch.arange(self._most + 1, device=device)

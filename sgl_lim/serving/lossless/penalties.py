@@ -125,7 +125,7 @@ class PenaltyMemory:
                 self._admit(req)
         entries = [self._entries.get(req, NOBODY) for req in reqs]
         if self._rows is None or self._rows[0] != entries:
-            self._rows = entries, torch.tensor(entries, device=self._device)
+            self._rows = entries, self._there(entries)
         assert self._table is not None
         return RunPenalties(self._table, self._rows[1], bonus, lens.long())
 
@@ -137,15 +137,19 @@ class PenaltyMemory:
             )
         params, stops = req.sampling_params, _stops_of(req, self._vocab)
         table, entry = self._room_for(len(stops)), self._free_entry()
-        answered = torch.tensor(list(req.output_ids[: self._answered[req]]), dtype=torch.int64, device=self._device)
-        table.counts[entry] = torch.bincount(answered, minlength=self._vocab)
-        table.scales[entry] = torch.tensor(
-            [params.frequency_penalty, params.presence_penalty, params.repetition_penalty], device=self._device
-        )
-        table.lengths[entry] = torch.tensor([len(req.origin_input_ids), params.min_new_tokens], device=self._device)
+        answered = self._there(list(req.output_ids[: self._answered[req]]))
+        table.counts[entry].zero_().scatter_add_(0, answered, torch.ones_like(answered, dtype=torch.int32))
+        scales = [params.frequency_penalty, params.presence_penalty, params.repetition_penalty]
+        table.scales[entry] = self._there(scales, torch.float32)
+        table.lengths[entry] = self._there([len(req.origin_input_ids), params.min_new_tokens])
         table.stops[entry] = self._vocab
-        table.stops[entry, : len(stops)] = torch.tensor(stops, dtype=torch.int64, device=self._device)
+        table.stops[entry, : len(stops)] = self._there(stops)
         self._entries[req] = entry
+
+    def _there(self, values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+        """Values on the device, without a wait for the rounds that run there."""
+        on_host = torch.tensor(values, dtype=dtype, pin_memory=torch.device(self._device).type == "cuda")
+        return on_host.to(self._device, non_blocking=True)
 
     def _free_entry(self) -> int:
         return min(set(range(1, len(self._entries) + 2)) - set(self._entries.values()))

@@ -9,9 +9,12 @@ from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from torch import Tensor
 
+from lim_patches.no_token_left import FOUND
 from sgl_lim.serving import metrics
 from sgl_lim.serving.lossless import versions
+from sgl_lim.serving.lossless.accept import Accepted
 from sgl_lim.serving.lossless.cost import Chooser
+from sgl_lim.serving.lossless.distributions import compile_filters
 from sgl_lim.serving.lossless.draft_backend import make_draft_backend
 from sgl_lim.serving.lossless.grammar import RunGrammar
 from sgl_lim.serving.lossless.logprobs import attach_logprobs
@@ -82,11 +85,14 @@ class SelfSpecWorker(BaseSpecWorker):
         most = most_rows(runner, self._passes)
         costs = versions.agreed(Meter(runner, self._passes, most).measure()) if self._config.vary_drafts else None
         self._chooser = Chooser(self._counts, costs, most_rows=most)
+        flashinfer = runner.server_args.sampling_backend == "flashinfer"
+        if flashinfer and runner.device == "cuda":
+            compile_filters(runner.device)
         self._sampler = RunSampler(
             runner.model_config.vocab_size,
             runner.device,
             versions.tensor_parallel_group(),
-            flashinfer=runner.server_args.sampling_backend == "flashinfer",
+            flashinfer=flashinfer,
             drawn_acceptance=self._config.drawn_acceptance,
         )
         metrics.announce_lossless(self._tally, self._counts, self._config)
@@ -153,13 +159,8 @@ class SelfSpecWorker(BaseSpecWorker):
         bonus = batch.spec_info.bonus_tokens.to(torch.int64)
         sampling = self._sampler.begin(batch, bonus, rows.lens, drafts)
         self._draft(rows, bonus, sampling, drafts)
-        run = torch.cat([bonus[:, None], sampling.drafts], dim=1)
-        grammar = RunGrammar(batch, run) if batch.has_grammar else None
-        forward_batch = verify_batch(rows, run) if drafts else decode_batch(rows, bonus, 0)
-        one = self._passes.verify[drafts] if drafts else self._passes.plain
-        out = one.run(self._runner, forward_batch)
-        logits = out.logits_output.next_token_logits
-        accepted = sampling.verify(logits, None if grammar is None else grammar.mask(grammar_barrier))
+        forward_batch = verify_batch(rows, sampling.run) if drafts else decode_batch(rows, bonus, 0)
+        out, accepted = self._verify(batch, forward_batch, sampling, grammar_barrier)
         new_lens = rows.lens + accepted.accept_lens
         if on_publish is not None:
             on_publish(new_lens)
@@ -167,7 +168,7 @@ class SelfSpecWorker(BaseSpecWorker):
             lim = self._passes.plain.backend.lim
             lim.counters.record_round(rows.indices, rows.lens, accepted.accept_lens, drafts, lim.drafts)
         if batch.return_logprob:
-            attach_logprobs(batch, out.logits_output, logits, accepted)
+            attach_logprobs(batch, out.logits_output, out.logits_output.next_token_logits, accepted)
         return GenerationBatchResult(
             logits_output=out.logits_output,
             next_token_ids=accepted.tokens.flatten(),
@@ -178,6 +179,19 @@ class SelfSpecWorker(BaseSpecWorker):
             can_run_cuda_graph=out.can_run_graph,
             extra_keep_alive_refs=[forward_batch, rows, sampling],
         )
+
+    def _verify(
+        self, batch: Any, forward_batch: Any, sampling: RunSampling, grammar_barrier: Callable[[], None] | None
+    ) -> tuple[Any, Accepted]:
+        """Run the dense pass of a round, and accept: SGLang's output of the pass, and what the rows answer."""
+        grammar = RunGrammar(batch, sampling.run) if batch.has_grammar else None
+        drafts = sampling.drafts.shape[1]
+        out = (self._passes.verify[drafts] if drafts else self._passes.plain).run(self._runner, forward_batch)
+        mask = None if grammar is None else grammar.mask(grammar_barrier)
+        accepted = sampling.verify(out.logits_output.next_token_logits, mask)
+        # By this, requests end whose answer has no token where it would go on.
+        setattr(out.logits_output, FOUND, accepted.without_token)
+        return out, accepted
 
     def _drafts_of(self, batch: Any) -> int:
         """How many tokens the round of a batch drafts, by what the host knows of it."""

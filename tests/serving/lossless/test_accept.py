@@ -1,6 +1,7 @@
 """Accepting drafts: shapes and cases that need no chance."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -107,3 +108,51 @@ def test_custom_processors_see_one_place_after_everything_else() -> None:
     assert torch.equal(seen[0], bias) and accepted.bonus.item() == 0
     with pytest.raises(ValueError, match="without drafts, got 1"):
         accept(torch.zeros(1, 2, VOCAB), torch.zeros(1, 1, dtype=torch.int64), None, rules)
+
+
+class Forbids:
+    """A grammar that allows no token at these places, bool [B, n]."""
+
+    def __init__(self, places: list[list[bool]]) -> None:
+        self._places = torch.tensor(places).flatten()
+
+    def apply(self, logits: torch.Tensor) -> None:
+        logits.masked_fill_(self._places[:, None], float("-inf"))
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("with_probs", [False, True])
+def test_an_answer_ends_where_no_token_is_left_and_only_there(temperature: float, with_probs: bool) -> None:
+    """The drafts are token 0, which is the first of the best where all are alike."""
+    left, none = False, True
+    mask = Forbids([[none, none, none], [left, none, left], [left, left, none], [left, none, none], [left] * 3])
+    drafts = torch.zeros(5, 2, dtype=torch.int64)
+    logits = logits_with([[0, 0, 5]] * 3 + [[4, 0, 0], [0, 0, 5]])
+    probs = torch.nn.functional.one_hot(drafts, VOCAB).float() if with_probs else None
+    rules = rules_of(sampling_info([min(temperature, 0.01)] * 5)).masked(mask)
+    accepted = accept(logits, drafts, probs, rules)
+    assert accepted.accept_lens.tolist() == [1, 2, 3, 1, 3]
+    assert accepted.without_token is not None
+    assert accepted.without_token.tolist() == [True, True, True, False, False]
+    assert accepted.bonus[3:].tolist() == [4, 5]
+    assert logits.isfinite().all(), "log-probabilities are numbers"
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_round_without_drafts_ends_an_answer(temperature: float) -> None:
+    rules = rules_of(sampling_info([temperature] * 2)).masked(Forbids([[True], [False]]))
+    accepted = accept(logits_with([[4], [9]]), torch.empty(2, 0, dtype=torch.int64), None, rules)
+    assert accepted.without_token is not None and accepted.without_token.tolist() == [True, False]
+    assert accepted.accept_lens.tolist() == [1, 1]
+
+
+def test_chance_ends_where_no_token_is_left() -> None:
+    rules = replace(rules_of(sampling_info([1.0])).masked(Forbids([[False, True, False]])), drawn_acceptance=1.0)
+    accepted = accept(torch.zeros(1, 3, VOCAB), torch.zeros(1, 2, dtype=torch.int64), None, rules)
+    assert accepted.accept_lens.tolist() == [2] and accepted.without_token is not None
+    assert accepted.without_token.tolist() == [True]
+
+
+@pytest.mark.parametrize("asked", [{}, {"mask": Forbids([[False]])}, {"logit_bias": torch.zeros(1, 1)}])
+def test_an_accelerator_looks_only_where_tokens_may_be_taken_away(asked: dict[str, Any]) -> None:
+    assert replace(rules_of(sampling_info([1.0])), **asked).takes_tokens == bool(asked)
