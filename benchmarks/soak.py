@@ -43,7 +43,7 @@ from sgl_lim.programs import api_key
 from sgl_lim.programs.endpoint import EndpointError, server_info
 from sgl_lim.programs.server_process import ServerFailed
 
-SERVERS = {name: f"--lim-method {name} --page-size {kind.page}" for name, kind in METHODS.items()}
+SERVERS = {name: f"--lim-method {name} --page-size {kind().page}" for name, kind in METHODS.items()}
 SERVERS |= {"lessismore": "--lim-prefix-groups off", "group": "--lim-prefix-groups on"}
 SMALL_POOL = "--max-total-tokens {pool} --max-running-requests 32 --schedule-conservativeness 0.3"
 CHAIN_TRACER = Path(__file__).parents[1] / "models" / "chain-tracer"

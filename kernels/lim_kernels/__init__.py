@@ -11,13 +11,15 @@ elsewhere. A named implementation is used or refused, never replaced. Triton is 
 """
 
 from lim_kernels.adaptive_budget import adapt_budgets
+from lim_kernels.block_gates import gate_keys, score_blocks
 from lim_kernels.count_decode_step import count_decode_step, count_sets
 from lim_kernels.decode_with_scores import decode_with_scores
 from lim_kernels.draft_sets import DraftMemory, DraftSizes, place_drafts
 from lim_kernels.group_selection import choose_for_groups, groups_of_sets
 from lim_kernels.grouped_decode import grouped_decode
 from lim_kernels.operands import Scaling, SetSizes
-from lim_kernels.page_bounds import bound_pages, expand_pages, score_pages
+from lim_kernels.page_bounds import bound_pages, score_pages
+from lim_kernels.page_sets import choose_pages, expand_pages
 from lim_kernels.prefix_groups import find_prefix_groups
 from lim_kernels.score_context import score_context
 from lim_kernels.select_tokens import choose_tokens, score_tokens, select_tokens
@@ -32,6 +34,7 @@ __all__ = [
     "adapt_budgets",
     "bound_pages",
     "choose_for_groups",
+    "choose_pages",
     "choose_tokens",
     "count_decode_step",
     "count_sets",
@@ -39,11 +42,13 @@ __all__ = [
     "decode_with_scores",
     "expand_pages",
     "find_prefix_groups",
+    "gate_keys",
     "grouped_decode",
     "groups_of_sets",
     "keep_sets",
     "place_drafts",
     "place_sets",
+    "score_blocks",
     "score_context",
     "score_pages",
     "score_tokens",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lim_kernels.page_bounds import PAGE
+from sgl_lim.evaluate.own_pages import OwnPages, own_pages, rotation_of
 from sgl_lim.evaluate.pool import Pool
 from sgl_lim.evaluate.step_rows import (
     INTERFACE,
@@ -21,6 +22,7 @@ from sgl_lim.evaluate.step_rows import (
     attention_interface,
     under_way,
 )
+from sgl_lim.gates.weights import ModelShape
 from sgl_lim.methods import Method
 
 _WIDTHS = 64
@@ -64,6 +66,7 @@ class Checkpoint:
         model.set_attn_implementation(INTERFACE)
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self._text = model.config.get_text_config()
+        self._own_pages: dict[Method, OwnPages | None] = {}
 
     @property
     def depth(self) -> int:
@@ -76,6 +79,13 @@ class Checkpoint:
         return self._text.num_attention_heads
 
     @property
+    def shape(self) -> ModelShape:
+        """What gates have to fit."""
+        head_dim = getattr(self._text, "head_dim", None) or self._text.hidden_size // self.heads
+        kv_heads = getattr(self._text, "num_key_value_heads", None) or self.heads
+        return ModelShape(self.depth, self.heads, kv_heads, head_dim)
+
+    @property
     def rounds(self) -> bool:
         """Whether the order of its sums alone changes tokens."""
         return self.model.dtype != torch.float32
@@ -84,6 +94,17 @@ class Checkpoint:
     def longest(self) -> int:
         """Tokens that the model's positions allow."""
         return self._text.max_position_embeddings
+
+    def own_pages(self, method: Method) -> OwnPages | None:
+        """What layers choose by that choose for themselves under a method; None where none does.
+
+        Raises:
+            ValueError: they choose by gates, and these are not the model's.
+        """
+        if method not in self._own_pages:
+            turned = rotation_of(self.model)
+            self._own_pages[method] = own_pages(method, self.shape, turned, self.model.dtype, self.model.device)
+        return self._own_pages[method]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without what the tokenizer puts around it."""
@@ -169,7 +190,7 @@ class Checkpoint:
     @torch.inference_mode()
     def step(self, pool: Pool, rows: Rows, method: Method) -> Decoded:
         """Rows of `rows_behind` under a method; those before them in their sequences ran already."""
-        steps = StepRows(method, pool, rows, heads=self.heads, depth=self.depth)
+        steps = StepRows(method, pool, rows, heads=self.heads, depth=self.depth, pages=self.own_pages(method))
         return Decoded(self.run(rows, steps), steps.attended(), steps.read())
 
     @torch.inference_mode()

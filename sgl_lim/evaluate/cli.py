@@ -29,6 +29,8 @@ def main(argv: list[str]) -> int:
         check_output(options.output)
         texts = _texts(options)
         checkpoint = load(options.model_path, device=options.device, dtype=options.dtype)
+        for choice in choices:
+            checkpoint.own_pages(choice.method)
         suites = _suites(options, checkpoint, texts)
     except (UnsupportedModel, ItemError, sources.SourceError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lim_kernels import Scaling, bound_pages
-from lim_kernels.page_bounds import PAGE, PageBounds
+from lim_kernels import Scaling
+from sgl_lim.evaluate.own_pages import OwnPages, positions_of
 from sgl_lim.evaluate.pool import Pool
 from sgl_lim.methods import HeadsOfRank, Method, Role
 from sgl_lim.serving.layer import LayerDecode, LayerInput
@@ -124,12 +124,17 @@ class Rows:
 class StepRows:
     """Decode steps of tokens that are known, as rows of one step."""
 
-    def __init__(self, method: Method, pool: Pool, rows: Rows, *, heads: int, depth: int) -> None:
+    def __init__(
+        self, method: Method, pool: Pool, rows: Rows, *, heads: int, depth: int, pages: OwnPages | None = None
+    ) -> None:
         """The plan of a step.
 
         Args:
             heads: query heads; depth: layers.
+            pages: what layers choose by, where they choose for themselves.
         """
+        self._pages = pages
+        self._of_slots: Tensor | None = None
         self._roles, self._pool, self._own = method.layer_roles(depth), pool, rows.own
         self._plan = plan_reads(method, rows.slots, rows.lens, own_heads=heads, granule=GRANULE)
         self._decode = LayerDecode(method, HeadsOfRank(0, heads, heads))
@@ -141,12 +146,21 @@ class StepRows:
         self._pool.store(layer, self._own, k, v)
         keys, values = self._pool.of_layer(layer)
         role = self._roles[layer]
-        bounds = page_bounds_of(keys, torch.arange(len(keys), device=q.device)) if role is Role.OWN else None
-        rows = LayerInput(q[0].transpose(0, 1).contiguous(), keys, values, Scaling(scale), bounds)
+        known = None
+        if role is Role.OWN:
+            assert self._pages is not None
+            known = self._pages.of_layer(layer, keys, self._positions(len(keys)))
+        rows = LayerInput(q[0].transpose(0, 1).contiguous(), keys, values, Scaling(scale), known)
         out = self._decode.run(self._plan, role, rows)
         if role is not Role.DENSE:
             self._shares[role].append(share_read(self._plan))
         return out[None]
+
+    def _positions(self, count: int) -> Tensor:
+        """int64 [count]: of the tokens in the pool's slots; the same in every layer."""
+        if self._of_slots is None:
+            self._of_slots = positions_of(self._plan.context.slots, self._plan.seq_lens, count)
+        return self._of_slots
 
     def attended(self) -> Tensor:
         """Share of their context that sparse layers read, float32 [R], mean over them; 1 if there are none."""
@@ -165,14 +179,6 @@ class StepRows:
             shares += [share.where(share == 1, 0.5 + share) for share in self._shares[Role.SELECT]]
         missed = sum((1 - share for share in shares), torch.zeros_like(self._plan.seq_lens, dtype=torch.float32))
         return self._plan.seq_lens * (1 - missed / len(self._roles))
-
-
-def page_bounds_of(keys: Tensor, slots: Tensor) -> PageBounds:
-    """Bounds of all pages. A row's last one may hold later rows' tokens, but no row ranks its last page."""
-    sides = (keys.new_empty(-(-len(keys) // PAGE), *keys.shape[1:]) for _ in range(2))
-    bounds = PageBounds(*sides)
-    bound_pages(bounds, keys, slots)
-    return bounds
 
 
 def share_read(plan: Plan) -> Tensor:

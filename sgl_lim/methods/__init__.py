@@ -5,6 +5,7 @@ from sgl_lim.methods.full import Full
 from sgl_lim.methods.lessismore import LessIsMore
 from sgl_lim.methods.quest import Quest
 from sgl_lim.methods.registry import DEFAULT, METHODS
+from sgl_lim.methods.seerattention import SeerAttention
 from sgl_lim.methods.tidaldecode import TidalDecode
 from sgl_lim.methods.window import Window
 
@@ -19,6 +20,7 @@ __all__ = [
     "Method",
     "Quest",
     "Role",
+    "SeerAttention",
     "SharedSets",
     "TidalDecode",
     "Window",

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lim_kernels.block_gates import GatedBlocks
 from lim_kernels.page_bounds import PageBounds
 from lim_kernels.prefix_groups import PrefixGroups
 from sgl_lim.methods.parameters import MOST, Whole, parameter, parameters_of
@@ -80,8 +81,11 @@ class Method(ABC):
     """One selection method with its parameters."""
 
     name: ClassVar[str]
-    page: ClassVar[int] = 1
-    """Tokens that are chosen together: the budget and the server's page size are multiples of it."""
+
+    @property
+    def page(self) -> int:
+        """Tokens that are chosen together: the budget and the server's page size are multiples of it."""
+        return 1
 
     @property
     def per_kv_head(self) -> bool:
@@ -101,6 +105,11 @@ class Method(ABC):
     @property
     def sizes_vary(self) -> bool:
         """Whether a set may have fewer tokens than the budget and the context allow."""
+        return False
+
+    @property
+    def sets_differ(self) -> bool:
+        """Whether sets of layers that choose for themselves may have different sizes in one step."""
         return False
 
     @property
@@ -170,7 +179,7 @@ class Method(ABC):
     def choose_own(
         self,
         q: Tensor,
-        bounds: PageBounds,
+        pages: PageBounds | GatedBlocks,
         slots: Tensor,
         seq_lens: Tensor,
         combine_ranks: CombineRanks | None = None,
@@ -178,12 +187,13 @@ class Method(ABC):
         """The sets of a layer that chooses for itself.
 
         Args:
-            q: [B, H, D]; bounds: of the layer's pages; slots: int32 [B, L]; seq_lens: int32 [B].
+            q: [B, H, D]; slots: int32 [B, L]; seq_lens: int32 [B].
+            pages: what is known of the layer's pages.
             combine_ranks: where other ranks have more query heads of the same KV heads; their scores decide as well.
 
         Returns:
             KV slots int32 [B, H_kv, K], in order of position, and counts int32 [B, H_kv], as many for every KV head
-            of a row and in every layer of a step.
+            of a row and in every layer of a step unless `sets_differ`.
         """
         raise NotImplementedError(f"method {self.name} has no layers that choose for themselves")
 
@@ -203,7 +213,7 @@ class Method(ABC):
         return []
 
     def flags_that_follow_writes(self) -> list[str]:
-        """Flags, as typed, that need to see everything that writes KV: bounds of pages are learnt from it."""
+        """Flags, as typed, that need to see everything that writes KV: what is known of pages is learnt from it."""
         return [] if self.page == 1 else [f"--lim-method {self.name}"]
 
     @property

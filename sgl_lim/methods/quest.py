@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lim_kernels import SetSizes, choose_tokens, expand_pages, score_pages
+from lim_kernels import choose_pages, expand_pages, score_pages
+from lim_kernels.block_gates import GatedBlocks
 from lim_kernels.page_bounds import PAGE, PageBounds
 from sgl_lim.methods.base import Budgeted, CombineRanks, Role
 from sgl_lim.methods.parameters import Choice, parameter
@@ -46,17 +47,15 @@ class Quest(Budgeted):
     def choose_own(
         self,
         q: Tensor,
-        bounds: PageBounds,
+        pages: PageBounds | GatedBlocks,
         slots: Tensor,
         seq_lens: Tensor,
         combine_ranks: CombineRanks | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The best pages and the last one of each row and KV head; a row within the budget keeps all it has."""
-        scores = score_pages(q, bounds, slots, seq_lens, score_beyond=self.budget)
+        assert isinstance(pages, PageBounds)
+        scores = score_pages(q, pages, slots, seq_lens, score_beyond=self.budget)
         if combine_ranks is not None:
             scores = combine_ranks(scores, "max")
-        heads = scores.shape[:2]
-        in_row = ((seq_lens + PAGE - 1) // PAGE).repeat_interleave(heads[1])
-        sizes = SetSizes(budget=self.budget // PAGE, recent=1, sinks=0)
-        pages, _ = choose_tokens(scores.flatten(0, 1), in_row, sizes)
-        return expand_pages(pages.unflatten(0, heads), slots, seq_lens)
+        chosen = choose_pages(scores, seq_lens, page=PAGE, most=self.budget // PAGE)
+        return expand_pages(*chosen, slots, seq_lens, page=PAGE)

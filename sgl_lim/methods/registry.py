@@ -16,12 +16,13 @@ from sgl_lim.methods.full import Full
 from sgl_lim.methods.lessismore import LessIsMore
 from sgl_lim.methods.parameters import Choice, Parameter, parameters_of
 from sgl_lim.methods.quest import Quest
+from sgl_lim.methods.seerattention import SeerAttention
 from sgl_lim.methods.tidaldecode import TidalDecode
 from sgl_lim.methods.window import Window
 
 GROUP = "sgl_lim.methods"
 DEFAULT = LessIsMore
-_OWN: tuple[type[Method], ...] = (LessIsMore, TidalDecode, Quest, Window, Full)
+_OWN: tuple[type[Method], ...] = (LessIsMore, TidalDecode, Quest, SeerAttention, Window, Full)
 
 
 class Methods(Mapping[str, type[Method]]):

@@ -291,7 +291,8 @@ def run_layer(lim: LimState, q: Tensor, layer: Any, forward_batch: Any) -> Tenso
     role = lim.role(index)
     out = lim.decode.run(lim.plan, role, layer_input(lim, q, layer))
     if lim.method.sizes_vary and role in (Role.OWN, Role.SELECT) and not lim.drafting:
-        lim.counters.record_sets(index, forward_batch.req_pool_indices, lim.plan)
+        differ = role is Role.OWN and lim.method.sets_differ
+        lim.counters.record_sets(index, forward_batch.req_pool_indices, lim.plan, differ=differ)
     return out.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
 
 
@@ -303,7 +304,7 @@ def layer_input(lim: LimState, q: Tensor, layer: Any) -> LayerInput:
         k_cache=lim.pool.get_key_buffer(index),
         v_cache=lim.pool.get_value_buffer(index),
         scaling=scaling_of(layer),
-        bounds=None if lim.pages is None else lim.pages.bounds(index),
+        pages=None if lim.pages is None else lim.pages.of_layer(index),
     )
 
 

@@ -183,7 +183,7 @@ class Counters:
         ledger.seen[rows] = torch.where(real, self._generations[rows], ledger.seen[rows])
         ledger.sparse[rows] = ((before | outgrew) & real).to(ledger.sparse.dtype)
 
-    def record_sets(self, layer: int, rows: Tensor, plan: Plan) -> None:
+    def record_sets(self, layer: int, rows: Tensor, plan: Plan, *, differ: bool = False) -> None:
         """Count the set in force as long as it is; after `record`, may be captured in a graph.
 
         Args:
@@ -191,9 +191,12 @@ class Counters:
                 layer itself where it reads the context by its keys alone. Of layers that choose for themselves the
                 first speaks for all, as their sets are as long.
             rows: as `record` had them.
+            differ: whether sets of layers that choose for themselves differ in length, so that each has to speak.
         """
         assert plan.chosen is not None
-        if self._roles[layer] is Role.OWN:
+        if self._roles[layer] is Role.OWN and differ:
+            layers = 1
+        elif self._roles[layer] is Role.OWN:
             layers = self._by_role[Role.OWN] if self._roles.index(Role.OWN) == layer else 0
         else:
             readers = itertools.takewhile(lambda role: role is Role.SPARSE, self._roles[layer + 1 :])

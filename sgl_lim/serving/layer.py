@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lim_kernels import Scaling, decode_with_scores, grouped_decode, score_context, sparse_decode
+from lim_kernels.block_gates import GatedBlocks
 from lim_kernels.page_bounds import PageBounds
 from sgl_lim.methods import CombineRanks, HeadsOfRank, Method, Role
 from sgl_lim.serving.kept_sets import KeptSets
@@ -20,7 +21,7 @@ class LayerInput:
     k_cache: Tensor  # [num_slots, H_kv, D], current token stored
     v_cache: Tensor  # [num_slots, H_kv, D_v], current token stored
     scaling: Scaling
-    bounds: PageBounds | None = None  # of the layer's pages, current token learnt; where the layer chooses for itself
+    pages: PageBounds | GatedBlocks | None = None  # of layers that choose for themselves, current token learnt
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class LayerDecode:
         """Attention of one layer, [B, H, D_v] in q's dtype; a layer that chooses a set also puts it in force.
 
         Raises:
-            RuntimeError: a sparse layer ran before any set was in force, or a layer has no bounds to choose by.
+            RuntimeError: a sparse layer ran before any set was in force, or a layer knows of no pages to choose among.
         """
         if role is Role.DENSE:
             return attend(plan.dense, layer)
@@ -58,10 +59,12 @@ class LayerDecode:
             plan.chosen = Read(plan.context.slots, plan.context.ends)
             return attend(plan.context, layer)
         if role is Role.OWN:
-            if layer.bounds is None:
-                raise RuntimeError(f"method {self.method.name} chooses by the bounds of pages, and none were given")
+            if layer.pages is None:
+                raise RuntimeError(
+                    f"method {self.method.name} chooses by what is known of pages, and nothing was given"
+                )
             slots, lens = plan.context.slots, plan.context.ends
-            plan.chosen = Read(*self.method.choose_own(layer.q, layer.bounds, slots, lens, self.combine_ranks))
+            plan.chosen = Read(*self.method.choose_own(layer.q, layer.pages, slots, lens, self.combine_ranks))
             return attend(plan.chosen, layer)
         return self._select(plan, layer)
 

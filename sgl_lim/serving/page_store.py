@@ -36,11 +36,12 @@ class PageStore:
             sides = (torch.zeros(pages, *keys.shape[1:], dtype=dtype, device=keys.device) for _ in range(2))
             self._bounds[layer] = PageBounds(*sides)
 
-    def learn(self, layer: int, slots: Tensor) -> None:
+    def learn(self, layer: int, slots: Tensor, positions: Tensor | None = None, k_scale: float = 1.0) -> None:
         """Bound the pages of slots that were just written, if `layer` chooses pages; may be captured in a graph.
 
         Args:
             slots: int32 or int64 [N], as `lim_kernels.bound_pages` takes them; SGLang's `out_cache_loc`.
+            positions, k_scale: as `GateStore` needs them; bounds depend on neither.
         """
         bounds = self._bounds.get(layer)
         if bounds is not None:
@@ -59,6 +60,6 @@ class PageStore:
         for layer in self._bounds:
             self.learn(layer, ends.flatten())
 
-    def bounds(self, layer: int) -> PageBounds | None:
+    def of_layer(self, layer: int) -> PageBounds | None:
         """What `layer` chooses by; None for layers that do not choose pages."""
         return self._bounds.get(layer)

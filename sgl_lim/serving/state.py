@@ -7,15 +7,17 @@ from torch import Tensor
 
 from sgl_lim.methods import CombineRanks, HeadsOfRank, Method, Role
 from sgl_lim.methods.ranked import Ranked
-from sgl_lim.serving.arrivals import Arrivals, brings_kv
+from sgl_lim.serving.arrivals import Arrivals
 from sgl_lim.serving.counters import Counters
 from sgl_lim.serving.draft_sets import Drafts
 from sgl_lim.serving.kept_sets import KeptSets
 from sgl_lim.serving.layer import LayerDecode
+from sgl_lim.serving.own_pages import Pages, build_pages
 from sgl_lim.serving.page_store import PageStore
 from sgl_lim.serving.reads import Plan
 from sgl_lim.serving.snapshot import Snapshot
 from sgl_lim.serving.verification import VerifyPlan
+from sgl_lim.settings.arriving_kv import brings_kv
 from sgl_lim.settings.config import LimConfig
 from sgl_lim.settings.layers import Layers, resolve_layers
 
@@ -40,8 +42,8 @@ class LimState:
     counters: Counters
     granule: int | None
     """Shared prefixes are found in multiples of so many tokens; None where they are not looked for."""
-    pages: PageStore | None = None
-    """Bounds of the pages' keys, where layers choose pages for themselves."""
+    pages: Pages | None = None
+    """What is known of the pool's pages, where layers choose pages for themselves."""
     arrivals: Arrivals | None = None
     """Where KV may come without a prefill, and something is kept of KV slots."""
     plan: Plan | None = None
@@ -68,14 +70,16 @@ class LimState:
     def learn(self, layer: Any, forward_batch: Any) -> None:
         """Take note of the keys that a layer has just stored for the tokens of a batch."""
         if self.pages is not None:
-            self.pages.learn(layer.layer_id, forward_batch.out_cache_loc)
+            k_scale = 1.0 if layer.k_scale is None else layer.k_scale_float
+            self.pages.learn(layer.layer_id, forward_batch.out_cache_loc, forward_batch.positions, k_scale)
 
     def learn_arrivals(self, forward_batch: Any) -> None:
         """Take note of the KV of requests that decode for the first time, in the step of the snapshot."""
         arrived = None if self.arrivals is None else self.arrivals.take(self.snapshot.slots, forward_batch)
         if arrived is None:
             return
-        if self.pages is not None:
+        # Gates are refused where KV arrives.
+        if isinstance(self.pages, PageStore):
             self.pages.learn_rows(*arrived)
         if self.kept_sets is not None:
             self.kept_sets.forget_rows(*arrived)
@@ -116,7 +120,8 @@ def build_state(config: LimConfig, runner: Any, dense_backend: str, heads: Heads
     method = config.build(**layers.parameters)
     kept_sets = build_kept_sets(method, table, pool.size + pool.page_size)
     roles = method.layer_roles(num_layers)
-    choosing = [layer for layer, role in enumerate(roles) if role is Role.OWN]
+    pages = build_pages(method, roles, runner, heads)
+    remembers = pages is not None or kept_sets is not None
     return LimState(
         decode=LayerDecode(method, heads, combiner(heads, per_kv_head=method.per_kv_head), kept_sets),
         roles=roles,
@@ -136,8 +141,8 @@ def build_state(config: LimConfig, runner: Any, dense_backend: str, heads: Heads
             overlap=not runner.server_args.disable_overlap_schedule,
         ),
         granule=GRANULE if config.prefix_groups else None,
-        pages=PageStore(pool, choosing, runner.model_config.dtype) if choosing else None,
-        arrivals=Arrivals(rows) if (choosing or kept_sets is not None) and brings_kv(runner.server_args) else None,
+        pages=pages,
+        arrivals=Arrivals(rows) if remembers and brings_kv(runner.server_args) else None,
     )
 
 

@@ -12,7 +12,7 @@ def draft_problems(method: Method, *, guided: bool) -> list[str]:
     """
     name, found = f"--lim-method {method.name}", []
     if method.page > 1:
-        return [f"{name}: it bounds the keys of pages, and those of rejected drafts are taken back; take lessismore"]
+        return [f"{name}: it learns from the keys of pages, and rejected drafts are taken back; take lessismore"]
     if method.name == "full":
         return [f"{name}: drafts would read as much as the verification; take lessismore"]
     if guided and not isinstance(method, Ranked):

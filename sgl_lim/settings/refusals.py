@@ -13,6 +13,7 @@ from sgl_lim.settings import drafts, preset_file
 from sgl_lim.settings.architectures import architecture_problems
 from sgl_lim.settings.config import LimConfig, RefusedConfig
 from sgl_lim.settings.draft_methods import draft_problems
+from sgl_lim.settings.gate_problems import arrival_problems, gate_problems
 from sgl_lim.settings.layers import resolve_layers
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def check_before_weights(config: LimConfig, model_runner: Any) -> None:
     if method is not None:
         reasons += method.device_problems(device) + unseen_writes_problems(method, server_args)
         reasons += page_problems(method, server_args, page_size)
+        reasons += gate_problems(method, model, attention_ranks(server_args)) + arrival_problems(method, server_args)
         if drafts.is_lossless(server_args):
             reasons += drafts.model_problems(model) + draft_problems(method, guided=config.drafts == "guided")
     if reasons:
@@ -249,7 +251,7 @@ def page_problems(method: Method, server_args: Any, page_size: int) -> list[str]
         )
     if server_args.speculative_algorithm and not drafts.is_lossless(server_args):
         found.append(
-            f"--speculative-algorithm {server_args.speculative_algorithm}: {name} bounds the keys of tokens that "
+            f"--speculative-algorithm {server_args.speculative_algorithm}: {name} learns from the keys of tokens that "
             "verification may take back; leave one of them out"
         )
     return found

@@ -26,10 +26,18 @@ from sgl_lim.evaluate.items import Item, Suite
 from sgl_lim.evaluate.measure import measure, measured
 from sgl_lim.evaluate.step_rows import UnsupportedModel
 from sgl_lim.methods import METHODS, Full
-from support.tiny_transformers import KINDS, VOCABULARY, tiny
+from support.gates import spec_with_gates
+from support.tiny_transformers import DEPTH, KINDS, SIZES, VOCABULARY, tiny
 
 ROOT = Path(__file__).parents[2]
 PROMPT = 100
+
+
+def named(name: str) -> str:
+    """The spec of a method for `tiny` models."""
+    return spec_with_gates(
+        name, DEPTH, *(SIZES[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,8 @@ def test_full_attention_is_that_of_transformers(kind: str, tokens: list[int]) ->
 def test_a_budget_of_the_whole_length_is_dense(checkpoint: Checkpoint, tokens: list[int], name: str) -> None:
     prompt = checkpoint.prefill(tokens[:PROMPT])
     dense, found = (
-        checkpoint.decode(prompt, tokens[PROMPT:], method, rows=50) for method in (Full(), method_of(name, 256, (1,)))
+        checkpoint.decode(prompt, tokens[PROMPT:], method, rows=50)
+        for method in (Full(), method_of(named(name), 256, (1,)))
     )
     torch.testing.assert_close(found.logits, dense.logits, rtol=1e-4, atol=1e-4)
     assert (found.attended == 1).all()
@@ -68,14 +77,12 @@ def test_a_budget_of_the_whole_length_is_dense(checkpoint: Checkpoint, tokens: l
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
 def test_steps_at_once_are_steps_one_by_one(checkpoint: Checkpoint, tokens: list[int], name: str) -> None:
-    method, prompt, fed = method_of(name, 32, (1,)), checkpoint.prefill(tokens[:PROMPT]), tokens[PROMPT:130]
+    method, prompt, fed = method_of(named(name), 32, (1,)), checkpoint.prefill(tokens[:PROMPT]), tokens[PROMPT:130]
     before = checkpoint.decode(prompt, fed, Full(), rows=30)
     one, many = (checkpoint.decode(prompt, fed, method, rows=rows) for rows in (1, 30))
     torch.testing.assert_close(one.logits, many.logits, rtol=1e-4, atol=1e-4)
     # A set of pages lacks what the last page does.
-    torch.testing.assert_close(
-        one.attended, torch.tensor([(32 - -n % METHODS[name].page) / n for n in range(101, 131)])
-    )
+    torch.testing.assert_close(one.attended, torch.tensor([(32 - -n % method.page) / n for n in range(101, 131)]))
     assert not torch.allclose(one.logits, before.logits, atol=1e-2)
     after = checkpoint.decode(prompt, fed, Full(), rows=30)
     assert torch.equal(before.logits, after.logits), "decode left something in the prompt's cache"
@@ -115,7 +122,9 @@ def test_of_an_item_that_ends_what_full_attention_says_behind_it_counts(
         assert (one.agreement.value, one.overlap) == (other.agreement.value, other.overlap)
 
 
-@pytest.mark.parametrize("spec", ["lessismore:aggregate=max", "quest"])
+@pytest.mark.parametrize(
+    "spec", ["lessismore:aggregate=max", "quest", "seerattention", "seerattention:gate_threshold=0.2"]
+)
 @pytest.mark.parametrize("name", ["chain-tracer", "source-reader"])
 def test_our_models_decode_as_in_their_bench(name: str, spec: str) -> None:
     folder = ROOT / "models" / name
@@ -124,7 +133,10 @@ def test_our_models_decode_as_in_their_bench(name: str, spec: str) -> None:
     own.requires_grad_(False)
     torch.manual_seed(2)
     tokens = torch.randint(12, VOCABULARY, (140,))
-    method = method_of(spec, 48, (2, 8))
+    shape = own.shape
+    kind, *rest = spec.split(":")
+    gates = spec_with_gates(kind, shape.layers, shape.heads, shape.kv_heads, shape.head_dim)
+    method = method_of(":".join([gates, *rest]), 48, (2, 8))
     expected = own_decode(own, own_prefill(own, tokens[:120]), tokens[120:], method)
     checkpoint = load(str(folder), device="cpu", dtype="float32")
     found = checkpoint.decode(checkpoint.prefill(tokens[:120].tolist()), tokens[120:].tolist(), method, rows=20)

@@ -29,6 +29,7 @@ from lim_kernels import (
     adapt_budgets,
     bound_pages,
     choose_for_groups,
+    choose_pages,
     choose_tokens,
     count_decode_step,
     count_sets,
@@ -36,17 +37,20 @@ from lim_kernels import (
     decode_with_scores,
     expand_pages,
     find_prefix_groups,
+    gate_keys,
     grouped_decode,
     groups_of_sets,
     keep_sets,
     place_drafts,
     place_sets,
+    score_blocks,
     score_context,
     score_pages,
     score_tokens,
     select_tokens,
     sparse_decode,
 )
+from lim_kernels.block_gates import Gate, GatedBlocks, Rotation
 from lim_kernels.count_decode_step import Layers, Ledger, Sharing
 from lim_kernels.page_bounds import PageBounds
 from lim_kernels.set_memory import SetMemory
@@ -153,7 +157,31 @@ def launch_page_bounds(batch, heads, kv_heads, dim, dtype, cache_dtype=None) -> 
     bound_pages(bounds, empty(1 << 16, kv_heads, dim, dtype=cache_dtype or dtype), written, **triton)
     slots, lens = empty(batch, 4096), empty(batch)
     score_pages(empty(batch, heads, dim, dtype=dtype), bounds, slots, lens, score_beyond=2048, **triton)
-    expand_pages(empty(batch, kv_heads, 128), slots, lens, **triton)
+
+
+def launch_page_sets(batch, heads, page, width, threshold=None) -> None:
+    how, lens = {"page": page, "implementation": "triton"}, empty(batch)
+    scores = empty(batch, heads, width, dtype=torch.float32)
+    pages, counts = choose_pages(scores, lens, most=32, threshold=threshold, **how)
+    expand_pages(pages, counts, empty(batch, page * width), lens, **how)
+
+
+def launch_gates(batch, heads, kv_heads, dim, dtype, cache_dtype=None, *, block=64, width=128, plain=False) -> None:
+    pools = ("avg",) if plain else ("max", "min", "avg")
+    norm = None if plain else empty(width, dtype=dtype)
+    own = None if plain else Rotation(empty(4096, width, dtype=torch.float32))
+    weights = (empty(kv_heads, inputs, width, dtype=dtype) for inputs in (heads // kv_heads * dim, len(pools) * dim))
+    blocks = GatedBlocks(
+        gate=Gate(*weights, norm, norm, pools, own),
+        keys=empty((1 << 16) // block, kv_heads, width, dtype=dtype),
+        block=block,
+        rotation=Rotation(empty(4096, dim // 2 if plain else dim, dtype=torch.float32), interleaved=plain),
+    )
+    triton, positions = {"implementation": "triton"}, empty(batch, dtype=torch.int64)
+    cache = empty(1 << 16, kv_heads, dim, dtype=cache_dtype or dtype)
+    gate_keys(blocks, cache, positions, positions, k_scale=0.5 if cache_dtype else 1.0, **triton)
+    q, slots, lens = empty(batch, heads, dim, dtype=dtype), empty(batch, 4096), empty(batch)
+    score_blocks(q, blocks, slots, lens, score_beyond=2048, **triton)
 
 
 def launch_all(*, fp8: bool, widest: bool) -> None:
@@ -216,6 +244,16 @@ def launch_all(*, fp8: bool, widest: bool) -> None:
     if fp8:
         launch_page_bounds(16, 32, 8, 128, bf16, torch.float8_e4m3fn)
         launch_page_bounds(16, 4, 4, 128, fp16, torch.float8_e5m2)
+    for width in (40, 2048, 8192, 20_000):
+        launch_page_sets(64, 8, 16, width)
+        launch_page_sets(3, 2, 64, width, threshold=0.01)
+    for batch in (1, 64):
+        launch_gates(batch, 32, 8, 128, bf16)
+    launch_gates(3, 8, 2, 64, fp32, block=16, width=64)
+    launch_gates(17, 14, 2, 80, fp16, block=32, width=64, plain=True)
+    launch_gates(2, 16, 8, 256, bf16, width=256)
+    if fp8:
+        launch_gates(16, 32, 8, 128, bf16, torch.float8_e4m3fn)
 
     launch_set_memory(2, interval=4, early=False)
     launch_set_memory(1, interval=1, early=True)

@@ -1,4 +1,4 @@
-"""Do both implementations bound, score and expand pages as a plain account says?"""
+"""Do both implementations bound and score pages as a plain account says?"""
 
 import random
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lim_kernels import SetSizes, bound_pages, choose_tokens, expand_pages, score_pages
+from lim_kernels import bound_pages, choose_pages, expand_pages, score_pages
 from lim_kernels.page_bounds import PAGE, PageBounds
 
 EXAMPLES = {"reference": 60, "triton": 12}
@@ -146,38 +146,6 @@ def test_rows_within_the_limit_are_not_scored(device, triton_runs):
     assert scores[0].isnan().all() and scores[1].isfinite().all()
 
 
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
-def test_a_set_has_its_pages_tokens_in_order(implementation, device, index_dtype):
-    @settings(max_examples=EXAMPLES[implementation], deadline=None)
-    @given(
-        st.lists(st.integers(1, 900), min_size=1, max_size=4),
-        st.sampled_from([1, 2, 5, 33]),
-        st.integers(1, 3),
-        st.integers(0, 9),
-    )
-    def check(lens, budget, kv_heads, seed):
-        generator = torch.Generator().manual_seed(seed)
-        slots = drawn_rows(lens, max(lens) + seed, 300, generator, device)
-        pages = torch.full((len(lens), kv_heads, budget), -1, dtype=torch.int32)
-        expected = {}
-        for row, length in enumerate(lens):
-            in_row = -(-length // PAGE)
-            for head in range(kv_heads):
-                others = torch.randperm(in_row - 1, generator=generator)[: budget - 1].sort().values.tolist()
-                chosen = [*others, in_row - 1]
-                pages[row, head, : len(chosen)] = torch.tensor(chosen)
-                expected[row, head] = [t for page in chosen for t in range(page * PAGE, (page + 1) * PAGE)]
-        seq_lens = torch.tensor(lens, dtype=index_dtype, device=device)
-        expanded, counts = expand_pages(pages.to(device), slots, seq_lens, implementation=implementation)
-        assert expanded.shape == (len(lens), kv_heads, budget * PAGE) and counts.dtype == torch.int32
-        for (row, head), positions in expected.items():
-            held = [int(slots[row, t]) for t in positions if t < lens[row]]
-            assert int(counts[row, head]) == len(held)
-            assert expanded[row, head].tolist() == held + [0] * (budget * PAGE - len(held))
-
-    check()
-
-
 def test_bound_score_choose_and_expand_find_the_best_pages(implementation, device):
     """Keys of whole numbers, whose bounds are exact, so that sets are equal whatever the order of summation."""
     generator = torch.Generator().manual_seed(3)
@@ -189,9 +157,8 @@ def test_bound_score_choose_and_expand_find_the_best_pages(implementation, devic
     for row, length in enumerate(lens):
         bound_pages(bounds, cache, slots[row, :length], **how)
     scores = score_pages(q, bounds, slots, seq_lens, score_beyond=budget, **how)
-    in_row = ((seq_lens + PAGE - 1) // PAGE).repeat_interleave(kv_heads)
-    pages, _ = choose_tokens(scores.flatten(0, 1), in_row, SetSizes(budget // PAGE, recent=1, sinks=0), **how)
-    sets, counts = expand_pages(pages.unflatten(0, (len(lens), kv_heads)), slots, seq_lens, **how)
+    chosen = choose_pages(scores, seq_lens, page=PAGE, most=budget // PAGE, **how)
+    sets, counts = expand_pages(*chosen, slots, seq_lens, page=PAGE, **how)
     for row, length in enumerate(lens):
         for head in range(kv_heads):
             members = [list(range(first, min(first + PAGE, length))) for first in range(0, length, PAGE)]
@@ -245,11 +212,3 @@ def test_bad_scores_are_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         score_pages(**{**call, **change})
-
-
-def test_bad_sets_are_named():
-    slots, lens = torch.ones(2, 9, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"pages int32 \[B, H_kv, P\]"):
-        expand_pages(torch.ones(2, 4, dtype=torch.int32), slots, lens)
-    with pytest.raises(ValueError, match=r"slots int32 \[3, L\]"):
-        expand_pages(torch.ones(3, 2, 4, dtype=torch.int32), slots, lens)

@@ -24,6 +24,7 @@ def build(name="lessismore", budget=64, recency=0.25, sinks=4, layers=(2, 4), ag
         ("window", (D, D, P, P, P, P)),
         ("full", (D,) * 6),
         ("quest", (D, D, Q, Q, Q, Q)),
+        ("seerattention", (Q,) * 6),
     ],
 )
 def test_layer_plan(name, plan):

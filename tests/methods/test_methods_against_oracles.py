@@ -3,20 +3,27 @@
 Servers are in tests/served, by the same checks.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from lim_kernels import bound_pages
+from lim_kernels import bound_pages, gate_keys
+from lim_kernels.block_gates import GatedBlocks, Rotation
 from lim_kernels.page_bounds import PAGE, PageBounds
-from sgl_lim.methods import METHODS, Method, Role
+from sgl_lim.methods import METHODS, Method, Role, SeerAttention
 from support.driven_layers import attends_of, build_method, decode_of, layer_of, plan_of, scopes_of, sizes_of
-from support.fleet import SELECTION_LAYERS
+from support.fleet import LAYERS, SELECTION_LAYERS
+from support.gate_oracle import angles
+from support.gates import WIDTH as GATE_WIDTH
+from support.gates import published, with_gates
 from support.set_oracle import SetRule
 from support.step_checks import check_row, expected_roles
 
 BUDGET, WIDTH, LENS, SCALE = 48, 301, [301, 48, 100, 7, 49, 176], 0.3
 HEADS, KV_HEADS, DIM, SLOTS = 6, 3, 8, 2048
+GATE_WEIGHTS = ("query", "key", "query_norm", "key_norm")
 CASES = [
     (name, scope, attends)
     for name, kind in METHODS.items()
@@ -38,8 +45,10 @@ def drawn_rows(generator: torch.Generator, width: int) -> tuple[Tensor, Tensor]:
     return slots.int(), torch.tensor(LENS, dtype=torch.int32).clamp(max=width)
 
 
-def learnt(keys: Tensor, slots: Tensor, lens: Tensor) -> PageBounds:
-    """The bounds of the rows' pages; those of others are poisoned."""
+def learnt(method: Method, layer: int, keys: Tensor, slots: Tensor, lens: Tensor) -> PageBounds | GatedBlocks:
+    """What is known of the rows' pages; what of others is poisoned."""
+    if isinstance(method, SeerAttention):
+        return gated(layer, keys, slots, lens)
     sides = (torch.full((SLOTS // PAGE, *keys.shape[1:]), float("nan")) for _ in range(2))
     bounds = PageBounds(*sides)
     for row, length in enumerate(lens.tolist()):
@@ -47,9 +56,22 @@ def learnt(keys: Tensor, slots: Tensor, lens: Tensor) -> PageBounds:
     return bounds
 
 
+def gated(layer: int, keys: Tensor, slots: Tensor, lens: Tensor) -> GatedBlocks:
+    """The gate keys of the rows' complete blocks."""
+    gate = published(LAYERS, HEADS, KV_HEADS, DIM)[layer]
+    made = torch.full((SLOTS // PAGE, KV_HEADS, GATE_WIDTH), float("nan"))
+    operand = gate.as_operand(positions=WIDTH + 1)
+    operand = replace(operand, **{name: getattr(operand, name).float() for name in GATE_WEIGHTS})
+    blocks = GatedBlocks(operand, made, PAGE, Rotation(angles(DIM, WIDTH + 1, 1.0)))
+    for row, length in enumerate(lens.tolist()):
+        gate_keys(blocks, keys, slots[row, :length], torch.arange(length))
+    return blocks
+
+
 def build(name: str, scope: str, attends: str) -> Method:
     """A method with this scope, if it has a choice, and such selection layers, if it has any."""
     values = {"budget": BUDGET, "recency": 0.25, "sinks": 4, "aggregate": "max", "selection_layers": SELECTION_LAYERS}
+    values |= with_gates(name, LAYERS, HEADS, KV_HEADS, DIM)
     return build_method(name, **values, scope=scope, selection_attends=attends)
 
 
@@ -59,11 +81,11 @@ def run(name: str, scope: str, attends: str, width: int = WIDTH, granule: int | 
     slots, lens = drawn_rows(generator, width)
     decode = decode_of(build(name, scope, attends), HEADS)
     plan, records = plan_of(decode, slots, lens, granule), []
-    for layer, role in enumerate(decode.method.layer_roles(6)):
+    for layer, role in enumerate(decode.method.layer_roles(LAYERS)):
         q = torch.randn(len(LENS), HEADS, DIM, generator=generator)
         k, v = (torch.randn(SLOTS, KV_HEADS, DIM, generator=generator) for _ in range(2))
-        bounds = learnt(k, slots, lens) if role is Role.OWN else None
-        out = decode.run(plan, role, layer_of(q, k, v, SCALE, bounds))
+        known = learnt(decode.method, layer, k, slots, lens) if role is Role.OWN else None
+        out = decode.run(plan, role, layer_of(q, k, v, SCALE, known))
         chosen = plan.chosen
         records.append(
             {
@@ -100,7 +122,8 @@ def test_a_row_within_the_budget_attends_to_all_it_has_beside_rows_beyond(name, 
             counts = record["set_counts"].view(len(LENS), -1)
             for row, length in enumerate(LENS):
                 # A set of whole pages lacks what the last of them does.
-                most = BUDGET if METHODS[name].page == 1 else BUDGET - -length % METHODS[name].page
+                page = build(name, scope, attends).page
+                most = BUDGET if page == 1 else BUDGET - -length % page
                 assert set(counts[row].tolist()) == {min(length, most)}
 
 

@@ -8,8 +8,9 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from lim_kernels.page_bounds import PAGE
 from lim_kernels.row_actions import EARLY, RECALL, SELECT
-from sgl_lim.serving.arrivals import LOADERS, Arrivals, brings_kv, note_batch
+from sgl_lim.serving.arrivals import Arrivals, note_batch
 from sgl_lim.serving.page_store import PageStore
+from sgl_lim.settings.arriving_kv import LOADERS, brings_kv
 from support.fake_backend import BUDGET, EXTEND, MIXED, attention, batch_of, build
 
 KV_HEADS, DIM, ROWS, LENGTH = 2, 8, 3, 128

@@ -10,6 +10,7 @@ from sgl_lim.methods import METHODS, Keeping, LessIsMore
 from sgl_lim.methods.parameters import parameters_of
 from sgl_lim.settings import flags as under_test
 from sgl_lim.settings.config import ENV, LimConfig, RefusedConfig, configure
+from support.gates import with_gates
 
 
 @pytest.fixture(autouse=True)
@@ -232,7 +233,8 @@ def test_what_quest_cannot_do_is_refused(values, reason):
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_what_no_method_takes_is_told_without_naming_one(method):
-    assert configure(method=method, budget=0).problems() == configure(budget=0).problems()
+    gates = with_gates(method, 2, 4, 2, 16)
+    assert configure(method=method, budget=0, **gates).problems() == configure(budget=0).problems()
 
 
 def test_all_reasons_are_told_at_once():

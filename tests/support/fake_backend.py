@@ -12,6 +12,7 @@ from sgl_lim.serving.layer import LayerInput
 from sgl_lim.serving.lossless.draft_backend import draft_state, share_drafts
 from sgl_lim.serving.state import build_state
 from sgl_lim.settings.config import configure
+from support.gate_oracle import THETA, angles
 
 BUDGET = 16
 HEADS, KV_HEADS, DIM, LAYERS = 4, 2, 8, 3
@@ -87,6 +88,25 @@ class Pool:
         return self.v
 
 
+class RotaryEmbedding(torch.nn.Module):
+    """SGLang's plain rotation, by what is read of it."""
+
+    is_neox_style, base = True, THETA
+
+    def __init__(self):
+        super().__init__()
+        self.cos_sin_cache = angles(DIM, 256, 1.0)
+
+
+class Attention(torch.nn.Module):
+    """A decoder layer's attention of SGLang's, with its rotation."""
+
+    def __init__(self, layer, rotary):
+        super().__init__()
+        self.rotary_emb, self.attn = rotary, torch.nn.Identity()
+        self.attn.layer_id = layer
+
+
 def runner_of(table, num_slots=400, **server):
     """What the builder asks of SGLang's model runner, for three layers over the rows of `table`.
 
@@ -96,11 +116,13 @@ def runner_of(table, num_slots=400, **server):
         num_attention_heads=HEADS, num_hidden_layers=LAYERS, model_path="nameless", dtype=torch.float32
     )
     generations = torch.zeros(len(table), dtype=torch.int64)
+    rotary = RotaryEmbedding()
     rows = SimpleNamespace(req_to_token=table, req_generation=generations, device="cpu")
     return SimpleNamespace(
         model_config=model,
         req_to_token_pool=rows,
         token_to_kv_pool=Pool(num_slots),
+        model=torch.nn.ModuleList(Attention(layer, rotary) for layer in range(LAYERS)),
         server_args=SimpleNamespace(load_format="auto", disable_overlap_schedule=True, **server),
     )
 

@@ -17,6 +17,7 @@ from sgl_lim.settings.config import ENV
 from support.agreement import errors
 from support.driven_layers import scopes_of, sizes_of
 from support.float64_qwen3 import Float64Qwen3
+from support.gates import with_gates
 from support.probe_records import Probe
 from support.server import Answer, ServerPool, ServerSpec
 from support.set_oracle import SetRule
@@ -25,6 +26,7 @@ from support.tiny_model import write_tiny_model
 LAYERS = 6
 SELECTION_LAYERS = (1, 3)
 ROLES = ("dense", "select", "sparse", "select", "sparse", "sparse")
+HEAD_DIM = 32
 HEADS = {"gqa": (8, 2), "mqa": (5, 1), "mha": (4, 4)}
 NEW_TOKENS = 24
 CHUNK = 512
@@ -76,6 +78,7 @@ class LimCase:
             "prefix_selection": self.prefix_selection,
             "scope": rule.scope,
             "selection_attends": rule.attends,
+            **with_gates(rule.method, LAYERS, *HEADS[self.kind], HEAD_DIM),
         }
 
     def turned_on(self) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
@@ -99,13 +102,14 @@ _GIVEN_CASES = (
     LimCase("gqa", 1, SetRule("lessismore", 256, 0.25, 4, "union", "kv_head"), hybrid=True),
     LimCase("gqa", 16, SetRule("tidaldecode", 256, 0.0, 0, "max", "kv_head")),
     LimCase("gqa", 16, SetRule("quest", 256, 0.0, 0, "max", "kv_head")),
+    LimCase("gqa", 16, SetRule("seerattention", 256, 0.0, 0, "max", "kv_head")),
 )
 
 
 def default_case(method: str) -> LimCase:
     """A case of a method that no case was written for."""
     kind = METHODS[method]
-    return LimCase("gqa", kind.page, SetRule(method, 256, *sizes_of(kind), "max", scopes_of(kind)[0]))
+    return LimCase("gqa", kind().page, SetRule(method, 256, *sizes_of(kind), "max", scopes_of(kind)[0]))
 
 
 _GIVEN_METHODS = {case.rule.method for case in _GIVEN_CASES}
@@ -116,7 +120,10 @@ METHOD_CASES = tuple(
     max((case for case in FLOAT32_CASES if case.rule.method == name), key=lambda case: case.page_size)
     for name in METHODS
 )
-NEXT_CASES = tuple(replace(case, release="next") for case in FLOAT32_CASES[:2])
+NEXT_CASES = tuple(
+    replace(case, release="next")
+    for case in (*FLOAT32_CASES[:2], *(case for case in FLOAT32_CASES if case.rule.method == "seerattention"))
+)
 HYBRID = next(case for case in FLOAT32_CASES if case.hybrid)
 LOW_PRECISION = replace(MAIN, dtype="bfloat16")
 
@@ -157,7 +164,9 @@ class Fleet:
         if kind not in self._models:
             heads, kv_heads = HEADS[kind]
             path = self._folder / f"model-{kind}"
-            self._models[kind] = write_tiny_model(path, layers=LAYERS, heads=heads, kv_heads=kv_heads)
+            self._models[kind] = write_tiny_model(
+                path, layers=LAYERS, heads=heads, kv_heads=kv_heads, head_dim=HEAD_DIM
+            )
         return self._models[kind]
 
     @property

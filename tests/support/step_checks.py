@@ -9,6 +9,8 @@ from sgl_lim.serving.state import GRANULE
 from support.agreement import errors
 from support.fleet import HEADS, LAYERS, ROLES, Fleet, LimCase
 from support.float64_qwen3 import Float64Qwen3, Sets
+from support.gate_oracle import explains_blocks
+from support.gates import published
 from support.group_oracle import check_group_sets, shared_of_long
 from support.page_oracle import explains_pages
 from support.server import Answer
@@ -55,6 +57,7 @@ def expected_roles(rule: SetRule) -> list[str]:
         "window": ["dense", *["sparse"] * (LAYERS - 1)],
         "full": ["dense"] * LAYERS,
         "quest": ["dense"] * 2 + ["own"] * (LAYERS - 2),
+        "seerattention": ["own"] * LAYERS,
     }
     return plans.get(rule.method, list(ROLES))
 
@@ -91,9 +94,8 @@ def check_row(rule: SetRule, heads: tuple[int, int], step: Step, row: int, *, se
                 attended = kept
         elif record["role"] == "own":
             attended = kept = served_sets(record, row, length)
-            heads_of = q.unflatten(0, (heads[1], -1))
             for head, chosen in enumerate(kept * (heads[1] if len(kept) == 1 else 1)):
-                assert explains_pages(chosen, heads_of[head], k[:, head], rule.budget), f"{place}: not the best pages"
+                assert explains_own(rule, record["layer"], chosen, head, q, k), f"{place}: not the best pages"
         elif record["role"] == "sparse":
             assert served_sets(record, row, length) == kept, f"{place}: the set in force is not the one chosen"
             attended = kept
@@ -102,6 +104,14 @@ def check_row(rule: SetRule, heads: tuple[int, int], step: Step, row: int, *, se
         ks, vs = (x.unflatten(1, (len(attended), -1)) for x in (k, v))
         parts = [(qs[n], ks[positions, n], vs[positions, n]) for n, positions in enumerate(attended)]
         check_parts(parts, record["scale"], outs.flatten(0, 1), place)
+
+
+def explains_own(rule: SetRule, layer: int, chosen: list[int], head: int, q: Tensor, k: Tensor) -> bool:
+    """Whether a set is what a KV head of a layer chooses for itself, by queries [H, D] and keys [L, H_kv, D]."""
+    if rule.method == "seerattention":
+        gate = published(LAYERS, q.shape[0], k.shape[1], q.shape[1])[layer]
+        return explains_blocks(gate, chosen, head, q, k, rule.budget)
+    return explains_pages(chosen, q.unflatten(0, (k.shape[1], -1))[head], k[:, head], rule.budget)
 
 
 def served_set(record: dict[str, Any], row: int, length: int) -> list[int]:

@@ -18,9 +18,15 @@ from source_reader.model import TINY
 from source_reader.tokenizer import load_tokenizer
 
 from sgl_lim.methods import METHODS, Role
+from support.gates import spec_with_gates
 from support.package_tree import source_text
 
 SELECTION = (1,)
+
+
+def named(name: str) -> str:
+    """The spec of a method for a model of `TINY`'s shape."""
+    return spec_with_gates(name, TINY.layers, TINY.heads, TINY.kv_heads, TINY.head_dim)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,7 @@ def tokens() -> torch.Tensor:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_budget_of_the_whole_length_is_dense(model: SmallQwen3, tokens: torch.Tensor, name: str) -> None:
-    method = method_of(name, 256, SELECTION, 0.25)
+    method = method_of(named(name), 256, SELECTION, 0.25)
     found = decode(model, prefill(model, tokens[:100]), tokens[100:], method, rows=16, recall=True)
     torch.testing.assert_close(found.logits, model(tokens[None])[0, 100:], rtol=1e-4, atol=1e-4)
     assert (found.attended == 1).all()
@@ -50,13 +56,13 @@ def test_a_budget_of_the_whole_length_is_dense(model: SmallQwen3, tokens: torch.
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "full"])
 def test_steps_at_once_are_steps_one_by_one(model: SmallQwen3, tokens: torch.Tensor, name: str) -> None:
-    method = method_of(name, 32, SELECTION, 0.25)
+    method = method_of(named(name), 32, SELECTION, 0.25)
     context = prefill(model, tokens[:100])
     one, many = (decode(model, context, tokens[100:130], method, rows=r, recall=True) for r in (1, 30))
     torch.testing.assert_close(one.logits, many.logits, rtol=1e-4, atol=1e-4)
     lens = torch.arange(101, 131)
     # A set of pages lacks what the last page does.
-    torch.testing.assert_close(one.attended, (32.0 - -lens % METHODS[name].page) / lens)
+    torch.testing.assert_close(one.attended, (32.0 - -lens % method.page) / lens)
     assert one.recall is not None and many.recall is not None and one.recall.max() < 1
     torch.testing.assert_close(one.recall, many.recall)
     dense = model(tokens[None])[0, 100:130]

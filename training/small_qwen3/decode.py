@@ -11,9 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lim_kernels import Scaling, decode_with_scores
-from sgl_lim.evaluate.step_rows import page_bounds_of, share_read
+from lim_kernels.block_gates import Rotation
+from sgl_lim.evaluate.own_pages import OwnPages, own_pages
+from sgl_lim.evaluate.step_rows import share_read
+from sgl_lim.gates.rotation import plain_table
+from sgl_lim.gates.weights import ModelShape
 from sgl_lim.methods import HeadsOfRank, Method, Role
 from sgl_lim.serving.layer import LayerDecode, LayerInput
+from sgl_lim.serving.model_rotation import LayerRotation
 from sgl_lim.serving.reads import Plan, plan_reads
 
 from .model import SmallQwen3, finish, project, rope_table
@@ -78,15 +83,24 @@ def decode(
     model: SmallQwen3, context: Context, fed: Tensor, method: Method, *, rows: int = 128, recall: bool = False
 ) -> Decoded:
     """Feed tokens [S] behind a context under a method, `rows` steps at once; `recall` costs a full pass a layer."""
-    parts = []
+    parts, pages = [], pages_of(model, method, context.length + len(fed))
     for first in range(0, len(fed), rows):
-        context, part = _decode_rows(model, context, fed[first : first + rows], method, recall)
+        context, part = _decode_rows(model, context, fed[first : first + rows], method, pages, recall)
         parts.append(part)
     return Decoded.join(parts)
 
 
+def pages_of(model: SmallQwen3, method: Method, positions: int) -> OwnPages | None:
+    """What layers choose by that choose for themselves, in contexts of so many tokens; None where none does."""
+    shape, device = model.shape, model.embed.device
+    table = plain_table(shape.rope_theta, shape.head_dim, positions).to(device)
+    turned = LayerRotation(Rotation(table), shape.rope_theta)
+    of_model = ModelShape(shape.layers, shape.heads, shape.kv_heads, shape.head_dim)
+    return own_pages(method, of_model, turned, model.dtype, device)
+
+
 def _decode_rows(
-    model: SmallQwen3, context: Context, fed: Tensor, method: Method, recall: bool
+    model: SmallQwen3, context: Context, fed: Tensor, method: Method, pages: OwnPages | None, recall: bool
 ) -> tuple[Context, Decoded]:
     shape, before = model.shape, context.length
     positions = torch.arange(before, before + len(fed), device=fed.device)
@@ -101,8 +115,9 @@ def _decode_rows(
         q, k, v = (t[0].transpose(0, 1).contiguous() for t in project(x, w, cos, sin, shape, model.dtype))
         keys.append(torch.cat((context.keys[i], k)))
         values.append(torch.cat((context.values[i], v)))
-        bounds = page_bounds_of(keys[i], slots[0]) if role is Role.OWN else None
-        layer = LayerInput(q, keys[i], values[i], scaling, bounds)
+        # Slots are positions here.
+        known = None if pages is None or role is not Role.OWN else pages.of_layer(i, keys[i], slots[0].long())
+        layer = LayerInput(q, keys[i], values[i], scaling, known)
         out = layers.run(plan, role, layer)
         if role in (Role.SPARSE, Role.OWN):
             shares.append(share_read(plan))

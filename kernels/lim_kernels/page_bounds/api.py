@@ -1,7 +1,7 @@
 """Public entry of page bounds: validates operands and dispatches.
 
-Who writes keys calls `bound_pages`. A decode step calls `score_pages`, chooses pages with `choose_tokens`, and has
-their slots by `expand_pages`. None of them waits for the device.
+Who writes keys calls `bound_pages`. A decode step calls `score_pages`, and has its sets by `choose_pages` and
+`expand_pages`. None of them waits for the device.
 """
 
 import torch
@@ -75,35 +75,6 @@ def score_pages(
     require_rows(op, q, slots, seq_lens)
     score = implementation_of(reference.score_pages, implementation, q)
     return score(q, bounds, slots, seq_lens, score_beyond=score_beyond)
-
-
-def expand_pages(
-    pages: Tensor, slots: Tensor, seq_lens: Tensor, *, implementation: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """The KV slots of chosen pages.
-
-    Args:
-        pages: int32 [B, H_kv, P], ascending, as `choose_tokens` chooses among a row's ceil(length / 16) pages with
-            `recent` of at least 1: the first min(P, that many) count, and the row's last page is the last of them.
-        slots: int32 [B, L], KV slot of each position.
-        seq_lens: int32 or int64 [B].
-
-    Returns:
-        slots int32 [B, H_kv, 16 P], in order of position, 0 after their counts, and counts int32 [B, H_kv]: 16 a page,
-        less where the row's last one is not full.
-
-    Raises:
-        ValueError: as `bound_pages`.
-    """
-    op = "expand_pages"
-    fits = pages.dim() == 3 and pages.dtype == torch.int32 and pages.is_contiguous()
-    require(fits, op, "contiguous pages int32 [B, H_kv, P]", f"{pages.dtype} {list(pages.shape)}")
-    _check_slots(op, slots, len(pages))
-    _check_integers(op, "seq_lens", seq_lens, len(pages))
-    require_one_device(op, pages, slots, seq_lens)
-    require_rows(op, slots, seq_lens)
-    expand = implementation_of(reference.expand_pages, implementation, pages)
-    return expand(pages, slots, seq_lens)
 
 
 def _check_bounds(op: str, bounds: PageBounds) -> None:

@@ -29,16 +29,3 @@ def score_pages(q: Tensor, bounds: PageBounds, slots: Tensor, seq_lens: Tensor, 
     queries = group_queries(q, bounds.lows.shape[1]).to(compute)
     lows, highs = (side[pages].to(compute).permute(0, 2, 3, 1) for side in (bounds.lows, bounds.highs))
     return (queries.clamp(min=0) @ highs + queries.clamp(max=0) @ lows).amax(2).float()
-
-
-def expand_pages(pages: Tensor, slots: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
-    """See `api.expand_pages`."""
-    lens = seq_lens.unsqueeze(1).expand(pages.shape[:2])
-    in_row = (lens + PAGE - 1) // PAGE
-    # All tokens of a set's pages, but for those that the row's last page lacks.
-    counts = in_row.clamp(max=pages.shape[2]) * PAGE - (in_row * PAGE - lens)
-    offsets = torch.arange(PAGE, device=pages.device)
-    positions = (pages.long().unsqueeze(3) * PAGE + offsets).flatten(2)
-    inside = torch.arange(positions.shape[2], device=pages.device) < counts.unsqueeze(2)
-    expanded = slots.unsqueeze(1).expand(-1, pages.shape[1], -1).gather(2, positions.where(inside, 0))
-    return expanded.where(inside, 0), counts.to(torch.int32)

@@ -1,8 +1,7 @@
 """Page bounds in Triton: a program a written slot and KV head, of which the last of each page's run has work to do;
-one a block of pages, KV head and row scores; one a block of a set's slots expands.
+one a block of pages, KV head and row scores.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +12,6 @@ from lim_kernels.triton_support import interpreting, padded_empty
 
 _PAGE = tl.constexpr(state.PAGE)
 _BLOCK_PAGES = 64
-_BLOCK_SET = 512
 
 
 @triton.jit(do_not_specialize=["num_written"])
@@ -116,33 +114,6 @@ def score_pages_kernel(
     tl.store(scores_ptr + row * stride_scores_row + head * stride_scores_head + places, best, mask=there)
 
 
-@triton.jit(do_not_specialize=["width"])
-def expand_kernel(
-    pages_ptr,
-    slots_ptr,
-    lens_ptr,
-    set_ptr,
-    counts_ptr,
-    width,
-    stride_slots,
-    HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Expand a block of one KV head's set of one row; `width` pages at most."""
-    item = tl.program_id(0).to(tl.int64)
-    row = item // HEADS
-    length = tl.load(lens_ptr + row).to(tl.int32)
-    in_row = tl.cdiv(length, _PAGE)
-    count = tl.minimum(in_row, width) * _PAGE - (in_row * _PAGE - length)
-    if tl.program_id(1) == 0:
-        tl.store(counts_ptr + item, count)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < count
-    pages = tl.load(pages_ptr + item * width + columns // _PAGE, mask=inside, other=0)
-    slots = tl.load(slots_ptr + row * stride_slots + pages * _PAGE + columns % _PAGE, mask=inside, other=0)
-    tl.store(set_ptr + item * width * _PAGE + columns, slots, mask=columns < width * _PAGE)
-
-
 def bound_pages(bounds: PageBounds, k_cache: Tensor, written: Tensor) -> None:
     """See `api.bound_pages`."""
     _, kv_heads, dim = bounds.lows.shape
@@ -192,24 +163,3 @@ def score_pages(q: Tensor, bounds: PageBounds, slots: Tensor, seq_lens: Tensor, 
         num_warps=4,
     )
     return scores
-
-
-def expand_pages(pages: Tensor, slots: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
-    """See `api.expand_pages`."""
-    batch, kv_heads, width = pages.shape
-    expanded = torch.empty(batch, kv_heads, width * state.PAGE, dtype=torch.int32, device=pages.device)
-    counts = torch.empty(batch, kv_heads, dtype=torch.int32, device=pages.device)
-    # Rows by heads may be more than CUDA takes in any dimension but the first.
-    expand_kernel[(batch * kv_heads, triton.cdiv(width * state.PAGE, _BLOCK_SET))](
-        pages_ptr=pages,
-        slots_ptr=slots,
-        lens_ptr=seq_lens,
-        set_ptr=expanded,
-        counts_ptr=counts,
-        width=width,
-        stride_slots=slots.stride(0),
-        HEADS=kv_heads,
-        BLOCK=_BLOCK_SET,
-        num_warps=4,
-    )
-    return expanded, counts

@@ -1,0 +1,77 @@
+"""Does each rank get the gates of its KV heads, and is a model's rotation found or its lack named?"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sgl_lim.gates import load_gates
+from sgl_lim.gates.weights import ModelShape
+from sgl_lim.methods import HeadsOfRank, Quest, Role, SeerAttention, Window
+from sgl_lim.serving.gate_store import GateStore
+from sgl_lim.serving.model_rotation import UnknownRotation, rotations_of
+from sgl_lim.serving.own_pages import build_pages
+from sgl_lim.serving.page_store import PageStore
+from support.fake_backend import DIM, HEADS, KV_HEADS, LAYERS, Attention, RotaryEmbedding
+from support.gate_oracle import THETA
+from support.gates import BLOCK, WIDTH, gates_for
+
+SHAPE = ModelShape(LAYERS, HEADS, KV_HEADS, DIM)
+
+
+def runner(kv_heads=KV_HEADS, slots=100, model=None):
+    """What the builder asks of SGLang's model runner, for a rank that holds so many KV heads."""
+    keys = torch.zeros(slots, kv_heads, DIM)
+    rotary = RotaryEmbedding()
+    return SimpleNamespace(
+        token_to_kv_pool=SimpleNamespace(size=slots - BLOCK, page_size=BLOCK, get_key_buffer=lambda layer: keys),
+        model_config=SimpleNamespace(dtype=torch.float32),
+        model=model or torch.nn.ModuleList(Attention(layer, rotary) for layer in range(LAYERS)),
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_has_the_gates_of_its_kv_heads_and_no_others(ranks):
+    path = gates_for(LAYERS, HEADS, KV_HEADS, DIM)
+    method, whole = SeerAttention(gates=path), load_gates(path, SHAPE, torch.float32)
+    own, held = HEADS // ranks, KV_HEADS // ranks
+    for rank in range(ranks):
+        heads = HeadsOfRank(first=rank * own, own=own, all=HEADS)
+        store = build_pages(method, method.layer_roles(LAYERS), runner(held), heads)
+        assert isinstance(store, GateStore)
+        for layer in range(LAYERS):
+            blocks, part = store.of_layer(layer), slice(rank * held, (rank + 1) * held)
+            assert torch.equal(blocks.gate.query, whole[layer].query[part])
+            assert torch.equal(blocks.gate.key, whole[layer].key[part])
+            assert blocks.keys.shape == (-(-100 // BLOCK), held, WIDTH) and blocks.block == BLOCK
+            # The gates are wider than the heads, and rotate by frequencies of their own width.
+            assert blocks.gate.rotation.table.shape[1] == WIDTH and blocks.rotation.table.shape[1] == DIM
+
+
+def test_who_chooses_pages_otherwise_has_bounds_or_nothing():
+    heads = HeadsOfRank(first=0, own=HEADS, all=HEADS)
+    assert isinstance(build_pages(Quest(), Quest().layer_roles(LAYERS), runner(), heads), PageStore)
+    assert build_pages(Window(selection_layers=(1,)), (Role.DENSE,) * LAYERS, runner(), heads) is None
+
+
+def test_a_model_s_rotation_is_found_beside_its_attention():
+    found = rotations_of(runner().model, [0, 2])
+    assert sorted(found) == [0, 2] and found[0] is found[2] and found[0].theta == THETA
+    assert not found[0].rotation.interleaved and found[0].rotation.table.dtype == torch.float32
+
+
+def test_scaled_and_interleaved_rotations_are_told_apart():
+    class YaRNScalingRotaryEmbedding(RotaryEmbedding):
+        is_neox_style = False
+
+    (found,) = rotations_of(torch.nn.ModuleList([Attention(0, YaRNScalingRotaryEmbedding())]), [0]).values()
+    assert found.theta is None and found.rotation.interleaved
+
+
+def test_a_layer_without_such_a_rotation_is_named():
+    rotary = RotaryEmbedding()
+    with pytest.raises(UnknownRotation, match="layer 1 of ModuleList has no rotary_emb"):
+        rotations_of(torch.nn.ModuleList([Attention(0, rotary)]), [0, 1])
+    rotary.mrope_section = [1, 1, 2]
+    with pytest.raises(UnknownRotation, match="layer 0 rotates by RotaryEmbedding, which is no table of positions"):
+        rotations_of(torch.nn.ModuleList([Attention(0, rotary)]), [0])

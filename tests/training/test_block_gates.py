@@ -1,0 +1,177 @@
+"""Do gates learn what the recipe says, within bounded memory, and are they saved as they are read?"""
+
+import json
+from itertools import islice, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from block_gates import train
+from block_gates.data import batches, chain_rows, text_rows
+from block_gates.loss import block_keys, block_truth, chunks, gate_loss
+from block_gates.model import TrainedGates
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from lim_kernels.block_gates import Rotation
+from sgl_lim.evaluate.checkpoint import Checkpoint
+from sgl_lim.gates import load_gates, read_config
+from support.gate_oracle import GateRule, angles, draw_gate, gate_key, gate_scores, rope
+from support.package_tree import source_text
+from support.wide_weights import draw_wide
+
+RULE = GateRule(heads=4, kv_heads=2, dim=16, width=64, block=16)
+LENGTH = 70
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """A layer's queries and keys before their rotation, float64, and as the model has them."""
+    generator = torch.Generator().manual_seed(3)
+    q, k = (torch.randn(LENGTH, heads, RULE.dim, generator=generator).double() for heads in (RULE.heads, RULE.kv_heads))
+    turned = [rope(x, RULE, torch.arange(LENGTH)).float().transpose(0, 1)[None] for x in (q, k)]
+    return SimpleNamespace(q=q, k=k, turned=turned, gate=draw_gate(RULE, generator, torch.float32))
+
+
+def by_hand(drawn, scale):
+    """The loss of the second half's queries from its definition, query by query, in float64."""
+    losses = []
+    for position in range(LENGTH // 2, LENGTH):
+        before = position // RULE.block
+        keys = [gate_key(drawn.gate, drawn.k[n * 16 : n * 16 + 16], n * 16) for n in range(before)]
+        scores = gate_scores(drawn.gate, drawn.q[position], torch.stack(keys), position)
+        at, past = torch.tensor([position]), torch.arange(position + 1)
+        q = rope(drawn.q[position][None], RULE, at)[0]
+        k = rope(drawn.k[: position + 1], RULE, past)
+        for head in range(RULE.kv_heads):
+            truth = torch.zeros(before, dtype=torch.float64)
+            for member in range(head * RULE.group, (head + 1) * RULE.group):
+                weights = (k[:, head] @ q[member] * scale).softmax(0)
+                largest = torch.stack([weights[n * 16 : n * 16 + 16].max() for n in range(before)])
+                truth = torch.maximum(truth, largest)
+            truth = truth / truth.sum()
+            losses.append((truth * (truth.log() - scores[head].log_softmax(0))).sum())
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("logit_bytes", [1, 4000, 1 << 30])
+def test_the_loss_is_the_recipe_s_however_many_queries_are_taken_at_once(drawn, logit_bytes):
+    q, k = drawn.turned
+    rotation = Rotation(angles(RULE.dim, 128, 1.0))
+    how = {"scale": 0.25, "block": RULE.block, "rotation": rotation, "logit_bytes": logit_bytes}
+    loss = gate_loss(drawn.gate.as_operand(), q, k, **how)
+    torch.testing.assert_close(loss.double(), by_hand(drawn, 0.25), rtol=1e-4, atol=1e-5)
+    twice = gate_loss(drawn.gate.as_operand(), q.repeat(2, 1, 1, 1), k.repeat(2, 1, 1, 1), **how)
+    torch.testing.assert_close(twice, loss)
+
+
+def test_truth_knows_complete_blocks_before_the_query_alone(drawn):
+    q, k = drawn.turned
+    truth = block_truth(q[:, :, 40:], k, 40, scale=0.25, block=16)
+    assert truth.shape == (1, 2, 30, 4)
+    for place, position in enumerate(range(40, LENGTH)):
+        before = position // 16
+        assert (truth[0, :, place, :before] > 0).all() and not truth[0, :, place, before:].any()
+    torch.testing.assert_close(truth.sum(-1), torch.ones(1, 2, 30))
+
+
+def test_no_chunk_s_logits_take_more_than_allowed():
+    shape = torch.Size((2, 4, 4096, 16))
+    for allowed in (1 << 20, 1 << 24):
+        found = list(chunks(shape, allowed))
+        assert found[0][0] == 2048 and found[-1][1] == 4096
+        assert all(b[0] == a[1] for a, b in pairwise(found))
+        assert all((last - first) * 2 * 4 * 4096 * 4 <= allowed for first, last in found)
+
+
+def test_keys_are_those_that_are_served(drawn):
+    rotation = Rotation(angles(RULE.dim, 128, 1.0))
+    keys = block_keys(drawn.gate.as_operand(), drawn.turned[1], RULE.block, rotation)
+    assert keys.shape == (1, 2, LENGTH // 16, RULE.width)
+    for block in range(LENGTH // 16):
+        expected = gate_key(drawn.gate, drawn.k[block * 16 : block * 16 + 16], block * 16)
+        torch.testing.assert_close(keys[0, :, block].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+class Words:
+    """A tokenizer of words, by their length."""
+
+    def encode(self, text):
+        return [len(word) for word in text.split()]
+
+    def beginning(self):
+        return [99]
+
+
+def test_rows_have_the_length_that_was_asked_for_and_depend_on_the_seed(tmp_path: Path):
+    folder = tmp_path / "package"
+    folder.mkdir()
+    (folder / "code.py").write_text(source_text(1, 4000))
+    for make in (lambda seed: text_rows(Words(), [tmp_path], 64, seed), lambda seed: chain_rows(Words(), 64, seed)):
+        rows = list(islice(make(1), 3))
+        assert [len(row) for row in rows] == [64] * 3 and all(row[0] == 99 for row in rows)
+        assert rows == list(islice(make(1), 3))
+    assert next(chain_rows(Words(), 64, 1)) != next(chain_rows(Words(), 64, 2))
+    mixed = batches([(1.0, iter([[1]] * 40)), (0.0, iter([[2]] * 40))], 8, 0, torch.device("cpu"))
+    assert mixed().tolist() == [[1]] * 8
+    with pytest.raises(ValueError, match=r"--roots .*: no text"):
+        next(text_rows(Words(), [tmp_path / "nothing"], 64, 0))
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_hundredth():
+    rates = [train.learning_rate(step, 100, most=1.0, warmup=20) for step in range(101)]
+    assert rates[0] == 0.05 and max(rates) == rates[20] == 1.0 and rates[100] == pytest.approx(0.01)
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A small model with a tokenizer of its own, as a folder."""
+    from support.tiny_model import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("model"), layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16)
+
+
+def test_a_few_steps_train_gates_that_are_read_again(model: Path, tmp_path: Path, capsys):
+    out = tmp_path / "gates"
+    size = ["--block", "16", "--width", "64", "--length", "192", "--batch", "2", "--steps", "12", "--warmup", "2"]
+    how = ["--chains", "1", "--lr", "0.01", "--device", "cpu", "--log-every", "4", "--logit-bytes", "100000"]
+    train.main(["--model-path", str(model), "--out", str(out), *size, *how])
+    measured = json.loads((out / "training.json").read_text())
+    assert measured["steps"] == 12 and len(measured["held_out_by_layer"]) == 2
+    assert measured["held_out_after"] < 0.9 * measured["held_out_before"]
+    config = read_config(str(out))
+    assert (config.block, config.width, config.base_model) == (16, 64, model.name)
+    assert config.model["hidden_size"] == 64 and config.model["model_type"] == "qwen3"
+    assert "step 12" in capsys.readouterr().out
+
+
+def test_what_was_trained_is_what_is_loaded(tmp_path: Path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256}
+    tiny = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads))
+    draw_wide(tiny)
+    checkpoint = Checkpoint(tiny, tokenizer=None)
+    frozen = {name: weight.clone() for name, weight in tiny.state_dict().items()}
+    config = train.gate_config(checkpoint, "some/tiny", block=16, width=64)
+    trainer = train.Trainer(checkpoint, config, lr=0.01, logit_bytes=1 << 20)
+    tokens = torch.randint(64, (2, 96))
+    first = trainer.step(tokens, 0.01)
+    for _ in range(8):
+        last = trainer.step(tokens, 0.01)
+    assert (last < first).all()
+    assert all(torch.equal(weight, frozen[name]) for name, weight in tiny.state_dict().items())
+    trainer.save(tmp_path)
+    loaded = load_gates(str(tmp_path), checkpoint.shape, torch.float32)
+    for layer, gate in enumerate(loaded):
+        own = trainer.gates.gate(layer, None)
+        for name in ("query", "key", "query_norm", "key_norm"):
+            assert torch.equal(getattr(gate, name), getattr(own, name).detach().bfloat16().float())
+
+
+def test_without_norms_there_are_none(tmp_path: Path):
+    checkpoint_shape = SimpleNamespace(layers=1, heads=4, kv_heads=2, head_dim=16, group=2)
+    config = SimpleNamespace(pools=("avg",), width=64, norm=False, block=16)
+    gate = TrainedGates(config, checkpoint_shape).gate(0, None)
+    assert gate.query_norm is None and gate.key_norm is None and gate.key.shape == (2, 16, 64)
