@@ -24,7 +24,6 @@ def shared_kernel(
     granule,
     stride_slots,
     USES_SET: tl.constexpr,
-    STEPS: tl.constexpr,
     PROBES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
@@ -48,7 +47,7 @@ def shared_kernel(
     if tl.max(high, axis=0) > 0:
         low = tl.minimum(high, 1)
         probes = 1 + tl.arange(0, PROBES)
-        for _ in range(STEPS):
+        while tl.max(high - low, axis=0) > 0:
             # [BLOCK_ROWS, PROBES], ascending in (low, high]; the last one is high.
             points = low[:, None] + ((high - low)[:, None] * probes[None, :] + PROBES - 1) // PROBES
             open = (high > low)[:, None] & (points > low[:, None])
@@ -148,12 +147,9 @@ def find_prefix_groups(
     slots: Tensor, seq_lens: Tensor, *, granule: int, set_columns: int, uses_set: Tensor | None
 ) -> PrefixGroups:
     """See `api.find_prefix_groups`."""
-    batch, width = slots.shape
+    batch = len(slots)
     block = plan_block(batch)
     shared = torch.empty(batch, block, dtype=torch.int32, device=slots.device)
-    granules, steps = max(1, width // granule), 1
-    while granules > 1:
-        granules, steps = triton.cdiv(granules, _PROBES), steps + 1
     shared_kernel[(batch,)](
         slots_ptr=slots,
         lens_ptr=seq_lens,
@@ -163,7 +159,6 @@ def find_prefix_groups(
         granule=granule,
         stride_slots=slots.stride(0),
         USES_SET=uses_set is not None,
-        STEPS=steps,
         PROBES=_PROBES,
         BLOCK_ROWS=block,
         num_warps=4,

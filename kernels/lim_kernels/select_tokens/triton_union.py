@@ -15,11 +15,12 @@ from torch import Tensor
 from lim_kernels.operands import SetSizes
 from lim_kernels.select_tokens.places import MAX_UNION, rank_unit
 from lim_kernels.select_tokens.triton_tiles import number_kept, tile
-from lim_kernels.triton_support import padded_empty, readable_width
+from lim_kernels.triton_support import padded_empty, programs_along, readable_width
 
 _SHALLOW = 4  # a quarter of the middle budget is how deep lists are first
 _SAMPLES = (2048, 8192)  # for the first guess, and where it missed
 _READ = 4096
+_FILLED = 1024
 
 
 @triton.jit
@@ -80,26 +81,35 @@ def guess_kernel(
     guesses_ptr,
     reached_ptr,
     pending_ptr,
+    scores_ptr,
     budget,
     recent,
     sinks,
     depth,
     stride_row,
     stride_head,
+    stride_scores,
     HEADS: tl.constexpr,
     TOP: tl.constexpr,
     SAMPLE: tl.constexpr,
+    BLOCK: tl.constexpr,
     AGAIN: tl.constexpr,
 ):
     """Guess from a sample of the row a key that between `depth` and TOP of a head's candidates reach.
 
-    AGAIN corrects a guess that missed by how many it let through, and marks the head as pending.
+    AGAIN corrects a guess that missed by how many it let through, and marks the head as pending. The first time, the
+    programs of a row also mark all of its tokens as unlisted.
     """
     head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     length = tl.load(lens_ptr + row).to(tl.int32)
     if length <= budget:
         return
+    if not AGAIN:
+        for start in range(tl.program_id(0) * BLOCK, length, HEADS * BLOCK):
+            positions = start + tl.arange(0, BLOCK)
+            unlisted = tl.full([BLOCK], -float("inf"), dtype=tl.float32)
+            tl.store(scores_ptr + row * stride_scores + positions, unlisted, mask=positions < length)
     place = row * HEADS + head
     aim = (depth + TOP) // 2
     if AGAIN:
@@ -143,26 +153,25 @@ def gather_kernel(
     BLOCK: tl.constexpr,
     AGAIN: tl.constexpr,
 ):
-    """List a block's candidates that reach the guess, in any order, and count them. AGAIN: of pending heads only."""
-    block = tl.program_id(0)
+    """List a head's candidates that reach the guess, in any order, and count them. AGAIN: of pending heads only."""
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     length = tl.load(lens_ptr + row).to(tl.int32)
     last = length - recent
-    start = block * BLOCK
-    if (length <= budget) | (start >= last):
+    if length <= budget:
         return
     place = row * HEADS + head
     if AGAIN and tl.load(pending_ptr + place) == 0:
         return
     bound = tl.load(guesses_ptr + place)
     logits_row = logits_ptr + row * stride_row + head * stride_head
-    positions, logits = load_logits(logits_row, width, start, sinks, last, BLOCK)
-    kept = logits >= bound
-    count, places = number_kept(kept)
-    if count > 0:
-        places += tl.atomic_add(reached_ptr + place, count, sem="relaxed")
-        tl.store(scratch_ptr + place * TOP + places, positions, mask=kept & (places < TOP))
+    for start in range(tl.program_id(0) * BLOCK, last, tl.num_programs(0) * BLOCK):
+        positions, logits = load_logits(logits_row, width, start, sinks, last, BLOCK)
+        kept = logits >= bound
+        count, places = number_kept(kept)
+        if count > 0:
+            places += tl.atomic_add(reached_ptr + place, count, sem="relaxed")
+            tl.store(scratch_ptr + place * TOP + places, positions, mask=kept & (places < TOP))
 
 
 @triton.jit
@@ -329,9 +338,9 @@ def union_scores(
     """`api.score_tokens` for "union"."""
     batch, heads, length = logits.shape
     middle = sizes.middle
-    scores = padded_empty(batch, length, device=logits.device).fill_(float("-inf"))
+    scores = padded_empty(batch, length, device=logits.device)
     if middle == 0 or length <= sizes.budget:
-        return scores
+        return scores.fill_(float("-inf"))
     shallow = max(1, min(middle, triton.cdiv(middle, _SHALLOW)))
     counters = torch.zeros(batch, 1 + heads, dtype=torch.int32, device=logits.device).view(-1)
     listed, reached = counters[:batch], counters[batch:]
@@ -354,13 +363,21 @@ def union_scores(
         if not deep:
             guesses = torch.empty(batch * heads, dtype=torch.float32, device=logits.device)
             pending = torch.empty(batch * heads, dtype=torch.int32, device=logits.device)
-            blocks = triton.cdiv(length, _READ)
+            programs = programs_along(triton.cdiv(length, _READ), batch * heads, logits.device)
             for again in (False, True):
                 attempt = {"guesses_ptr": guesses, "pending_ptr": pending, "TOP": top, "AGAIN": again}
                 guess_kernel[(heads, batch)](
-                    depth=depth, SAMPLE=_SAMPLES[again], num_warps=8 if again else 4, **attempt, **read, **shared
+                    scores_ptr=scores,
+                    depth=depth,
+                    stride_scores=scores.stride(0),
+                    SAMPLE=_SAMPLES[again],
+                    BLOCK=_FILLED,
+                    num_warps=8 if again else 4,
+                    **attempt,
+                    **read,
+                    **shared,
                 )
-                gather_kernel[(blocks, heads, batch)](
+                gather_kernel[(programs, heads, batch)](
                     scratch_ptr=scratch, width=width, BLOCK=_READ, num_warps=8, **attempt, **read, **shared
                 )
         search_kernel[(heads, batch)](
