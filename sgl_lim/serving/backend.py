@@ -244,7 +244,7 @@ def begin_draft(lim: LimState, rows: Tensor, seq_lens: Tensor) -> Plan:
     sets = lim.drafts.sets
     slots = lim.snapshot.slots
     if sets is None:
-        plan = plan_reads(lim.method, slots, seq_lens, own_heads=lim.decode.heads.own, granule=lim.granule)
+        plan = plan_reads(lim.method, slots, seq_lens, together=lim.decode.together, granule=lim.granule)
         read = read_unguided(lim.method, lim.roles, seq_lens)
     else:
         placed, read = sets.place(rows, lim.counters.generations, slots, seq_lens)
@@ -264,7 +264,7 @@ def begin_decode(lim: LimState, rows: Tensor, seq_lens: Tensor) -> Plan:
         Full() if lim.dense_decode else lim.method,
         lim.snapshot.slots,
         seq_lens,
-        own_heads=lim.decode.heads.own,
+        together=lim.decode.together,
         granule=lim.granule if own else None,
         kept=kept,
     )

@@ -9,7 +9,7 @@ from lim_kernels import Scaling, decode_with_scores, grouped_decode, score_conte
 from lim_kernels.page_bounds import PageBounds
 from sgl_lim.methods import CombineRanks, HeadsOfRank, Method, Role
 from sgl_lim.serving.kept_sets import KeptSets
-from sgl_lim.serving.reads import Plan, Read, ScoredRead
+from sgl_lim.serving.reads import Plan, Read, ScoredRead, places_together
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,19 @@ class LayerDecode:
         heads: this rank's query heads.
         combine_ranks: None where no other rank has heads that choose the same set.
         kept_sets: where sets outlive a step; needed if the plan's `kept` is there.
+        score_bytes: that a selection layer's logits may take; None: `reads.SCORE_BYTES`.
     """
 
     method: Method
     heads: HeadsOfRank
     combine_ranks: CombineRanks | None = None
     kept_sets: KeptSets | None = None
+    score_bytes: int | None = None
+
+    @property
+    def together(self) -> int:
+        """How many places of rows are scored at once."""
+        return places_together(self.heads.own, self.score_bytes)
 
     def run(self, plan: Plan, role: Role, layer: LayerInput) -> Tensor:
         """Attention of one layer, [B, H, D_v] in q's dtype; a layer that chooses a set also puts it in force.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sgl_lim.methods import CombineRanks, HeadsOfRank, Method, Role
 from sgl_lim.methods.ranked import Ranked
+from sgl_lim.serving import memory
 from sgl_lim.serving.counters import Counters
 from sgl_lim.serving.draft_sets import Drafts
 from sgl_lim.serving.kept_sets import KeptSets
@@ -98,14 +99,16 @@ def build_state(config: LimConfig, runner: Any, dense_backend: str, heads: Heads
         heads: as `share_of_heads` gives them.
     """
     num_layers, rows, pool = runner.model_config.num_hidden_layers, runner.req_to_token_pool, runner.token_to_kv_pool
-    table = rows.req_to_token
+    # No row has more tokens than the pool.
+    table = rows.req_to_token[:, : pool.size]
     layers = agreed(resolve_layers(config, runner.model_config, runner.server_args.load_format), heads)
     method = config.build(**layers.parameters)
+    score_bytes = memory.count(runner, method, heads) if table.is_cuda else None
     kept_sets = build_kept_sets(method, table, pool.size + pool.page_size)
     roles = method.layer_roles(num_layers)
     choosing = [layer for layer, role in enumerate(roles) if role is Role.OWN]
     return LimState(
-        decode=LayerDecode(method, heads, combiner(heads, per_kv_head=method.per_kv_head), kept_sets),
+        decode=LayerDecode(method, heads, combiner(heads, per_kv_head=method.per_kv_head), kept_sets, score_bytes),
         roles=roles,
         dense_backend=dense_backend,
         # torch_native decodes request by request; the operator takes the batch at once.

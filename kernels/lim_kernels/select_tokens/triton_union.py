@@ -13,11 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lim_kernels.operands import SetSizes
-from lim_kernels.select_tokens.places import MAX_UNION, rank_unit
+from lim_kernels.select_tokens.places import MAX_UNION, rank_unit, shallow_depth
 from lim_kernels.select_tokens.triton_tiles import number_kept, tile
 from lim_kernels.triton_support import padded_empty, programs_along, readable_width
 
-_SHALLOW = 4  # a quarter of the middle budget is how deep lists are first
 _SAMPLES = (2048, 8192)  # for the first guess, and where it missed
 _READ = 4096
 _FILLED = 1024
@@ -341,7 +340,7 @@ def union_scores(
     scores = padded_empty(batch, length, device=logits.device)
     if middle == 0 or length <= sizes.budget:
         return scores.fill_(float("-inf"))
-    shallow = max(1, min(middle, triton.cdiv(middle, _SHALLOW)))
+    shallow = shallow_depth(middle)
     counters = torch.zeros(batch, 1 + heads, dtype=torch.int32, device=logits.device).view(-1)
     listed, reached = counters[:batch], counters[batch:]
     shared = {
