@@ -87,6 +87,7 @@ def memory_needed(method: Method, shapes: Shapes, score_bytes: int = SCORE_BYTES
         "scores": scores,
         "sets": scratch.choice_bytes(shapes.batch * sets, shapes.width, method.budget, grouped=grouped),
         "attention": _attention(shapes),
+        "exchange between ranks": _exchange(method, shapes, sets),
     }
     return Memory(static, step, len(parts))
 
@@ -195,6 +196,17 @@ def _own_step(method: Method, shapes: Shapes) -> dict[str, int]:
         "sets": scratch.choice_bytes(lines, pages, chosen) + 4 * lines * (method.budget + 1),
         "attention": _attention(shapes),
     }
+
+
+def _exchange(method: Method, shapes: Shapes, sets: int) -> int:
+    """What ranks tell one another of their scores."""
+    ranks, lines = shapes.heads.all // shapes.heads.own, shapes.batch * sets
+    if ranks == 1 or (method.per_kv_head and shapes.heads.sharing == 1):
+        return 0
+    if method.best_suffice:
+        # Positions and scores of this rank, of all, and positions in 64 bits to write them by.
+        return lines * method.budget * (16 + 8 * ranks + 16 * ranks)
+    return 4 * 4 * lines * scratch.row_places(shapes.width)
 
 
 def _attention(shapes: Shapes) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sgl_lim.methods import CombineRanks, HeadsOfRank, Method, Role
+from sgl_lim.methods import HeadsOfRank, Method, Role
 from sgl_lim.methods.ranked import Ranked
 from sgl_lim.serving import memory
 from sgl_lim.serving.counters import Counters
@@ -13,6 +13,7 @@ from sgl_lim.serving.draft_sets import Drafts
 from sgl_lim.serving.kept_sets import KeptSets
 from sgl_lim.serving.layer import LayerDecode
 from sgl_lim.serving.page_store import PageStore
+from sgl_lim.serving.ranks import RankExchange
 from sgl_lim.serving.reads import Plan
 from sgl_lim.serving.snapshot import Snapshot
 from sgl_lim.serving.verification import VerifyPlan
@@ -169,7 +170,7 @@ def share_of_heads(num_heads: int, num_kv_heads: int) -> HeadsOfRank:
     return HeadsOfRank(first=group.rank_in_group * own, own=own, all=num_heads, sharing=sharing)
 
 
-def combiner(heads: HeadsOfRank, *, per_kv_head: bool) -> CombineRanks | None:
+def combiner(heads: HeadsOfRank, *, per_kv_head: bool) -> RankExchange | None:
     """What combines the scores of the ranks that must choose one set; None if this rank has all heads of each set."""
     together = heads.sharing if per_kv_head else heads.all // heads.own
     if together == 1:
@@ -177,11 +178,4 @@ def combiner(heads: HeadsOfRank, *, per_kv_head: bool) -> CombineRanks | None:
     from sglang.srt.distributed.parallel_state import get_attn_tp_group
 
     group = get_attn_tp_group()
-    first = group.rank_in_group // together * together
-
-    def combine(scores: Tensor, how: str) -> Tensor:
-        gathered = group.all_gather(scores.contiguous(), dim=0).view(group.world_size, *scores.shape)
-        ranks = gathered[first : first + together]
-        return ranks.logsumexp(dim=0) if how == "logsumexp" else ranks.amax(dim=0)
-
-    return combine
+    return RankExchange(group, group.rank_in_group // together * together, together)

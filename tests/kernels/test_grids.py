@@ -53,7 +53,7 @@ def test_a_step_of_64_rows_starts_as_many_programs_whatever_the_width():
 @pytest.fixture
 def few_programs(monkeypatch):
     """Two programs to a line, whatever the device has, and small blocks, so that each takes several in turn."""
-    small = {triton: ["_BLOCK"], counting: ["_BLOCK"], triton_union: ["_READ"]}
+    small = {triton: ["_BLOCK"], counting: ["_BLOCK"], triton_union: ["READ"]}
     small[triton_choose] = ["_BLOCK", "_FEW", "_GATHERED"]
     for module, names in small.items():
         for name in names:

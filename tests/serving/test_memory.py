@@ -47,6 +47,12 @@ def test_64_rows_of_131072_tokens_are_scored_at_once():
 def test_ranks_share_the_logits():
     whole, part = (memory_needed(ranked(), shapes(ranked(), ranks=ranks)).step["logits"] for ranks in (1, 8))
     assert whole == 8 * part
+    told = [memory_needed(ranked(**how), shapes(ranked(), ranks=8)).step for how in ({}, {"aggregate": "sum"})]
+    assert [round(step["exchange between ranks"] / 1e6) for step in told] == [27, 134]
+    alone = memory_needed(ranked(scope="kv_head"), shapes(ranked(), ranks=8)).step
+    assert (
+        alone["exchange between ranks"] == memory_needed(ranked(), shapes(ranked())).step["exchange between ranks"] == 0
+    )
 
 
 @pytest.mark.parametrize("values", [{}, {"aggregate": "max"}, {"prefix_selection": "group"}], ids=str)

@@ -8,8 +8,10 @@ from lim_kernels.dispatch import require
 from lim_kernels.operands import SetSizes
 from lim_kernels.select_tokens.places import MAX_UNION
 from lim_kernels.select_tokens.triton_choose import choose_in_spans
-from lim_kernels.select_tokens.triton_union import union_scores
+from lim_kernels.select_tokens.triton_union import deepen_scores, union_scores
 from lim_kernels.triton_support import padded_empty, programs_along, readable_width
+
+__all__ = ["choose_tokens", "deepen_scores", "score_tokens"]
 
 _BLOCK = 1024
 
@@ -70,6 +72,7 @@ def score_tokens(
     aggregate: str,
     first_head: int,
     num_heads: int,
+    shallow: bool,
 ) -> Tensor:
     """See `api.score_tokens`."""
     batch, heads, length = logits.shape
@@ -95,7 +98,7 @@ def score_tokens(
         return scores
     fits = sizes.middle <= MAX_UNION
     require(fits, "score_tokens", f"a middle budget of at most {MAX_UNION} for union", sizes.middle)
-    return union_scores(logits, seq_lens, sizes, first_head=first_head, num_heads=num_heads)
+    return union_scores(logits, seq_lens, sizes, first_head=first_head, num_heads=num_heads, shallow=shallow)
 
 
 def choose_tokens(
