@@ -29,7 +29,7 @@ def scores_bytes(rows: int, heads: int, width: int, sizes: SetSizes, aggregate: 
         return found
     shallow = shallow_depth(middle)
     tops = [_power_of_two(2 * shallow), _power_of_two(max(middle + middle // 3, middle))]
-    return found + 4 * rows * heads * (sum(tops) + 3) + 4 * rows
+    return found + 4 * rows * heads * (sum(tops) + 3) + 4 * (-(-rows // 4) * 4)
 
 
 def choice_bytes(rows: int, width: int, budget: int, *, grouped: bool = False) -> int:

@@ -21,6 +21,7 @@ from sgl_lim.serving import metrics
 from sgl_lim.serving.draft_sets import plan_drafts, read_unguided
 from sgl_lim.serving.layer import LayerInput
 from sgl_lim.serving.reads import Plan, Read, plan_reads
+from sgl_lim.serving.rehearsal import compile_ahead
 from sgl_lim.serving.state import LimState, build_state, share_of_heads
 from sgl_lim.serving.verification import (
     VerifyPlan,
@@ -64,6 +65,7 @@ def make(runner: Any) -> Any:
     heads = share_of_heads(model.num_attention_heads, model.get_total_num_kv_heads())
     add_sparse_decode(backend, build_state(config, runner, dense_backend, heads))
     metrics.announce(backend.lim, runner)
+    compile_ahead(backend.lim, runner)
     return backend
 
 

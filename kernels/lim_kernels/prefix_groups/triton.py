@@ -9,12 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lim_kernels.prefix_groups.state import MAX_LEVELS, PrefixGroups
-from lim_kernels.triton_support import plan_block
+from lim_kernels.triton_support import per_row_empty, plan_block
 
 _PROBES = 8  # points compared at once: bisection waits for memory at every step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "granule"])
 def shared_kernel(
     slots_ptr,
     lens_ptr,
@@ -77,7 +77,7 @@ def group_at(shared_ptr, mine, row, depth, cap, BLOCK_ROWS: tl.constexpr):
     return tl.min(tl.where(leaves, rows, BLOCK_ROWS), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "set_columns"])
 def tree_kernel(
     shared_ptr,
     uses_set_ptr,
@@ -137,8 +137,7 @@ def tree_kernel(
 
 def empty_groups(batch: int, device: torch.device) -> PrefixGroups:
     """Groups of so many rows, uninitialised."""
-    per_row = torch.empty(7, batch, dtype=torch.int32, device=device)
-    counts, starts, ends, parents, own_starts, innermost, already_read = per_row
+    counts, starts, ends, parents, own_starts, innermost, already_read = per_row_empty(7, batch, device=device)
     members = torch.empty(batch, batch, dtype=torch.int32, device=device)
     return PrefixGroups(counts, starts, ends, parents, members, own_starts, innermost, already_read)
 

@@ -320,7 +320,7 @@ def choose_in_spans(
     counts = torch.empty(rows, dtype=torch.int32, device=device)
     # One allocation, so that one fill clears both.
     zeroed = torch.zeros(rows * (_COPIES * _BINS + 1), dtype=torch.int32, device=device)
-    histogram, num_gathered = zeroed[rows:], zeroed[:rows]
+    histogram, num_gathered = zeroed[:-rows], zeroed[-rows:]
     gathered = torch.empty(rows, _GATHERED, dtype=torch.int64, device=device)
     decision = torch.empty(rows, 2, dtype=torch.int32, device=device)
     bound = torch.empty(rows, dtype=torch.int64, device=device)

@@ -104,8 +104,7 @@ def union_scores(
     depth = shallow_depth(middle)
     # Room for more than needed, so that few guesses miss.
     top = max(16, triton.next_power_of_2(2 * depth))
-    counters = torch.zeros(batch, 1 + heads, dtype=torch.int32, device=logits.device).view(-1)
-    listed, reached = counters[:batch], counters[batch:]
+    listed, reached = _counters(batch, heads, logits.device)
     shared = _shared(logits, seq_lens, sizes, reached)
     width = readable_width(logits)
     scratch = torch.empty(batch, heads, top, dtype=torch.int32, device=logits.device)
@@ -142,8 +141,7 @@ def deepen_scores(
     middle = sizes.middle
     if middle == 0 or length <= sizes.budget or shallow_depth(middle) == middle:
         return
-    counters = torch.zeros(batch, 1 + heads, dtype=torch.int32, device=logits.device).view(-1)
-    listed, reached = counters[:batch], counters[batch:]
+    listed, reached = _counters(batch, heads, logits.device)
     shared = _shared(logits, seq_lens, sizes, reached)
     count_listed_kernel[(programs_along(triton.cdiv(length, _COUNTED), batch, logits.device), batch)](
         scores_ptr=scores,
@@ -159,6 +157,13 @@ def deepen_scores(
     )
     places = {"first_head": first_head, "num_heads": num_heads, "unit": rank_unit(middle, num_heads)}
     _deepen(scores, listed, shared, places, width=readable_width(logits), middle=middle)
+
+
+def _counters(batch: int, heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Zeros int32 [B] and [B * H], cleared together; both start at multiples of 16 bytes."""
+    start = -(-batch // 4) * 4
+    counters = torch.zeros(start + batch * heads, dtype=torch.int32, device=device)
+    return counters[:batch], counters[start:]
 
 
 def _shared(logits: Tensor, seq_lens: Tensor, sizes: SetSizes, reached: Tensor) -> dict[str, Any]:
