@@ -20,7 +20,9 @@ from sgl_lim.settings.config import RefusedConfig
 logger = logging.getLogger(__name__)
 
 SHARE = 0.5
-"""Of the memory that is free, ours at most; the rest is for SGLang's activations and graphs."""
+"""Of the memory that is free, ours if scoring in parts keeps to it; the rest is for SGLang's activations and graphs."""
+MOST = 0.8
+"""Of it, ours at most."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,13 @@ def fit(method: Method, shapes: Shapes, free: int) -> tuple[int, Memory]:
         needed = memory_needed(method, shapes, limit)
         if needed.total <= room:
             return limit, needed
+    if needed.total <= MOST * free:
+        return limit, needed
+    ours = _megabytes(int(MOST * free))
     raise RefusedConfig(
         [
-            f"--mem-fraction-static leaves {_megabytes(free)}, of which sparse decode may take {_megabytes(room)} and "
-            f"needs {needed}; lower --mem-fraction-static, --context-length ({shapes.width} tokens a row) or "
+            f"--mem-fraction-static leaves {_megabytes(free)}, of which sparse decode may take {ours} and needs {needed}; "
+            f"lower --mem-fraction-static, --context-length ({shapes.width} tokens a row) or "
             f"--cuda-graph-max-bs-decode ({shapes.batch} rows)"
         ]
     )

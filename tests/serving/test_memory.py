@@ -75,6 +75,15 @@ def test_less_room_makes_parts_and_little_room_refuses(values):
         assert word in str(refused.value)
 
 
+def test_bounds_of_pages_may_take_more_than_half():
+    method = build_method("quest")
+    served = shapes(method)
+    bounds = memory_needed(method, served).total
+    assert fit(method, served, int(1.3 * bounds))[1].total == bounds
+    with pytest.raises(RefusedConfig):
+        fit(method, served, int(1.2 * bounds))
+
+
 def test_batches_that_are_larger_than_the_limit_are_scored_in_equal_parts():
     needed = memory_needed(ranked(), shapes(ranked(), batch=256))
     assert needed.parts == 3 and needed.step["logits"] <= SCORE_BYTES
