@@ -21,6 +21,7 @@ from sgl_lim.serving import metrics
 from sgl_lim.serving.draft_sets import plan_drafts, read_unguided
 from sgl_lim.serving.layer import LayerInput
 from sgl_lim.serving.reads import Plan, Read, plan_reads
+from sgl_lim.serving.rehearsal import compile_ahead
 from sgl_lim.serving.state import LimState, build_state, share_of_heads
 from sgl_lim.serving.verification import (
     VerifyPlan,
@@ -64,6 +65,7 @@ def make(runner: Any) -> Any:
     heads = share_of_heads(model.num_attention_heads, model.get_total_num_kv_heads())
     add_sparse_decode(backend, build_state(config, runner, dense_backend, heads))
     metrics.announce(backend.lim, runner)
+    compile_ahead(backend.lim, runner)
     return backend
 
 
@@ -251,7 +253,7 @@ def begin_draft(lim: LimState, rows: Tensor, seq_lens: Tensor) -> Plan:
     sets = lim.drafts.sets
     slots = lim.snapshot.slots
     if sets is None:
-        plan = plan_reads(lim.method, slots, seq_lens, own_heads=lim.decode.heads.own, granule=lim.granule)
+        plan = plan_reads(lim.method, slots, seq_lens, together=lim.decode.together, granule=lim.granule)
         read = read_unguided(lim.method, lim.roles, seq_lens)
     else:
         placed, read = sets.place(rows, lim.counters.generations, slots, seq_lens)
@@ -271,7 +273,7 @@ def begin_decode(lim: LimState, rows: Tensor, seq_lens: Tensor) -> Plan:
         Full() if lim.dense_decode else lim.method,
         lim.snapshot.slots,
         seq_lens,
-        own_heads=lim.decode.heads.own,
+        together=lim.decode.together,
         granule=lim.granule if own else None,
         kept=kept,
     )

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sgl_lim.methods import CombineRanks, HeadsOfRank, Method, Role
+from sgl_lim.methods import HeadsOfRank, Method, Role
 from sgl_lim.methods.ranked import Ranked
+from sgl_lim.serving import memory
 from sgl_lim.serving.arrivals import Arrivals
 from sgl_lim.serving.counters import Counters
 from sgl_lim.serving.draft_sets import Drafts
@@ -14,6 +15,7 @@ from sgl_lim.serving.kept_sets import KeptSets
 from sgl_lim.serving.layer import LayerDecode
 from sgl_lim.serving.own_pages import Pages, build_pages
 from sgl_lim.serving.page_store import PageStore
+from sgl_lim.serving.ranks import RankExchange
 from sgl_lim.serving.reads import Plan
 from sgl_lim.serving.snapshot import Snapshot
 from sgl_lim.serving.verification import VerifyPlan
@@ -115,15 +117,17 @@ def build_state(config: LimConfig, runner: Any, dense_backend: str, heads: Heads
         heads: as `share_of_heads` gives them.
     """
     num_layers, rows, pool = runner.model_config.num_hidden_layers, runner.req_to_token_pool, runner.token_to_kv_pool
-    table = rows.req_to_token
+    # No row has more tokens than the pool.
+    table = rows.req_to_token[:, : pool.size]
     layers = agreed(resolve_layers(config, runner.model_config, runner.server_args.load_format), heads)
     method = config.build(**layers.parameters)
+    score_bytes = memory.count(runner, method, heads) if table.is_cuda else None
     kept_sets = build_kept_sets(method, table, pool.size + pool.page_size)
     roles = method.layer_roles(num_layers)
     pages = build_pages(method, roles, runner, heads)
     remembers = pages is not None or kept_sets is not None
     return LimState(
-        decode=LayerDecode(method, heads, combiner(heads, per_kv_head=method.per_kv_head), kept_sets),
+        decode=LayerDecode(method, heads, combiner(heads, per_kv_head=method.per_kv_head), kept_sets, score_bytes),
         roles=roles,
         dense_backend=dense_backend,
         # torch_native decodes request by request; the operator takes the batch at once.
@@ -185,7 +189,7 @@ def share_of_heads(num_heads: int, num_kv_heads: int) -> HeadsOfRank:
     return HeadsOfRank(first=group.rank_in_group * own, own=own, all=num_heads, sharing=sharing)
 
 
-def combiner(heads: HeadsOfRank, *, per_kv_head: bool) -> CombineRanks | None:
+def combiner(heads: HeadsOfRank, *, per_kv_head: bool) -> RankExchange | None:
     """What combines the scores of the ranks that must choose one set; None if this rank has all heads of each set."""
     together = heads.sharing if per_kv_head else heads.all // heads.own
     if together == 1:
@@ -193,11 +197,4 @@ def combiner(heads: HeadsOfRank, *, per_kv_head: bool) -> CombineRanks | None:
     from sglang.srt.distributed.parallel_state import get_attn_tp_group
 
     group = get_attn_tp_group()
-    first = group.rank_in_group // together * together
-
-    def combine(scores: Tensor, how: str) -> Tensor:
-        gathered = group.all_gather(scores.contiguous(), dim=0).view(group.world_size, *scores.shape)
-        ranks = gathered[first : first + together]
-        return ranks.logsumexp(dim=0) if how == "logsumexp" else ranks.amax(dim=0)
-
-    return combine
+    return RankExchange(group, group.rank_in_group // together * together, together)
