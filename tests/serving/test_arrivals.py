@@ -57,7 +57,7 @@ def quest():
 
 def bounded(world, layer, row, length):
     """Whether each page of a row's first tokens has the bounds of its keys."""
-    bounds, keys = world.lim.pages.bounds(layer), world.lim.pool.get_key_buffer(layer)
+    bounds, keys = world.lim.pages.of_layer(layer), world.lim.pool.get_key_buffer(layer)
     found = []
     for first in range(0, length, PAGE):
         slots = world.table[row, first : min(first + PAGE, length)].long()
@@ -82,19 +82,19 @@ def test_a_row_is_learnt_once_for_each_tenant(quest):
     quest.arrive(1)
     quest.decode([1], [50])
     page = int(quest.table[1, 0]) // PAGE
-    quest.lim.pages.bounds(1).lows[page] = 7
+    quest.lim.pages.of_layer(1).lows[page] = 7
     quest.decode([1], [51])
-    assert (quest.lim.pages.bounds(1).lows[page] == 7).all(), "nothing new"
+    assert (quest.lim.pages.of_layer(1).lows[page] == 7).all(), "nothing new"
     quest.arrive(1)
     quest.decode([1], [40])
     assert all(bounded(quest, 1, 1, 39))
 
 
 def test_a_row_of_one_token_has_nothing_to_bound(quest):
-    before = quest.lim.pages.bounds(1).highs.clone()
+    before = quest.lim.pages.of_layer(1).highs.clone()
     quest.arrive(1)
     quest.decode([1], [1])
-    changed = (quest.lim.pages.bounds(1).highs != before).flatten(1).any(1)
+    changed = (quest.lim.pages.of_layer(1).highs != before).flatten(1).any(1)
     assert not changed[1:].any()
 
 

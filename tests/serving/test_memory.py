@@ -114,7 +114,7 @@ def test_bounds_of_pages_are_what_is_allocated():
     key = torch.zeros(7000, 8, 128, dtype=torch.bfloat16)
     pool = SimpleNamespace(size=7000 - 16, page_size=16, get_key_buffer=lambda layer: key)
     store = PageStore(pool, range(2, 36), torch.bfloat16)
-    found = sum(side.nbytes for layer in range(2, 36) for side in vars(store.bounds(layer)).values())
+    found = sum(side.nbytes for layer in range(2, 36) for side in vars(store.of_layer(layer)).values())
     needed = memory_needed(method, served)
     assert needed.static["bounds of pages"] == found
     assert needed.step["scores"] == 4 * 64 * 8 * scratch.row_places(313)
