@@ -45,6 +45,16 @@ def rotations_of(model: Any, layers: list[int]) -> dict[int, LayerRotation]:
     return found
 
 
+def check_length(turned: LayerRotation, context: int) -> None:
+    """Raise UnknownRotation unless the rotation of every position of a context is known."""
+    known = len(turned.rotation.table)
+    if known < context:
+        raise UnknownRotation(
+            f"a context of {context} tokens goes beyond the {known} positions whose rotation the model has; "
+            f"use --context-length {known} or less, or --lim-method quest"
+        )
+
+
 def _rotary_modules(model: Any) -> dict[int, Any]:
     """`rotary_emb` by the number of the layer whose attention is its sibling."""
     found: dict[int, Any] = {}

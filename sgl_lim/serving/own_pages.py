@@ -6,7 +6,7 @@ from sgl_lim.gates.rotation import gate_rotation
 from sgl_lim.gates.weights import ModelShape, load_gates, of_heads, with_rotation
 from sgl_lim.methods import HeadsOfRank, Method, Role, SeerAttention
 from sgl_lim.serving.gate_store import GateStore
-from sgl_lim.serving.model_rotation import rotations_of
+from sgl_lim.serving.model_rotation import check_length, rotations_of
 from sgl_lim.serving.page_store import PageStore
 
 Pages = PageStore | GateStore
@@ -33,6 +33,7 @@ def build_pages(method: Method, roles: tuple[Role, ...], runner: Any, heads: Hea
     shape = ModelShape(len(roles), heads.all, heads.all // group, keys.shape[2])
     gates = load_gates(method.gates, shape, model.dtype, keys.device)
     turned = rotations_of(runner.model, choosing)
+    check_length(turned[choosing[0]], model.context_len)
     own = {
         layer: with_rotation(
             of_heads(gates[layer], heads.first // group, own_kv_heads),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lim_kernels.block_gates import Rotation
+from sgl_lim.serving import layer as layer_module
 from sgl_lim.serving.gate_store import GateStore
 from support.fake_backend import DECODE, EXTEND, MIXED
 from support.gate_oracle import GateRule, angles, draw_gate, gate_key, rope
@@ -19,9 +20,9 @@ PUBLISHED = draw_gate(RULE, torch.Generator().manual_seed(9), torch.float32)
 class GatedWorld(World):
     """Every layer chooses by gates of blocks of 16."""
 
-    def __init__(self, page_size):
+    def __init__(self, page_size, **config):
         gates = gates_for(3, HEADS, KV_HEADS, DIM)
-        super().__init__(page_size, self.store, method="seerattention", gates=gates)
+        super().__init__(page_size, self.store, method="seerattention", gates=gates, **config)
 
     def store(self, pool):
         gate, turned = PUBLISHED.as_operand(), Rotation(angles(DIM, 256, 1.0))
@@ -99,3 +100,29 @@ def test_padding_alone_makes_no_key():
     before = world.backend.lim.pages.of_layer(2).keys.clone()
     world.step({0: 1}, DECODE)
     assert torch.equal(world.backend.lim.pages.of_layer(2).keys, before)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.22])
+def test_a_step_s_counters_are_what_its_layers_read(threshold, monkeypatch):
+    """With a threshold sets of layers and heads differ in size, and each layer is counted for itself."""
+    world, read = GatedWorld(16, budget=48, gate_threshold=threshold), []
+    attend = layer_module.attend
+
+    def counted(chosen, layer):
+        if chosen.ends.dim() == 2:
+            read.append(chosen.ends.clone())
+        return attend(chosen, layer)
+
+    monkeypatch.setattr(layer_module, "attend", counted)
+    world.step({1: 90, 2: 75}, EXTEND)
+    for _ in range(5):
+        world.step({1: 1, 2: 1}, DECODE)
+    # Heads share a layer evenly, and what remains of a row is rounded down to a whole token.
+    if threshold is None:
+        expected = sum(int(ends.sum()) // KV_HEADS for ends in read)
+        assert all((ends[:, :1] == ends).all() for ends in read)
+    else:
+        expected = sum(int(row.sum()) // KV_HEADS for ends in read for row in ends)
+        assert any((ends[:, :1] != ends).any() for ends in read), "the threshold left all sets as large"
+        assert len({tuple(ends.flatten().tolist()) for ends in read[:3]}) > 1, "all layers chose as much"
+    assert len(read) == 5 * 3 and world.backend.lim.counters.read()["tokens_attended"] == expected

@@ -9,7 +9,7 @@ from sgl_lim.gates import load_gates
 from sgl_lim.gates.weights import ModelShape
 from sgl_lim.methods import HeadsOfRank, Quest, Role, SeerAttention, Window
 from sgl_lim.serving.gate_store import GateStore
-from sgl_lim.serving.model_rotation import UnknownRotation, rotations_of
+from sgl_lim.serving.model_rotation import UnknownRotation, check_length, rotations_of
 from sgl_lim.serving.own_pages import build_pages
 from sgl_lim.serving.page_store import PageStore
 from support.fake_backend import DIM, HEADS, KV_HEADS, LAYERS, Attention, RotaryEmbedding
@@ -25,7 +25,7 @@ def runner(kv_heads=KV_HEADS, slots=100, model=None):
     rotary = RotaryEmbedding()
     return SimpleNamespace(
         token_to_kv_pool=SimpleNamespace(size=slots - BLOCK, page_size=BLOCK, get_key_buffer=lambda layer: keys),
-        model_config=SimpleNamespace(dtype=torch.float32),
+        model_config=SimpleNamespace(dtype=torch.float32, context_len=256),
         model=model or torch.nn.ModuleList(Attention(layer, rotary) for layer in range(LAYERS)),
     )
 
@@ -75,3 +75,10 @@ def test_a_layer_without_such_a_rotation_is_named():
     rotary.mrope_section = [1, 1, 2]
     with pytest.raises(UnknownRotation, match="layer 0 rotates by RotaryEmbedding, which is no table of positions"):
         rotations_of(torch.nn.ModuleList([Attention(0, rotary)]), [0])
+
+
+def test_a_context_beyond_the_rotation_is_refused():
+    found = rotations_of(runner().model, [0])[0]
+    check_length(found, 256)
+    with pytest.raises(UnknownRotation, match="--context-length 256 or less"):
+        check_length(found, 257)

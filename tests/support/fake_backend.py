@@ -113,7 +113,7 @@ def runner_of(table, num_slots=400, **server):
     `server` are its server arguments beyond those that are always there.
     """
     model = SimpleNamespace(
-        num_attention_heads=HEADS, num_hidden_layers=LAYERS, model_path="nameless", dtype=torch.float32
+        num_attention_heads=HEADS, num_hidden_layers=LAYERS, model_path="nameless", dtype=torch.float32, context_len=256
     )
     generations = torch.zeros(len(table), dtype=torch.int64)
     rotary = RotaryEmbedding()

@@ -22,7 +22,7 @@ _BLOCK_SHARES = 2048
 @triton.jit
 def bound_of(keys, wanted):
     """A bound that `wanted` >= 1 of a tile's keys reach; keys are distinct but for zeros, which are not asked for."""
-    low = tl.full([], 1, dtype=tl.int64)
+    low = tl.min(tl.min(tl.where(keys > 0, keys, 1 << 54), axis=1), axis=0)
     high = tl.max(tl.max(keys, axis=1), axis=0) + 1
     while high - low > 1:
         middle = low + (high - low) // 2
