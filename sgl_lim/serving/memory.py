@@ -112,7 +112,7 @@ def fit(method: Method, shapes: Shapes, free: int) -> tuple[int, Memory]:
     ours = _megabytes(int(MOST * free))
     raise RefusedConfig(
         [
-            f"--mem-fraction-static leaves {_megabytes(free)}, of which sparse decode may take {ours} and needs "
+            f"--mem-fraction-static leaves {_megabytes(free)}, of which sparse decode may take {ours}, and needs "
             f"{needed}; lower --mem-fraction-static, --context-length ({shapes.width} tokens a row) or "
             f"--cuda-graph-max-bs-decode ({shapes.batch} rows)"
         ]

@@ -6,6 +6,7 @@ A graph is imitated by keeping the step that was captured and running its attent
 import pytest
 import torch
 
+from sgl_lim.serving.snapshot import Snapshot
 from support.fake_backend import DECODE, EXTEND, IDLE, MIXED, Composed, Dense, Mode, attention, batch_of, build
 
 ROWS, WIDTH, SLOTS = 6, 90, 400
@@ -148,3 +149,17 @@ def test_a_group_without_requests_decodes_along(table, values):
     backend.init_forward_metadata(batch_of([3], [40]))
     totals = backend.lim.counters.read()
     assert (totals["decode_steps"], totals["requests"], totals["tokens_dense"]) == (1, 1, 3 * 40)
+
+
+def test_eager_rows_are_as_wide_as_the_longest_and_captured_ones_as_the_pool(table):
+    snapshot = Snapshot(table, room=8)
+    snapshot.reserve(2)
+    for rows, lens in (([1, 2, 3], [5, 3, 20]), ([4], [60]), ([1, 2, 3, 4, 5], [2, 2, 2, 2, 33])):
+        snapshot.take(batch_of(rows, lens), captured=False)
+        assert snapshot.extended.shape == (len(rows), 8 + max(lens))
+        for row, (one, length) in enumerate(zip(rows, lens, strict=True)):
+            assert torch.equal(snapshot.slots[row, :length], table[one, :length])
+    # Five rows of 41 columns are the most, rounded up to 48.
+    assert snapshot._eager.numel() == 5 * 48
+    snapshot.take(batch_of([1, 2], [9, 4]), captured=True)
+    assert snapshot.extended.shape == (2, 8 + 96)

@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from lim_kernels import scratch
+from lim_kernels.block_gates import Gate
+from sgl_lim.gates import GateConfig
+from sgl_lim.gates.weights import save_gates
 from sgl_lim.methods import HeadsOfRank
+from sgl_lim.serving.gate_store import GateStore
 from sgl_lim.serving.kept_sets import KeptSets
 from sgl_lim.serving.memory import SHARE, Shapes, fit, memory_needed
 from sgl_lim.serving.page_store import PageStore
@@ -118,3 +122,16 @@ def test_bounds_of_pages_are_what_is_allocated():
     needed = memory_needed(method, served)
     assert needed.static["bounds of pages"] == found
     assert needed.step["scores"] == 4 * 64 * 8 * scratch.row_places(313)
+
+
+def test_gate_keys_are_what_is_allocated(tmp_path):
+    config = GateConfig.of({"seerattn_q_head_pooling_type": "Qproj", "seerattn_k_seq_pooling_type": "Kmaxminavg"})
+    save_gates(tmp_path, config, [])
+    method = build_method("seerattention", gates=str(tmp_path))
+    served = replace(shapes(method, width=5000), slots=7000)
+    key = torch.zeros(7000, 8, 128, dtype=torch.bfloat16)
+    pool = SimpleNamespace(size=7000 - 64, page_size=64, get_key_buffer=lambda layer: key)
+    weights = (torch.zeros(8, size, config.width, dtype=torch.bfloat16) for size in (4 * 128, 3 * 128))
+    gate = Gate(*weights, None, None, config.pools, None)
+    store = GateStore(pool, dict.fromkeys(range(36), gate), dict.fromkeys(range(36)), config.block)
+    assert memory_needed(method, served).static["gate keys"] == store.nbytes
