@@ -36,7 +36,7 @@ def per_row_empty(count: int, batch: int, *, device: torch.device, dtype: torch.
     return torch.empty(count, _padded(batch), dtype=dtype, device=device)[:, :batch]
 
 
-_PROGRAMS_A_MULTIPROCESSOR = 16
+_PROGRAMS_A_MULTIPROCESSOR = 32
 _PROGRAMS_A_LINE = 4
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 _ALIGNED = 16
 _ENTRY_BYTES = 8
 """Of a token that is told of: its position and its score."""
-WHOLE_BYTES = 1 << 20
-"""Rows that are no more are told whole: more launches would take longer than these bytes."""
+WHOLE_BYTES = 4 << 20
+"""Where a rank receives no more, rows are told whole: more launches would take longer than these bytes."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,17 @@ class RankExchange:
 
     def __call__(self, scores: Tensor, how: str) -> Tensor:
         """Whole rows of scores float32, of one shape on all ranks, combined by "max" or "logsumexp"."""
-        group = self.group
-        if scores.is_cuda and self.together == group.world_size and scores.nbytes > WHOLE_BYTES:
+        group, others = self.group, self.together - 1
+        # Two ranks would receive as much in slices.
+        if scores.is_cuda and group.world_size == self.together > 2 and scores.nbytes * others > WHOLE_BYTES:
             return self._in_slices(scores, how)
         gathered = group.all_gather(scores.contiguous(), dim=0).view(group.world_size, *scores.shape)
         return _reduce(gathered[self.first : self.first + self.together], how)
 
     def pays(self, rows: int, width: int, budget: int) -> bool:
         """Whether the best `budget` tokens of rows are told sooner than rows of so many scores."""
-        return 4 * rows * width > WHOLE_BYTES and _ENTRY_BYTES * budget < 4 * width
+        received = 4 * rows * width * (self.together - 1)
+        return received > WHOLE_BYTES and _ENTRY_BYTES * budget < 4 * width
 
     def best(self, scores: Tensor, positions: Tensor) -> None:
         """Let each rank learn the best scores of the others; its own are kept where they are larger.
@@ -57,7 +59,7 @@ class RankExchange:
         scores.scatter_reduce_(-1, theirs.long(), values.view(torch.float32), reduce="amax")
 
     def _in_slices(self, scores: Tensor, how: str) -> Tensor:
-        """Each rank combines a part of the places and tells the others: two thirds and more of the bytes are saved.
+        """Each rank combines a part of the places and tells the others: of eight ranks each receives a quarter so.
 
         The result is that of combining whole rows to the bit, and the same on all ranks.
         """

@@ -42,12 +42,12 @@ def test_wider_rows_of_the_pool_start_few_programs_more(batch):
     assert narrow.keys() == wide.keys() and len(narrow) > 20
     for name, launch in wide.items():
         # Either as many as before, or what fills the device.
-        assert launch.programs <= max(narrow[name].programs, 16 * MULTIPROCESSORS), name
+        assert launch.programs <= max(narrow[name].programs, 32 * MULTIPROCESSORS), name
 
 
-def test_a_step_of_64_rows_starts_as_many_programs_whatever_the_width():
+def test_a_step_of_64_rows_starts_a_quarter_more_programs_in_a_pool_three_times_as_wide():
     counts = [sum(launch.programs for launch in launches_of(64, width).values()) for width in (40_976, 131_088)]
-    assert counts[1] <= 1.1 * counts[0]
+    assert counts[1] <= 1.25 * counts[0]
 
 
 @pytest.fixture

@@ -140,6 +140,9 @@ def test_a_batch_of_64_rows_of_131072_is_told_in_a_few_megabytes():
 
 
 def test_a_small_batch_is_told_whole():
-    exchange = RankExchange(None, 0, 2)
-    assert not exchange.pays(1, 131_072, 2048)
-    assert not exchange.pays(64, 4096, 2048)
+    assert not RankExchange(None, 0, 8).pays(1, 131_072, 2048)
+    assert RankExchange(None, 0, 8).pays(2, 131_072, 2048)
+    assert not RankExchange(None, 0, 2).pays(8, 131_072, 2048)
+    assert RankExchange(None, 0, 2).pays(9, 131_072, 2048)
+    # Nor where as many tokens are chosen as there are.
+    assert not RankExchange(None, 0, 8).pays(64, 4096, 2048)
