@@ -121,6 +121,7 @@ class Bench:
             set_norms_to_one(runner.model)
         for buffer in bench.kv_buffers():
             fill_with_noise(buffer)
+        learn_noise(runner)
         return bench
 
     @staticmethod
@@ -282,6 +283,20 @@ def set_norms_to_one(model: torch.nn.Module) -> None:
         for name, weight in model.named_parameters():
             if name.endswith("norm.weight"):
                 weight.fill_(1)
+
+
+def learn_noise(runner: Any, chunk: int = 1 << 16) -> None:
+    """Let a backend whose layers choose pages know them, as prefills would: else all pages score alike."""
+    lim = getattr(runner.attn_backend, "lim", None)
+    if lim is None or lim.pages is None:
+        return
+    keys, context = runner.token_to_kv_pool.get_key_buffer(0), runner.model_config.context_len
+    # Whole pages of any size have positions in order, and no position is beyond the model's.
+    turn = 1 << (context.bit_length() - 1)
+    for first in range(0, len(keys), chunk):
+        slots = torch.arange(first, min(first + chunk, len(keys)), device=keys.device)
+        for layer in range(len(lim.roles)):
+            lim.pages.learn(layer, slots, slots % turn, 1.0)
 
 
 def fill_with_noise(buffer: Tensor, chunk: int = 1 << 16) -> None:

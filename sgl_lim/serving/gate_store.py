@@ -7,7 +7,7 @@ nor reuse can leave a key that is read and does not belong: a new owner's key is
 which is before any row ranks it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,11 +53,6 @@ class GateStore:
     def of_layer(self, layer: int) -> GatedBlocks | None:
         """What `layer` chooses by; None for layers that do not choose blocks."""
         return self._blocks.get(layer)
-
-    @property
-    def layers(self) -> Iterable[int]:
-        """Those that choose blocks."""
-        return self._blocks.keys()
 
     @property
     def nbytes(self) -> int:

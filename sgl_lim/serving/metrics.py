@@ -121,8 +121,10 @@ def announce_lossless(tally: Tally, counts: Sequence[int], config: LimConfig) ->
 def settings(lim: LimState) -> dict[str, Any]:
     """Configuration as resolved, builtins only."""
     lossless = {} if lim.drafts is None else _settings_of_drafts(lim.drafts)
+    beside = {} if lim.pages is None else {"bytes_beside_pool": lim.pages.nbytes}
     return {
         **lossless,
+        **beside,
         "method": lim.method.name,
         **lim.method.settings(),
         "selection_layers_from": lim.layers.source,

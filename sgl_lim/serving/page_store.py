@@ -63,3 +63,8 @@ class PageStore:
     def of_layer(self, layer: int) -> PageBounds | None:
         """What `layer` chooses by; None for layers that do not choose pages."""
         return self._bounds.get(layer)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the bounds."""
+        return sum(bounds.lows.nbytes + bounds.highs.nbytes for bounds in self._bounds.values())

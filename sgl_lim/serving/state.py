@@ -73,7 +73,9 @@ class LimState:
         """Take note of the keys that a layer has just stored for the tokens of a batch."""
         if self.pages is not None:
             k_scale = 1.0 if layer.k_scale is None else layer.k_scale_float
-            self.pages.learn(layer.layer_id, forward_batch.out_cache_loc, forward_batch.positions, k_scale)
+            slots = forward_batch.out_cache_loc
+            # A prefill that runs as pieces of a graph pads its positions, and gives attention the slots of real tokens.
+            self.pages.learn(layer.layer_id, slots, forward_batch.positions[: len(slots)], k_scale)
 
     def learn_arrivals(self, forward_batch: Any) -> None:
         """Take note of the KV of requests that decode for the first time, in the step of the snapshot."""

@@ -11,6 +11,8 @@ import torch
 from benchmarks import decode_step_worker
 from benchmarks.decode_step_worker import Bench, Clock, NoRoom, Outcome
 from benchmarks.forest import Forest
+from sgl_lim.serving.page_store import PageStore
+from support.writing_world import World
 
 
 class Slots:
@@ -171,3 +173,17 @@ def test_noise_fills_every_slot(dtype: torch.dtype) -> None:
     decode_step_worker.fill_with_noise(buffer, chunk=33)
     values = buffer.float()
     assert (values.abs().amax(dim=(1, 2)) > 0).all() and 0.8 < float(values.std()) < 1.2
+
+
+def test_pages_of_noise_are_known() -> None:
+    """Else all pages score alike, and what is timed is how ties are broken."""
+    world = World(16, lambda pool: PageStore(pool, [1, 2], torch.float32), method="quest")
+    runner = SimpleNamespace(
+        attn_backend=world.backend, token_to_kv_pool=world.pool, model_config=SimpleNamespace(context_len=128)
+    )
+    world.pool.get_key_buffer(2).normal_()
+    decode_step_worker.learn_noise(runner, chunk=100)
+    keys, bounds = world.pool.get_key_buffer(2), world.backend.lim.pages.of_layer(2)
+    for page in range(len(keys) // 16):
+        assert torch.equal(bounds.highs[page], keys[16 * page : 16 * page + 16].amax(0))
+    decode_step_worker.learn_noise(SimpleNamespace(attn_backend=object()))

@@ -5,9 +5,18 @@ import random
 import pytest
 import torch
 
-from lim_kernels import gate_keys, score_blocks
+from lim_kernels import choose_pages, expand_pages, gate_keys, score_blocks
 from lim_kernels.block_gates import Gate, GatedBlocks, Rotation
-from support.gate_oracle import GateRule, PublishedGate, angles, draw_gate, gate_key, gate_scores, rope
+from support.gate_oracle import (
+    GateRule,
+    PublishedGate,
+    angles,
+    draw_gate,
+    explains_blocks,
+    gate_key,
+    gate_scores,
+    rope,
+)
 
 PUBLISHED = {
     # Qwen3-4B and 8B: 32 query heads, 8 KV heads of 128 elements; the gates of both are as large.
@@ -31,10 +40,12 @@ FEW = [131, 64, 1]
 class World:
     """Requests whose tokens lie in blocks of one pool, out of order, with keys before their rotation by request."""
 
-    def __init__(self, rule: GateRule, dtype: torch.dtype | None, device: str, seed: int = 0) -> None:
+    def __init__(
+        self, rule: GateRule, dtype: torch.dtype | None, device: str, seed: int = 0, lengths: list[int] | None = None
+    ) -> None:
         self.rule, self.dtype, self.device = rule, dtype or torch.float32, device
         generator = torch.Generator().manual_seed(seed)
-        self.lengths = FEW if rule.heads >= 32 else LENGTHS
+        self.lengths = lengths or (FEW if rule.heads >= 32 else LENGTHS)
         self.published = draw_gate(rule, generator, self.dtype)
         pages = [-(-length // rule.block) for length in self.lengths]
         order = (torch.randperm(sum(pages), generator=generator) + 1).split(pages)
@@ -57,10 +68,10 @@ class World:
         self.lens = torch.tensor(self.lengths, device=device)
         blocks = len(cache) // rule.block
         self.blocks = GatedBlocks(
-            gate=self.published.as_operand(device),
+            gate=self.published.as_operand(device, positions=1024),
             keys=torch.full((blocks, rule.kv_heads, rule.width), float("nan"), dtype=self.dtype, device=device),
             block=rule.block,
-            rotation=Rotation(angles(rule.turned_dims, 256, rule.mscale).to(device), rule.interleaved),
+            rotation=Rotation(angles(rule.turned_dims, 1024, rule.mscale).to(device), rule.interleaved),
         )
 
     def write(self, row: int, first: int, last: int, implementation: str, index=torch.int64, **how) -> None:
@@ -72,6 +83,13 @@ class World:
     def write_all(self, implementation: str) -> None:
         for row, length in enumerate(self.lengths):
             self.write(row, 0, length, implementation)
+
+    def complete_all(self, implementation: str) -> None:
+        """The last slot of each complete block is written, after all others were stored."""
+        size = self.rule.block
+        for row, length in enumerate(self.lengths):
+            for last in range(size, length + 1, size):
+                self.write(row, last - 1, last, implementation)
 
     def key_of(self, row: int, block: int, stored=None) -> torch.Tensor:
         """float64 [H_kv, d]: what the paper makes of the keys that are stored."""
@@ -134,6 +152,28 @@ def test_scores_are_the_paper_s(implementation, device, name):
         bound = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[world.dtype]
         terms = exact.abs().max() + world.rule.width**0.5 * (1 if world.rule.norm else exact.abs().max())
         assert ((scores[row, :, :before].double().cpu() - exact).abs() <= bound * terms).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "budget"), [("qwen3-8b", 256), ("qwen3-14b", 128), ("small", 64), ("interleaved-half", 64), ("yarn", 64)]
+)
+def test_sets_are_the_paper_s(implementation, device, name, budget):
+    """Sets of random gates, as sets: what scores alike up to rounding may be chosen either way."""
+    rule, dtype = SHAPES[name]
+    lengths = [rule.block * 9 + 11, rule.block * 6, budget, budget + 1]
+    world, how = World(rule, dtype, device, 5, lengths), {"implementation": implementation}
+    world.complete_all(implementation)
+    scores = score_blocks(world.q, world.blocks, world.slots, world.lens, score_beyond=budget, **how)
+    chosen = choose_pages(scores, world.lens, page=rule.block, most=budget // rule.block, **how)
+    sets, counts = expand_pages(*chosen, world.slots, world.lens, page=rule.block, **how)
+    rounding = {torch.float32: 1e-3, torch.bfloat16: 2e-2}[world.dtype]
+    for row, length in enumerate(lengths):
+        slots = world.slots[row, :length].long()
+        position = {slot: place for place, slot in enumerate(slots.tolist())}
+        q, keys = world.q[row].cpu(), world.cache[slots].cpu()
+        for head in range(rule.kv_heads):
+            served = [position[slot] for slot in sets[row, head, : int(counts[row, head])].tolist()]
+            assert explains_blocks(world.published, served, head, q, keys, budget, rounding)
 
 
 def test_quantised_keys_are_scaled(implementation, device):

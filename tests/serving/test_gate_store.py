@@ -90,7 +90,7 @@ def test_who_shares_a_prefix_reads_its_keys_and_writes_none_of_them():
 def test_what_the_keys_take_is_known_and_other_layers_have_none():
     pages = GatedWorld(16).backend.lim.pages
     blocks = -(-(20 * 16 + 16) // 16)
-    assert pages.nbytes == 3 * blocks * KV_HEADS * RULE.width * 4 and sorted(pages.layers) == [0, 1, 2]
+    assert pages.nbytes == 3 * blocks * KV_HEADS * RULE.width * 4
     assert pages.of_layer(3) is None
 
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from lim_kernels.page_bounds import PAGE
+from sgl_lim.serving.metrics import settings
 from sgl_lim.serving.page_store import PageStore
 from support.fake_backend import BUDGET, DECODE, EXTEND, MIXED
+from support.writing_world import DIM, KV_HEADS, SIZE
 from support.writing_world import World as WritingWorld
 
 
@@ -54,8 +56,10 @@ def test_a_page_s_next_owner_bounds_it_anew():
     world.check()
 
 
-def test_dense_layers_have_no_bounds():
-    pages = World(16).backend.lim.pages
+def test_dense_layers_have_no_bounds_and_what_the_others_take_is_shown():
+    lim = World(16).backend.lim
+    pages = lim.pages
+    assert pages.nbytes == 2 * -(-(SIZE + 16) // PAGE) * KV_HEADS * DIM * 4 == settings(lim)["bytes_beside_pool"]
     assert [pages.of_layer(layer) is None for layer in range(3)] == [True, True, False]
 
 

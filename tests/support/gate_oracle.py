@@ -143,7 +143,13 @@ def chosen_blocks(scores: Tensor, before: int, most: int, threshold: float | Non
 
 
 def explains_blocks(
-    gate: PublishedGate, served: Sequence[int], head: int, q: Tensor, keys: Tensor, budget: int
+    gate: PublishedGate,
+    served: Sequence[int],
+    head: int,
+    q: Tensor,
+    keys: Tensor,
+    budget: int,
+    rounding: float = ROUNDING,
 ) -> bool:
     """Whether the positions `served` are those of the current token's block and the best-scored blocks before it.
 
@@ -151,6 +157,7 @@ def explains_blocks(
 
     Args:
         q: [H, D], of the last position; keys: [L, H_kv, D]; both rotated, as a server has them.
+        rounding: of scores, as a share of the largest.
     """
     rule, length = gate.rule, len(keys)
     if length <= budget:
@@ -164,7 +171,7 @@ def explains_blocks(
     q_bare = rope(q.double()[None], rule, torch.tensor([length - 1]), back=True)[0]
     blocks = [gate_key(gate, bare[n * rule.block : (n + 1) * rule.block], n * rule.block) for n in range(before)]
     scores = gate_scores(gate, q_bare, torch.stack(blocks), length - 1)[head]
-    slack = ROUNDING * float(scores.abs().max())
+    slack = rounding * float(scores.abs().max())
     left = sorted(set(range(before)) - set(kept))
     worst = min((float(scores[block]) for block in kept[:-1]), default=math.inf)
     return worst + slack >= max(float(scores[block]) for block in left)

@@ -7,7 +7,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from lim_kernels.page_bounds import PAGE
 from sgl_lim.serving.backend import store_kv
-from support.fake_backend import DECODE, Dense, batch_of, build
+from support.fake_backend import DECODE, EXTEND, Dense, batch_of, build
 
 HEADS, KV_HEADS, DIM, SIZE = 4, 2, 8, 20 * PAGE
 
@@ -57,7 +57,8 @@ class World:
             written += self.table[row, first : first + tokens[row]].tolist() if row else [0]
         lens = [self.lens[row] or 1 for row in rows]
         more = {"extend_seq_lens": torch.tensor([tokens[row] for row in rows]), "out_cache_loc_is_physical": False}
-        more["positions"] = torch.tensor(positions)
+        # Prefills that run as pieces of a graph have padded positions, and the slots of real tokens alone.
+        more["positions"] = torch.tensor(positions + [0] * (3 if mode == EXTEND else 0))
         batch = batch_of(rows, lens, mode, written=written, **more)
         self.backend.init_forward_metadata(batch)
         if not prepared:
