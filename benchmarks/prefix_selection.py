@@ -156,7 +156,7 @@ def decode(model: ChainTracer, pool: Pool, method: Method) -> tuple[Tensor, list
     for place in range(pool.solution.shape[1] - 1):
         length = pool.prompt + place + 1
         lens = torch.full((len(pool.slots),), length, dtype=torch.int32)
-        plans.append(plan_reads(method, pool.slots[:, :length], lens, own_heads=decoder.heads.own, granule=GRANULE))
+        plans.append(plan_reads(method, pool.slots[:, :length], lens, together=decoder.together, granule=GRANULE))
         rows.append(forward(model, pool, place, decoder, plans[-1]))
     return model.logits(torch.stack(rows, dim=1)).argmax(-1) == pool.solution, plans
 

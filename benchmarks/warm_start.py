@@ -87,7 +87,7 @@ class Recall:
             decided = decide_actions(self.memory, *at, self.method.sizes, interval=1, early=True)
             had = self.memory.sets[:, request_rows].clone()
             self.method.chosen.clear()
-            plan = plan_reads(self.method, pool.slots[rows, :length], lens, own_heads=self.decoder.heads.own)
+            plan = plan_reads(self.method, pool.slots[rows, :length], lens, together=self.decoder.together)
             forward(self.model, pool, place, self.decoder, plan, rows)
             if place == 0:
                 self.began[begins] += ((decided.actions & RECALL) != 0).tolist()
@@ -160,7 +160,7 @@ def measure_chains(
                 candidates = torch.rand(batch, length - sizes.recent - sizes.sinks)
                 drawn = candidates.topk(sizes.middle).indices.sort().values + sizes.sinks
                 extended[:, sizes.sinks : sizes.budget - sizes.recent] = slots.gather(1, drawn)
-        plan = plan_reads(method, slots, lens, own_heads=decoder.heads.own, kept=kept)
+        plan = plan_reads(method, slots, lens, together=decoder.together, kept=kept)
         counters.record(request_rows, plan)
         hidden = forward(model, pool, place, decoder, plan)
         right.append(model.logits(hidden).argmax(-1) == pool.solution[:, place + 1])

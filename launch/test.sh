@@ -14,7 +14,7 @@ workers=$(env -u OMP_NUM_THREADS nproc)
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 # Of the 33,000 modules in an environment a quarter is ever imported. Python compiles those when it needs them.
 export PIP_NO_COMPILE=1
-set_up() { ensure_venv "$venv" "$LIM_SGLANG" dev,test,bench,clients; }
+set_up() { ensure_venv "$venv" "$LIM_SGLANG" dev,test,bench,clients,router; }
 if (($#)); then set_up; exec "$python" -m pytest "$@"; fi
 
 logs=$(mktemp -d)

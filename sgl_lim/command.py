@@ -16,6 +16,7 @@ REQUIREMENTS = {
     "gguf": "gguf>=0.19,<1",
     "math_verify": "math-verify>=0.9,<1",
     "matplotlib": "matplotlib>=3.8,<4",
+    "sglang_router": "sglang-router>=0.3.2,<0.4",
 }
 """What is optional, by the name that is imported, as the extras of pyproject.toml have it."""
 

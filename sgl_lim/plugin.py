@@ -17,18 +17,21 @@ def plug() -> None:
         cli_flags,
         discarded_results,
         grammar_on_cpu,
+        host_cache_on_cpu,
         llguidance_dead_ends,
+        lora_on_cpu,
         no_token_left,
         refuse_before_weights,
         requests_out_of_range,
         row_generations,
         row_room,
+        rows_on_host,
         server_info,
         slots_on_cpu,
         stops_before_length,
         triton_on_cpu,
     )
-    from sgl_lim.serving import metrics
+    from sgl_lim.serving import arrivals, metrics
     from sgl_lim.serving.lossless import algorithm
     from sgl_lim.settings import flags, refusals
 
@@ -38,6 +41,7 @@ def plug() -> None:
     lim_patches.use(discarded_results, on_discarded=metrics.on_discarded)
     lim_patches.use(row_generations)
     lim_patches.use(row_room)
+    lim_patches.use(rows_on_host, on_batch=arrivals.note_batch)
     lim_patches.use(stops_before_length)
     lim_patches.use(triton_on_cpu)
     lim_patches.use(grammar_on_cpu)
@@ -45,6 +49,8 @@ def plug() -> None:
     lim_patches.use(llguidance_dead_ends)
     lim_patches.use(requests_out_of_range)
     lim_patches.use(slots_on_cpu)
+    lim_patches.use(host_cache_on_cpu)
+    lim_patches.use(lora_on_cpu)
     algorithm.register()
     # Last: were a hook to raise above, the backend's name would be unknown rather than half served.
     add_attention_backend_choices([refusals.BACKEND])

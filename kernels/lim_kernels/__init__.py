@@ -22,7 +22,7 @@ from lim_kernels.page_bounds import bound_pages, score_pages
 from lim_kernels.page_sets import choose_pages, expand_pages
 from lim_kernels.prefix_groups import find_prefix_groups
 from lim_kernels.score_context import score_context
-from lim_kernels.select_tokens import choose_tokens, score_tokens, select_tokens
+from lim_kernels.select_tokens import choose_tokens, deepen_scores, score_tokens, select_tokens
 from lim_kernels.set_memory import decide_actions, keep_sets, place_sets
 from lim_kernels.sparse_decode import sparse_decode
 
@@ -40,6 +40,7 @@ __all__ = [
     "count_sets",
     "decide_actions",
     "decode_with_scores",
+    "deepen_scores",
     "expand_pages",
     "find_prefix_groups",
     "gate_keys",

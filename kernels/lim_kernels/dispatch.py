@@ -18,15 +18,15 @@ def implementation_of(reference: Operator, implementation: str | None, operand: 
 
     Args:
         reference: the operator's function in `reference.py`.
-        implementation: "reference" or "triton", which is used or refused; None for Triton on CUDA, the reference
-            elsewhere.
+        implementation: "reference" or "triton", which is used or refused; None for Triton on CUDA and where a GPU's
+            kernels are rehearsed (`lim_kernels.rehearsal`), the reference elsewhere.
         operand: a tensor on the operands' device.
 
     Raises:
         ValueError: an unknown name.
     """
     if implementation is None:
-        implementation = "triton" if operand.device.type == "cuda" else "reference"
+        implementation = "triton" if operand.device.type in ("cuda", "meta") else "reference"
     expected = f"implementation among {', '.join(IMPLEMENTATIONS)}"
     require(implementation in IMPLEMENTATIONS, reference.__name__, expected, repr(implementation))
     return reference if implementation == "reference" else _in_triton(reference)

@@ -2,7 +2,7 @@
 
 Symptom: after `/flush_cache` the next tenant of a row can have the generation of an earlier one, so what was kept for
     that one would be taken for its own.
-Cause: `ReqToTokenPool.clear` zeroes `req_generation`; later releases keep it growing, for this very reason.
+Cause: `clear` of both request pools zeroes `req_generation`; later releases keep it growing, for this very reason.
 Versions: below 0.5.22.
 Remove when: 0.5.17 is no longer supported.
 """
@@ -12,7 +12,10 @@ from typing import Any
 
 from packaging.version import Version
 
-TARGETS = ("sglang.srt.mem_cache.memory_pool.ReqToTokenPool.clear",)
+TARGETS = (
+    "sglang.srt.mem_cache.memory_pool.ReqToTokenPool.clear",
+    "sglang.srt.disaggregation.decode.DecodeReqToTokenPool.clear",
+)
 
 
 def applies(version: Version) -> bool:
@@ -24,7 +27,8 @@ def register() -> None:
     """Register the hook."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register(TARGETS[0], keep_generations, HookType.AROUND)
+    for target in TARGETS:
+        HookRegistry.register(target, keep_generations, HookType.AROUND)
 
 
 def keep_generations(clear: Callable[..., None], pool: Any, *args: object, **kwargs: object) -> None:

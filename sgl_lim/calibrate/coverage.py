@@ -13,7 +13,7 @@ from sgl_lim.evaluate.step_rows import GRANULE, Rows
 from sgl_lim.methods import HeadsOfRank
 from sgl_lim.methods.ranked import Ranked
 from sgl_lim.serving.layer import LayerInput, attend_with_logits
-from sgl_lim.serving.reads import plan_reads
+from sgl_lim.serving.reads import places_together, plan_reads
 
 
 class CoveragePass:
@@ -21,7 +21,7 @@ class CoveragePass:
 
     def __init__(self, rule: Ranked, pool: Pool, rows: Rows, *, heads: int, depth: int) -> None:
         self._rule, self._pool, self._rows, self._heads = rule, pool, rows, HeadsOfRank(0, heads, heads)
-        self._plan = plan_reads(rule, rows.slots, rows.lens, own_heads=heads, granule=GRANULE)
+        self._plan = plan_reads(rule, rows.slots, rows.lens, together=places_together(heads), granule=GRANULE)
         self._sets: list[Tensor] = []
         self._beyond = rows.lens > rule.budget
         self.sums = torch.zeros(depth, depth, dtype=torch.float64, device=rows.ids.device)

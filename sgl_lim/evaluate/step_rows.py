@@ -20,7 +20,7 @@ from sgl_lim.evaluate.own_pages import OwnPages, positions_of
 from sgl_lim.evaluate.pool import Pool
 from sgl_lim.methods import HeadsOfRank, Method, Role
 from sgl_lim.serving.layer import LayerDecode, LayerInput
-from sgl_lim.serving.reads import Plan, plan_reads
+from sgl_lim.serving.reads import Plan, places_together, plan_reads
 
 INTERFACE = "sgl_lim_rows"
 """The name of this attention in transformers."""
@@ -136,7 +136,7 @@ class StepRows:
         self._pages = pages
         self._of_slots: Tensor | None = None
         self._roles, self._pool, self._own = method.layer_roles(depth), pool, rows.own
-        self._plan = plan_reads(method, rows.slots, rows.lens, own_heads=heads, granule=GRANULE)
+        self._plan = plan_reads(method, rows.slots, rows.lens, together=places_together(heads), granule=GRANULE)
         self._decode = LayerDecode(method, HeadsOfRank(0, heads, heads))
         self._keys_alone = method.selection_attends == "set"
         self._shares: dict[Role, list[Tensor]] = {role: [] for role in Role}

@@ -125,6 +125,15 @@ class Method(ABC):
         """
         return None
 
+    @property
+    def best_suffice(self) -> bool:
+        """Whether the tokens that each rank would choose by its own scores decide what all ranks choose together.
+
+        They do where scores combine by maximum and nothing but their order counts. A token that all ranks choose is
+        among the best of the rank whose score it has: what is ahead of it there is ahead of it everywhere.
+        """
+        return False
+
     # What each layer does
 
     @abstractmethod
@@ -148,12 +157,33 @@ class Method(ABC):
         """
         return None
 
-    def score(self, logits: Tensor, seq_lens: Tensor, *, lse: Tensor, kv_heads: int, heads: HeadsOfRank) -> Tensor:
+    def score(
+        self,
+        logits: Tensor,
+        seq_lens: Tensor,
+        *,
+        lse: Tensor,
+        kv_heads: int,
+        heads: HeadsOfRank,
+        shallow: bool = False,
+    ) -> Tensor:
         """Scores float32 [B, L] from logits float32 [B, H, L] and their lse float32 [B, H]; [B, H_kv, L] per KV head.
 
         Ranks of a tensor-parallel group combine theirs afterwards, as `rank_reduction` says.
+
+        Args:
+            shallow: scores may be incomplete, and `deepen` completes them once they are combined.
         """
         raise NotImplementedError(f"method {self.name} has no selection layers")
+
+    @property
+    def deepens(self) -> bool:
+        """Whether shallow scores are incomplete."""
+        return False
+
+    def deepen(self, scores: Tensor, logits: Tensor, seq_lens: Tensor, *, kv_heads: int, heads: HeadsOfRank) -> None:
+        """Complete combined scores that were shallow; arguments as `score` had them."""
+        raise NotImplementedError(f"method {self.name} has no shallow scores")
 
     def share_sets(self, slots: Tensor, seq_lens: Tensor, granule: int) -> SharedSets | None:
         """The rows that choose together in this step, or None if each chooses for itself.

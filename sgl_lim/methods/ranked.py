@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lim_kernels import SetSizes, adapt_budgets, choose_tokens, score_tokens
+from lim_kernels import SetSizes, adapt_budgets, choose_tokens, deepen_scores, score_tokens
 from lim_kernels.select_tokens import AGGREGATES, MAX_UNION
 from sgl_lim.methods.base import Budgeted, HeadsOfRank, Role, SharedSets
 from sgl_lim.methods.parameters import Choice, Share, Whole, parameter
@@ -70,32 +70,59 @@ class Ranked(Budgeted):
             return Role.SELECT
         return Role.DENSE if layer < self.selection_layers[0] else Role.SPARSE
 
-    def score(self, logits: Tensor, seq_lens: Tensor, *, lse: Tensor, kv_heads: int, heads: HeadsOfRank) -> Tensor:
+    @property
+    def best_suffice(self) -> bool:
+        """Where all budgets are the same: how many tokens hold a share of the attention, all of their weights tell."""
+        return self.rank_reduction == "max" and not self.sizes_vary and not self.window_varies
+
+    @property
+    def deepens(self) -> bool:
+        """Lists of the union are as deep as all heads together need."""
+        return self.aggregate == "union"
+
+    def score(
+        self,
+        logits: Tensor,
+        seq_lens: Tensor,
+        *,
+        lse: Tensor,
+        kv_heads: int,
+        heads: HeadsOfRank,
+        shallow: bool = False,
+    ) -> Tensor:
         """See `lim_kernels.score_tokens`; KV heads are ranked as if each were a row of its own."""
-        if not self.per_kv_head:
-            return score_tokens(
-                logits,
-                seq_lens,
-                self.sizes,
-                aggregate=self.aggregate,
-                first_head=heads.first,
-                num_heads=heads.all,
-                lse=lse,
-            )
-        batch = len(seq_lens)
-        # [B * H_kv, H / H_kv, L], a view
-        logits, lse = (tensor.unflatten(1, (kv_heads, -1)).flatten(0, 1) for tensor in (logits, lse))
-        lens = seq_lens.repeat_interleave(kv_heads)
+        first_head, num_heads = self._owners(kv_heads, heads)
         scores = score_tokens(
-            logits,
-            lens,
+            self._lines(logits, kv_heads),
+            self._lens_of_lines(seq_lens, kv_heads),
             self.sizes,
             aggregate=self.aggregate,
-            first_head=heads.first_of_kv_head,
-            num_heads=heads.of_kv_head(kv_heads),
-            lse=lse,
+            first_head=first_head,
+            num_heads=num_heads,
+            lse=self._lines(lse, kv_heads),
+            shallow=shallow,
         )
-        return scores.unflatten(0, (batch, kv_heads))
+        return scores.unflatten(0, (len(seq_lens), kv_heads)) if self.per_kv_head else scores
+
+    def deepen(self, scores: Tensor, logits: Tensor, seq_lens: Tensor, *, kv_heads: int, heads: HeadsOfRank) -> None:
+        """See `lim_kernels.deepen_scores`."""
+        lines = scores.flatten(0, 1) if self.per_kv_head else scores
+        first_head, num_heads = self._owners(kv_heads, heads)
+        logits, lens = self._lines(logits, kv_heads), self._lens_of_lines(seq_lens, kv_heads)
+        deepen_scores(lines, logits, lens, self.sizes, first_head=first_head, num_heads=num_heads)
+
+    def _lines(self, of_heads: Tensor, kv_heads: int) -> Tensor:
+        """[B, H, …] as what is ranked together: that, or per KV head a view [B * H_kv, H / H_kv, …]."""
+        return of_heads.unflatten(1, (kv_heads, -1)).flatten(0, 1) if self.per_kv_head else of_heads
+
+    def _lens_of_lines(self, seq_lens: Tensor, kv_heads: int) -> Tensor:
+        return seq_lens.repeat_interleave(kv_heads) if self.per_kv_head else seq_lens
+
+    def _owners(self, kv_heads: int, heads: HeadsOfRank) -> tuple[int, int]:
+        """Of the query heads that are ranked together: which is this rank's first, and how many all ranks have."""
+        if self.per_kv_head:
+            return heads.first_of_kv_head, heads.of_kv_head(kv_heads)
+        return heads.first, heads.all
 
     def choose(
         self, scores: Tensor, seq_lens: Tensor, slots: Tensor | None, shared: SharedSets | None = None

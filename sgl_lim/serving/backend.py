@@ -21,6 +21,7 @@ from sgl_lim.serving import metrics
 from sgl_lim.serving.draft_sets import plan_drafts, read_unguided
 from sgl_lim.serving.layer import LayerInput
 from sgl_lim.serving.reads import Plan, Read, plan_reads
+from sgl_lim.serving.rehearsal import compile_ahead
 from sgl_lim.serving.state import LimState, build_state, share_of_heads
 from sgl_lim.serving.verification import (
     VerifyPlan,
@@ -64,6 +65,7 @@ def make(runner: Any) -> Any:
     heads = share_of_heads(model.num_attention_heads, model.get_total_num_kv_heads())
     add_sparse_decode(backend, build_state(config, runner, dense_backend, heads))
     metrics.announce(backend.lim, runner)
+    compile_ahead(backend.lim, runner)
     return backend
 
 
@@ -192,18 +194,25 @@ def observe(lim: LimState, forward_batch: Any, *, captured: bool) -> bool:
         beyond = 0 if is_decode_step(forward_batch) else tokens_verified(forward_batch)
         lim.snapshot.take(forward_batch, captured=captured, beyond=beyond)
         lim.counters.learn_generations(lim.rows.req_generation)
+        lim.learn_arrivals(forward_batch)
         metrics.after_step(lim)
         return True
     mode = forward_batch.forward_mode
     forget_sets(lim, forward_batch)
     if lim.kept_sets is not None and forward_batch.out_cache_loc is not None:
         lim.kept_sets.forget(forward_batch.out_cache_loc)
-    if mode.is_mixed():
+    if mode.is_mixed() or was_decoding(forward_batch):
         # A row that extends by one token may be decoding, and then goes on.
         lim.counters.forget(forward_batch.req_pool_indices.long(), forward_batch.extend_seq_lens > 1)
     elif mode.is_extend() and not mode.is_target_verify():
         lim.counters.forget(forward_batch.req_pool_indices.long())
     return False
+
+
+def was_decoding(forward_batch: Any) -> bool:
+    """Whether SGLang runs a decode batch as a prefill of one token a row, as another group of DP attention prefills."""
+    original = getattr(forward_batch, "_original_forward_mode", None)
+    return original is not None and bool(original.is_decode())
 
 
 def forget_sets(lim: LimState, forward_batch: Any) -> None:
@@ -244,7 +253,7 @@ def begin_draft(lim: LimState, rows: Tensor, seq_lens: Tensor) -> Plan:
     sets = lim.drafts.sets
     slots = lim.snapshot.slots
     if sets is None:
-        plan = plan_reads(lim.method, slots, seq_lens, own_heads=lim.decode.heads.own, granule=lim.granule)
+        plan = plan_reads(lim.method, slots, seq_lens, together=lim.decode.together, granule=lim.granule)
         read = read_unguided(lim.method, lim.roles, seq_lens)
     else:
         placed, read = sets.place(rows, lim.counters.generations, slots, seq_lens)
@@ -264,7 +273,7 @@ def begin_decode(lim: LimState, rows: Tensor, seq_lens: Tensor) -> Plan:
         Full() if lim.dense_decode else lim.method,
         lim.snapshot.slots,
         seq_lens,
-        own_heads=lim.decode.heads.own,
+        together=lim.decode.together,
         granule=lim.granule if own else None,
         kept=kept,
     )

@@ -80,7 +80,7 @@ class Counters:
     def forget(self, rows: Tensor, where: Tensor | None = None) -> None:
         """A prefill runs on these rows of the request pool, so whoever decodes there next is new.
 
-        Generations alone do not tell: disaggregated decode counts them from zero again when its cache is flushed.
+        Generations alone do not tell: the next turn of a streaming session keeps its row and its generation.
 
         Args:
             rows: int64 [B].

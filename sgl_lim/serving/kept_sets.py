@@ -118,6 +118,16 @@ class KeptSets:
         """
         self.memory.stamps.index_fill_(1, slots.long(), 0)
 
+    def forget_rows(self, slots: Tensor, lens: Tensor) -> None:
+        """Clear the memory of all slots of rows whose KV was not seen being written.
+
+        Args:
+            slots: int32 [b, L], KV slot of each position; lens: int64 [b], positions that are there.
+        """
+        there = torch.arange(slots.shape[1], device=slots.device) < lens.unsqueeze(1)
+        # Slot 0 is padding, and remembers nothing.
+        self.forget(slots.where(there, 0).flatten())
+
     def begin(self, rows: Tensor, tenants: Tensor, extended: Tensor, seq_lens: Tensor, granule: int | None) -> KeptStep:
         """Decide what each row of a decode step does, and bring the sets of those that do not select up to date.
 

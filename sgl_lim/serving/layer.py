@@ -10,7 +10,8 @@ from lim_kernels.block_gates import GatedBlocks
 from lim_kernels.page_bounds import PageBounds
 from sgl_lim.methods import CombineRanks, HeadsOfRank, Method, Role
 from sgl_lim.serving.kept_sets import KeptSets
-from sgl_lim.serving.reads import Plan, Read, ScoredRead
+from sgl_lim.serving.ranks import RankExchange
+from sgl_lim.serving.reads import Plan, Read, ScoredRead, places_together
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,19 @@ class LayerDecode:
         heads: this rank's query heads.
         combine_ranks: None where no other rank has heads that choose the same set.
         kept_sets: where sets outlive a step; needed if the plan's `kept` is there.
+        score_bytes: that a selection layer's logits may take; None: `reads.SCORE_BYTES`.
     """
 
     method: Method
     heads: HeadsOfRank
     combine_ranks: CombineRanks | None = None
     kept_sets: KeptSets | None = None
+    score_bytes: int | None = None
+
+    @property
+    def together(self) -> int:
+        """How many places of rows are scored at once."""
+        return places_together(self.heads.own, self.score_bytes)
 
     def run(self, plan: Plan, role: Role, layer: LayerInput) -> Tensor:
         """Attention of one layer, [B, H, D_v] in q's dtype; a layer that chooses a set also puts it in force.
@@ -77,11 +85,11 @@ class LayerDecode:
         for scored in plan.select:
             out, lse, logits = attend_with_logits(scored, layer)
             outs.append(out)
-            scores.append(self._over_ranks(plan.choose_lens[scored.rows], logits, lse, layer.k_cache.shape[1]))
+            scores.append(self._over_ranks(plan, scored.rows, logits, lse, layer.k_cache.shape[1]))
             # The logits' memory serves the next rows.
             del logits
         # Rows that choose together need not have been scored together, and scores are few beside logits.
-        plan.chosen = self._choose(plan, _together(scores))
+        plan.chosen = self._choose(plan, self._over_ranks_of_groups(plan, _together(scores)))
         return _together(outs)
 
     def choose_positions(self, plan: Plan, layer: LayerInput) -> tuple[Tensor, Tensor]:
@@ -100,16 +108,46 @@ class LayerDecode:
         scores = []
         for scored in plan.select:
             lse, logits = score_keys(scored, layer)
-            scores.append(self._over_ranks(plan.choose_lens[scored.rows], logits, lse, layer.k_cache.shape[1]))
+            scores.append(self._over_ranks(plan, scored.rows, logits, lse, layer.k_cache.shape[1]))
             del logits
-        return _together(scores)
+        return self._over_ranks_of_groups(plan, _together(scores))
 
-    def _over_ranks(self, lens: Tensor, logits: Tensor, lse: Tensor, kv_heads: int) -> Tensor:
-        """The scores of rows by which they choose, over all ranks that must choose the same."""
-        scores = self.method.score(logits, lens, lse=lse, kv_heads=kv_heads, heads=self.heads)
-        if self.combine_ranks is None or self.method.rank_reduction is None:
+    def _over_ranks(self, plan: Plan, rows: slice, logits: Tensor, lse: Tensor, kv_heads: int) -> Tensor:
+        """The scores of rows by which they choose, over all ranks that must choose the same.
+
+        Those of rows that choose in groups are this rank's own where the best of each rank suffice: which these are,
+        all rows of a group tell together.
+        """
+        method, lens, in_groups = self.method, plan.choose_lens[rows], plan.shared is not None
+        exchange = self._exchange_of_best(plan)
+        # How deep lists have to be shows once those of all ranks are there.
+        shallow = exchange is not None and not in_groups and method.deepens
+        scores = method.score(logits, lens, lse=lse, kv_heads=kv_heads, heads=self.heads, shallow=shallow)
+        if self.combine_ranks is None or method.rank_reduction is None:
             return scores
-        return self.combine_ranks(scores, self.method.rank_reduction)
+        if exchange is None:
+            return self.combine_ranks(scores, method.rank_reduction)
+        if not in_groups:
+            exchange.best(scores, method.choose(scores, lens, None)[0])
+        if shallow:
+            method.deepen(scores, logits, lens, kv_heads=kv_heads, heads=self.heads)
+            exchange.best(scores, method.choose(scores, lens, None)[0])
+        return scores
+
+    def _over_ranks_of_groups(self, plan: Plan, scores: Tensor) -> Tensor:
+        """Scores of all rows as `_over_ranks` gave them, over all ranks where rows choose in groups too."""
+        exchange = self._exchange_of_best(plan)
+        if exchange is not None and plan.shared is not None:
+            exchange.best(scores, self.method.choose(scores, plan.choose_lens, None, plan.shared)[0])
+        return scores
+
+    def _exchange_of_best(self, plan: Plan) -> RankExchange | None:
+        """What exchanges the best tokens of each rank; None where ranks need whole rows, or these are told sooner."""
+        exchange = self.combine_ranks
+        if not isinstance(exchange, RankExchange) or not self.method.best_suffice:
+            return None
+        rows, width = plan.context.slots.shape
+        return exchange if exchange.pays(rows, width, self.method.budget) else None
 
     def _choose(self, plan: Plan, scores: Tensor) -> Read:
         """The set that a selection layer puts in force."""

@@ -47,6 +47,19 @@ class PageStore:
         if bounds is not None:
             bound_pages(bounds, self._pool.get_key_buffer(layer), slots)
 
+    def learn_rows(self, slots: Tensor, lens: Tensor) -> None:
+        """Bound all pages of rows in every layer that chooses pages: their keys were not seen being written.
+
+        Args:
+            slots: int32 [b, L], KV slot of each position; lens: int64 [b], positions that have keys.
+        """
+        firsts = torch.arange(0, slots.shape[1], PAGE, device=slots.device)
+        # The last slot of a page stands for all before it.
+        lasts = torch.minimum(firsts + PAGE - 1, lens.unsqueeze(1) - 1)
+        ends = slots.gather(1, lasts.clamp(min=0)).where(firsts < lens.unsqueeze(1), 0)
+        for layer in self._bounds:
+            self.learn(layer, ends.flatten())
+
     def of_layer(self, layer: int) -> PageBounds | None:
         """What `layer` chooses by; None for layers that do not choose pages."""
         return self._bounds.get(layer)

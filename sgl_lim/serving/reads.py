@@ -14,8 +14,9 @@ from lim_kernels.prefix_groups import PrefixGroups
 from sgl_lim.methods import Method, Role, SharedSets
 from sgl_lim.serving.kept_sets import KeptStep
 
-SCORE_BYTES = 1 << 30
-"""Most memory that a selection layer's logits take; larger batches are scored some rows at a time."""
+SCORE_BYTES = 3 << 29
+"""Most memory that a selection layer's logits take; larger batches are scored in parts. It holds 96 rows of 131,072
+tokens of 32 query heads."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def plan_reads(
     slots: Tensor,
     seq_lens: Tensor,
     *,
-    own_heads: int,
+    together: int,
     granule: int | None = None,
     kept: KeptStep | None = None,
 ) -> Plan:
@@ -96,7 +97,7 @@ def plan_reads(
 
     Args:
         slots: int32 [B, L], KV slot of each position; seq_lens: int32 [B], the current token included.
-        own_heads: query heads of this rank, whose logits share `SCORE_BYTES`.
+        together: how many places of rows are scored at once, as `places_together` has it.
         granule: shared prefixes are found in multiples of so many tokens; None: they are not looked for.
         kept: of the same rows, where sets outlive a step.
     """
@@ -112,7 +113,7 @@ def plan_reads(
         seq_lens=seq_lens,
         context=context,
         dense=context if kept is None or early is None else Read(kept.extended, early.ends, early.groups),
-        select=_scored_reads(method, context, own_heads, kept),
+        select=_scored_reads(method, context, together, kept),
         choose_lens=seq_lens if kept is None else kept.choose_lens,
         shared=shared,
         kept=kept,
@@ -124,18 +125,24 @@ def plan_reads(
     return plan
 
 
-def score_together(batch: int, width: int, own_heads: int) -> list[slice]:
-    """Rows of a batch that fit into `SCORE_BYTES` together: logits take 4 bytes a head and place."""
-    step = max(1, SCORE_BYTES // (4 * own_heads * width))
+def places_together(own_heads: int, score_bytes: int | None = None) -> int:
+    """Places of rows whose logits fit into `score_bytes`, SCORE_BYTES by default: 4 bytes a query head of this rank."""
+    return (SCORE_BYTES if score_bytes is None else score_bytes) // (4 * own_heads)
+
+
+def score_together(batch: int, width: int, together: int) -> list[slice]:
+    """Parts of a batch, about equally large, of so many places at most, or of one row."""
+    most = max(1, together // width)
+    step = -(-batch // -(-batch // most))
     return [slice(first, first + step) for first in range(0, batch, step)]
 
 
-def _scored_reads(method: Method, context: Read, own_heads: int, kept: KeptStep | None) -> tuple[ScoredRead, ...]:
+def _scored_reads(method: Method, context: Read, together: int, kept: KeptStep | None) -> tuple[ScoredRead, ...]:
     """What selection layers read: the context, or in rows that do not select in this step the kept set before it."""
     batch, width = context.slots.shape
     if method.budget >= width:
         return ()
-    slices, budget, reads = score_together(batch, width, own_heads), method.budget, []
+    slices, budget, reads = score_together(batch, width, together), method.budget, []
     for rows in slices:
         if kept is None or kept.selecting is None:
             # Groups may reach over the rows that fit together.

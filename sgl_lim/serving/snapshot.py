@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_ALIGNED = 16
+"""Rows of as many places as a multiple of this load faster."""
+
 
 class Snapshot:
     """Copies of the rows of one batch at a time.
@@ -27,10 +30,9 @@ class Snapshot:
 
     def __init__(self, table: Tensor, room: int = 0) -> None:
         self._table, self._room = table, room
-        # Aligned rows load faster.
-        self._width = room + -(-table.shape[1] // 16) * 16
-        self._captured = self._allocate(0)
-        self._eager = self._allocate(0)
+        self._width = room + -(-table.shape[1] // _ALIGNED) * _ALIGNED
+        self._captured = self._allocate(0, self._width)
+        self._eager = self._allocate(0, self._width)
 
     def reserve(self, rows: int) -> None:
         """Allocate the buffer that captured graphs of at most `rows` rows read; it never moves afterwards.
@@ -44,7 +46,7 @@ class Snapshot:
                 "capture the largest batch first, or give --cuda-graph-bs that every graph can have"
             )
         if rows > len(self._captured):
-            self._captured = self._allocate(rows)
+            self._captured = self._allocate(rows, self._width)
 
     def take(self, forward_batch: Any, *, captured: bool, beyond: int = 0) -> None:
         """Copy the rows of a decode batch, or of one that is verified.
@@ -55,19 +57,24 @@ class Snapshot:
             beyond: tokens of each row that its length does not count yet.
         """
         batch = forward_batch.batch_size
-        if not captured and batch > len(self._eager):
-            self._eager = self._allocate(batch)
-        extended = (self._captured if captured else self._eager)[:batch]
-        slots = extended[:, self._room :]
         # SGLang may leave lengths out on the host to avoid waiting for the device.
         on_host = forward_batch.seq_lens_cpu
         widest = self._table.shape[1]
         longest = widest if on_host is None else min(widest, int(on_host[:batch].max()) + beyond)
+        extended = self._captured[:batch] if captured else self._eager_rows(batch, self._room + longest)
+        slots = extended[:, self._room :]
         torch.index_select(self._table[:, :longest], 0, forward_batch.req_pool_indices, out=slots[:, :longest])
         # Eagerly, what follows is sized by the longest row.
         self.extended = extended if captured else extended[:, : self._room + longest]
         self.slots = self.extended[:, self._room :]
 
-    def _allocate(self, rows: int) -> Tensor:
+    def _eager_rows(self, rows: int, width: int) -> Tensor:
+        """A buffer of so many rows, as wide as an eager step needs: batches beyond the graphs' are large and short."""
+        width = -(-width // _ALIGNED) * _ALIGNED
+        if rows * width > self._eager.numel():
+            self._eager = self._allocate(rows, width)
+        return self._eager.view(-1)[: rows * width].view(rows, width)
+
+    def _allocate(self, rows: int, width: int) -> Tensor:
         # Zeros are the reserved padding slot, so that even a wrong read stays inside the pool.
-        return torch.zeros(rows, self._width, dtype=torch.int32, device=self._table.device)
+        return torch.zeros(rows, width, dtype=torch.int32, device=self._table.device)

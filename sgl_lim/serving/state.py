@@ -5,16 +5,21 @@ from typing import Any
 
 from torch import Tensor
 
-from sgl_lim.methods import CombineRanks, HeadsOfRank, Method, Role
+from sgl_lim.methods import HeadsOfRank, Method, Role
 from sgl_lim.methods.ranked import Ranked
+from sgl_lim.serving import memory
+from sgl_lim.serving.arrivals import Arrivals
 from sgl_lim.serving.counters import Counters
 from sgl_lim.serving.draft_sets import Drafts
 from sgl_lim.serving.kept_sets import KeptSets
 from sgl_lim.serving.layer import LayerDecode
 from sgl_lim.serving.own_pages import Pages, build_pages
+from sgl_lim.serving.page_store import PageStore
+from sgl_lim.serving.ranks import RankExchange
 from sgl_lim.serving.reads import Plan
 from sgl_lim.serving.snapshot import Snapshot
 from sgl_lim.serving.verification import VerifyPlan
+from sgl_lim.settings.arriving_kv import brings_kv
 from sgl_lim.settings.config import LimConfig
 from sgl_lim.settings.layers import Layers, resolve_layers
 
@@ -41,6 +46,8 @@ class LimState:
     """Shared prefixes are found in multiples of so many tokens; None where they are not looked for."""
     pages: Pages | None = None
     """What is known of the pool's pages, where layers choose pages for themselves."""
+    arrivals: Arrivals | None = None
+    """Where KV may come without a prefill, and something is kept of KV slots."""
     plan: Plan | None = None
     """Of the decode step that runs; None in all other steps."""
     drafts: Drafts | None = None
@@ -69,6 +76,17 @@ class LimState:
             slots = forward_batch.out_cache_loc
             # A prefill that runs as pieces of a graph pads its positions, and gives attention the slots of real tokens.
             self.pages.learn(layer.layer_id, slots, forward_batch.positions[: len(slots)], k_scale)
+
+    def learn_arrivals(self, forward_batch: Any) -> None:
+        """Take note of the KV of requests that decode for the first time, in the step of the snapshot."""
+        arrived = None if self.arrivals is None else self.arrivals.take(self.snapshot.slots, forward_batch)
+        if arrived is None:
+            return
+        # Gates are refused where KV arrives.
+        if isinstance(self.pages, PageStore):
+            self.pages.learn_rows(*arrived)
+        if self.kept_sets is not None:
+            self.kept_sets.forget_rows(*arrived)
 
     @property
     def verifies(self) -> bool:
@@ -101,13 +119,17 @@ def build_state(config: LimConfig, runner: Any, dense_backend: str, heads: Heads
         heads: as `share_of_heads` gives them.
     """
     num_layers, rows, pool = runner.model_config.num_hidden_layers, runner.req_to_token_pool, runner.token_to_kv_pool
-    table = rows.req_to_token
+    # No row has more tokens than the pool.
+    table = rows.req_to_token[:, : pool.size]
     layers = agreed(resolve_layers(config, runner.model_config, runner.server_args.load_format), heads)
     method = config.build(**layers.parameters)
+    score_bytes = memory.count(runner, method, heads) if table.is_cuda else None
     kept_sets = build_kept_sets(method, table, pool.size + pool.page_size)
     roles = method.layer_roles(num_layers)
+    pages = build_pages(method, roles, runner, heads)
+    remembers = pages is not None or kept_sets is not None
     return LimState(
-        decode=LayerDecode(method, heads, combiner(heads, per_kv_head=method.per_kv_head), kept_sets),
+        decode=LayerDecode(method, heads, combiner(heads, per_kv_head=method.per_kv_head), kept_sets, score_bytes),
         roles=roles,
         dense_backend=dense_backend,
         # torch_native decodes request by request; the operator takes the batch at once.
@@ -125,7 +147,8 @@ def build_state(config: LimConfig, runner: Any, dense_backend: str, heads: Heads
             overlap=not runner.server_args.disable_overlap_schedule,
         ),
         granule=GRANULE if config.prefix_groups else None,
-        pages=build_pages(method, roles, runner, heads),
+        pages=pages,
+        arrivals=Arrivals(rows) if remembers and brings_kv(runner.server_args) else None,
     )
 
 
@@ -168,7 +191,7 @@ def share_of_heads(num_heads: int, num_kv_heads: int) -> HeadsOfRank:
     return HeadsOfRank(first=group.rank_in_group * own, own=own, all=num_heads, sharing=sharing)
 
 
-def combiner(heads: HeadsOfRank, *, per_kv_head: bool) -> CombineRanks | None:
+def combiner(heads: HeadsOfRank, *, per_kv_head: bool) -> RankExchange | None:
     """What combines the scores of the ranks that must choose one set; None if this rank has all heads of each set."""
     together = heads.sharing if per_kv_head else heads.all // heads.own
     if together == 1:
@@ -176,11 +199,4 @@ def combiner(heads: HeadsOfRank, *, per_kv_head: bool) -> CombineRanks | None:
     from sglang.srt.distributed.parallel_state import get_attn_tp_group
 
     group = get_attn_tp_group()
-    first = group.rank_in_group // together * together
-
-    def combine(scores: Tensor, how: str) -> Tensor:
-        gathered = group.all_gather(scores.contiguous(), dim=0).view(group.world_size, *scores.shape)
-        ranks = gathered[first : first + together]
-        return ranks.logsumexp(dim=0) if how == "logsumexp" else ranks.amax(dim=0)
-
-    return combine
+    return RankExchange(group, group.rank_in_group // together * together, together)

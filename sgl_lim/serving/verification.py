@@ -58,7 +58,7 @@ def plan_guide(decode: LayerDecode, slots: Tensor, lens: Tensor, granule: int | 
         slots: int32 [B, L]; lens: int32 [B], the token that chooses included.
         granule: shared prefixes are found in multiples of so many tokens; None: they are not looked for.
     """
-    plan = plan_reads(decode.method, slots, lens, own_heads=decode.heads.own, granule=granule)
+    plan = plan_reads(decode.method, slots, lens, together=decode.together, granule=granule)
     return plan if plan.select else None
 
 

@@ -13,7 +13,7 @@ from sgl_lim.settings import drafts, preset_file
 from sgl_lim.settings.architectures import architecture_problems
 from sgl_lim.settings.config import LimConfig, RefusedConfig
 from sgl_lim.settings.draft_methods import draft_problems
-from sgl_lim.settings.gate_problems import gate_problems
+from sgl_lim.settings.gate_problems import arrival_problems, gate_problems
 from sgl_lim.settings.layers import resolve_layers
 
 logger = logging.getLogger(__name__)
@@ -57,14 +57,14 @@ def check_before_weights(config: LimConfig, model_runner: Any) -> None:
     # Where the runner has it, it is resolved; a server argument may be as the user left it.
     page_size = getattr(model_runner, "page_size", None) or getattr(server_args, "page_size", None) or 1
     reasons = config.problems() + model_problems(config, model, server_args.load_format)
-    reasons += server_problems(server_args) + head_problems(model, server_args.tp_size, device)
+    reasons += server_problems(server_args, device) + head_problems(model, attention_ranks(server_args), device)
     reasons += speculation_problems(server_args, device)
     reasons += device_problems(config.dense_backend, server_args, device)
     method = config.sound_method()
     if method is not None:
         reasons += method.device_problems(device) + unseen_writes_problems(method, server_args)
         reasons += page_problems(method, server_args, page_size)
-        reasons += gate_problems(method, model, server_args.tp_size)
+        reasons += gate_problems(method, model, attention_ranks(server_args)) + arrival_problems(method, server_args)
         if drafts.is_lossless(server_args):
             reasons += drafts.model_problems(model) + draft_problems(method, guided=config.drafts == "guided")
     if reasons:
@@ -101,8 +101,19 @@ def resolved_problems(config: LimConfig, model: Any, load_format: str) -> list[s
     ]
 
 
-def server_problems(server_args: Any) -> list[str]:
-    """Reasons in SGLang's server arguments, whatever the method and the device."""
+def attention_groups(server_args: Any) -> int:
+    """Groups of DP attention, each with requests of its own; 1 without it. 0.5.23 has a flag for their number."""
+    groups = getattr(server_args, "attn_dp_size", 1)
+    return int(groups if groups > 1 or not server_args.enable_dp_attention else server_args.dp_size)
+
+
+def attention_ranks(server_args: Any) -> int:
+    """Ranks that share the heads of one request's attention."""
+    return int(server_args.tp_size // attention_groups(server_args) // getattr(server_args, "attn_cp_size", 1))
+
+
+def server_problems(server_args: Any, device: str) -> list[str]:
+    """Reasons in SGLang's server arguments, whatever the method."""
     found = []
     if not decodes_sparsely(server_args):
         found.append(
@@ -113,23 +124,37 @@ def server_problems(server_args: Any) -> list[str]:
         found.append(
             f"--pp-size {server_args.pp_size}: a stage without the selection layers has no set; use --tp-size instead"
         )
-    if server_args.enable_dp_attention or getattr(server_args, "attn_dp_size", 1) > 1:
-        found.append(
-            "--enable-dp-attention (or --attn-dp-size above 1): selection across its groups is not verified; "
-            "leave the flag out"
-        )
+    found += group_problems(server_args, device)
     if getattr(server_args, "dcp_size", 1) > 1:
         found.append("--dcp-size above 1 splits a request's KV over ranks; leave it at 1")
     for name in ("enable_two_batch_overlap", "enable_pdmux"):
         if getattr(server_args, name, False):
             found.append(f"--{name.replace('_', '-')} runs several backends at once; leave the flag out")
+    if getattr(server_args, "enable_hisparse", False):
+        found.append("--enable-hisparse moves tokens of running requests out of the KV pool; leave the flag out")
     if str(server_args.kv_cache_dtype).startswith(("fp4", "nvfp4")):
         found.append(f"--kv-cache-dtype {server_args.kv_cache_dtype}: packed fp4 KV; use auto or fp8_e4m3")
     return found
 
 
+def group_problems(server_args: Any, device: str) -> list[str]:
+    """Reasons in DP attention. Where each group is one GPU, ranks choose sets alone, as without it."""
+    groups, ranks = attention_groups(server_args), attention_ranks(server_args)
+    if groups == 1:
+        return []
+    asked = "--enable-dp-attention (or --attn-dp-size above 1)"
+    if device == "cpu":
+        return [f"{asked}: SGLang gathers the groups' tokens on GPUs alone; on a CPU leave the flag out"]
+    if ranks > 1:
+        return [
+            f"{asked}: {ranks} ranks in each of {groups} groups would choose sets together, which is not verified; "
+            f"make as many groups as --tp-size {server_args.tp_size} has ranks, or leave the flag out"
+        ]
+    return []
+
+
 def head_problems(model: Any, tp_size: int, device: str) -> list[str]:
-    """Reasons why so many ranks cannot share the model's heads; SGLang would find out while it builds the model.
+    """Reasons why so many ranks of one group cannot share the model's heads; SGLang would find out later.
 
     On a GPU several ranks may hold the same KV head. On a CPU SGLang gives the model heads without weights until the
     ranks share KV heads evenly, and these would choose tokens like all others.
@@ -182,6 +207,9 @@ def device_problems(dense: str | None, server_args: Any, device: str) -> list[st
             found.append(f"--lim-dense-backend {dense} needs a GPU; on a CPU leave it out")
         if getattr(server_args, "enable_torch_compile", False):
             found.append("--enable-torch-compile captures decode on CPU, where sets vary in place; leave the flag out")
+        adapters = getattr(server_args, "enable_lora", None) or getattr(server_args, "lora_paths", None)
+        if adapters and server_args.lora_backend != "torch_native":
+            found.append(f"--lora-backend {server_args.lora_backend} needs Triton; on a CPU use torch_native")
     elif device == "cuda":
         e5m2 = str(server_args.kv_cache_dtype) == "fp8_e5m2"
         if e5m2 and (dense or default_dense_backend(device)) == "fa3":
@@ -198,29 +226,17 @@ def device_problems(dense: str | None, server_args: Any, device: str) -> list[st
 
 
 def unseen_writes_problems(method: Method, server_args: Any) -> list[str]:
-    """Reasons in SGLang's server arguments for each flag that makes us see all that writes KV.
+    """Reasons in SGLang's server arguments for each flag that makes us see all that prefills write here.
 
-    These are flags by which sets outlive a step, and methods that know of each page what it holds.
+    These are flags by which sets outlive a step, and methods that know of each page what it holds. KV that is loaded or
+    transferred before a request decodes is learnt then (`sgl_lim.serving.arrivals`).
     """
-    flags = method.flags_that_follow_writes()
-    loaders = (
-        *("enable_hierarchical_cache", "enable_lmcache", "enable_flexkv", "radix_cache_backend"),
-        *("enable_unified_cache_external_linker", "enable_hisparse"),
-    )
-    loading = [f"--{name.replace('_', '-')}" for name in loaders if getattr(server_args, name, None)]
-    disaggregation = getattr(server_args, "disaggregation_mode", "null")
-    found = []
-    for one in flags:
-        if (server_args.prefill_attention_backend or server_args.attention_backend) != BACKEND:
-            found.append(
-                f"{one} has to see which KV slots a prefill writes; name this backend with --attention-backend"
-            )
-        found += [f"{one} does not see what {loader} loads; leave one of them out" for loader in loading]
-        if disaggregation != "null":
-            found.append(
-                f"{one} does not see what --disaggregation-mode {disaggregation} transfers; leave the flag out"
-            )
-    return found
+    if (server_args.prefill_attention_backend or server_args.attention_backend) == BACKEND:
+        return []
+    return [
+        f"{one} has to see which KV slots a prefill writes; name this backend with --attention-backend"
+        for one in method.flags_that_follow_writes()
+    ]
 
 
 def page_problems(method: Method, server_args: Any, page_size: int) -> list[str]:

@@ -35,6 +35,7 @@ from lim_kernels import (
     count_sets,
     decide_actions,
     decode_with_scores,
+    deepen_scores,
     expand_pages,
     find_prefix_groups,
     gate_keys,
@@ -220,6 +221,9 @@ def launch_all(*, fp8: bool, widest: bool) -> None:
     logits, seq_lens = empty(4, 32, 32768, dtype=fp32), empty(4)
     triton = {"implementation": "triton"}
     select_tokens(logits, seq_lens, budget=2048, recent=512, sinks=4, **triton)
+    rank, sizes = {"first_head": 0, "num_heads": 64}, SetSizes(2048, recent=512, sinks=4)
+    scores = score_tokens(logits, seq_lens, sizes, shallow=True, **rank, **triton)
+    deepen_scores(scores, logits, seq_lens, sizes, **rank, **triton)
     sizes = SetSizes(8192, recent=0, sinks=0)
     if widest:
         select_tokens(logits, seq_lens, **vars(sizes), **triton)

@@ -131,3 +131,48 @@ def test_a_run_ends_at_its_first_stop_or_its_length(stop_at, expected):
     look_for_stops_first(original, req, 4)
     assert (req.finished_reason.to_json()["type"], req.finished_len) == expected
     assert req.sampling_params.max_new_tokens == 5
+
+
+def test_no_memory_is_pinned_where_nothing_reads_it():
+    from lim_patches.lora_on_cpu import unpinned
+
+    def make(one, *, other):
+        made = torch.tensor([one], pin_memory=True), torch.zeros(2, dtype=torch.int32, pin_memory=True)
+        return (*made, other.pin_memory())
+
+    other = torch.ones(3)
+    found = unpinned(make, 7, other=other)
+    assert not any(tensor.is_pinned() for tensor in found)
+    assert found[0].tolist() == [7] and found[1].dtype == torch.int32 and found[2] is other
+
+
+@pytest.mark.parametrize("layout", ["layer_first", "page_first"])
+def test_a_host_cache_gives_back_what_it_took(layout):
+    from lim_patches.host_cache_on_cpu import back_up, load_layer
+
+    pool = SimpleNamespace(k_buffer=list(torch.randn(3, 20, 2, 4)), v_buffer=list(torch.randn(3, 20, 2, 4)))
+    # In either layout SGLang keeps a view of each layer, whose first dimension is the token.
+    memory = torch.zeros(2, 3, 32, 2, 4) if layout == "layer_first" else torch.zeros(2, 32, 3, 2, 4).transpose(1, 2)
+    host = SimpleNamespace(layout=layout, k_data_refs=list(memory[0]), v_data_refs=list(memory[1]))
+    there, here, later = torch.tensor([5, 9, 30]), torch.tensor([1, 2, 19]), torch.tensor([7, 3, 4])
+    wanted = [(k[here].clone(), v[here].clone()) for k, v in zip(pool.k_buffer, pool.v_buffer, strict=True)]
+    back_up(None, host, pool, there, here, "kernel")
+    for layer, (k, v) in enumerate(wanted):
+        load_layer(None, host, pool, there, later, layer, "kernel")
+        assert torch.equal(pool.k_buffer[layer][later], k) and torch.equal(pool.v_buffer[layer][later], v)
+    with pytest.raises(ValueError, match="on a CPU use layer_first"):
+        back_up(None, SimpleNamespace(layout="page_head"), pool, there, here, "kernel")
+
+
+def test_the_rows_of_a_batch_are_told_before_it_runs(monkeypatch):
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from lim_patches import rows_on_host
+
+    hooks, told = [], []
+    monkeypatch.setattr(HookRegistry, "register", lambda target, hook, kind: hooks.append(hook))
+    rows_on_host.register(on_batch=lambda pool, rows: told.append((pool, rows)))
+    (after,) = hooks
+    runner = SimpleNamespace(req_to_token_pool="pool")
+    after("forward batch", type, SimpleNamespace(req_pool_indices_cpu="rows"), runner, capture_hidden_mode=None)
+    assert told == [("pool", "rows")]

@@ -99,7 +99,7 @@ LAUNCHES = {
     ),
     "dp-attention": Refusal(
         ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"),
-        (r"--enable-dp-attention \(or --attn-dp-size above 1\): .*; leave the flag out",),
+        (r"--enable-dp-attention \(or --attn-dp-size above 1\): .*; on a CPU leave the flag out",),
         env=(("SGLANG_CPU_OMP_THREADS_BIND", "0|1"), *NO_NCCL),
     ),
     "speculative-on-a-cpu": Refusal(

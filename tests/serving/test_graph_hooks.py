@@ -6,7 +6,8 @@ A graph is imitated by keeping the step that was captured and running its attent
 import pytest
 import torch
 
-from support.fake_backend import DECODE, EXTEND, IDLE, MIXED, Composed, Dense, attention, batch_of, build
+from sgl_lim.serving.snapshot import Snapshot
+from support.fake_backend import DECODE, EXTEND, IDLE, MIXED, Composed, Dense, Mode, attention, batch_of, build
 
 ROWS, WIDTH, SLOTS = 6, 90, 400
 
@@ -119,3 +120,46 @@ def test_a_decoding_row_of_a_mixed_step_goes_on(table):
     backend.init_forward_metadata(batch_of([1, 2], [41, 30], mode=MIXED, extend_seq_lens=torch.tensor([1, 30])))
     backend.init_forward_metadata(batch_of([1, 2], [42, 31]))
     assert backend.lim.counters.read()["requests"] == 2
+
+
+def test_a_decode_batch_that_runs_as_a_prefill_goes_on(table):
+    """DP attention does so while another group prefills: a token a row, padded rows behind them."""
+    backend = build(table)
+    backend.init_forward_metadata(batch_of([1, 2], [40, 50]))
+    as_prefill = batch_of([1, 2, 0], [41, 51, 1], mode=EXTEND, extend_seq_lens=torch.tensor([1, 1, 1]))
+    as_prefill._original_forward_mode = Mode(name=DECODE)
+    backend.init_forward_metadata(as_prefill)
+    assert backend.lim.plan is None
+    backend.init_forward_metadata(batch_of([1, 2], [42, 52]))
+    assert backend.lim.counters.read()["requests"] == 2
+
+
+@pytest.mark.parametrize("values", [{}, {"selection_interval": 4, "early_sets": True}], ids=["plain", "kept-sets"])
+def test_a_group_without_requests_decodes_along(table, values):
+    """DP attention: eagerly its padded rows are idle; in a captured graph they decode the padding row."""
+    backend = build(table, **values)
+    backend.init_cuda_graph_state(4, 4)
+    backend.init_forward_metadata(batch_of([0, 0], [1, 1], mode=IDLE))
+    assert backend.lim.plan is None
+    replay = batch_of([0, 0, 0, 0], [1, 1, 1, 1])
+    backend.init_forward_metadata_out_graph(replay)
+    backend.init_forward_metadata_in_graph(replay)
+    out = attention(backend, backend.lim.plan, 4)
+    assert all(layer.isfinite().all() for layer in out)
+    backend.init_forward_metadata(batch_of([3], [40]))
+    totals = backend.lim.counters.read()
+    assert (totals["decode_steps"], totals["requests"], totals["tokens_dense"]) == (1, 1, 3 * 40)
+
+
+def test_eager_rows_are_as_wide_as_the_longest_and_captured_ones_as_the_pool(table):
+    snapshot = Snapshot(table, room=8)
+    snapshot.reserve(2)
+    for rows, lens in (([1, 2, 3], [5, 3, 20]), ([4], [60]), ([1, 2, 3, 4, 5], [2, 2, 2, 2, 33])):
+        snapshot.take(batch_of(rows, lens), captured=False)
+        assert snapshot.extended.shape == (len(rows), 8 + max(lens))
+        for row, (one, length) in enumerate(zip(rows, lens, strict=True)):
+            assert torch.equal(snapshot.slots[row, :length], table[one, :length])
+    # Five rows of 41 columns are the most, rounded up to 48.
+    assert snapshot._eager.numel() == 5 * 48
+    snapshot.take(batch_of([1, 2], [9, 4]), captured=True)
+    assert snapshot.extended.shape == (2, 8 + 96)

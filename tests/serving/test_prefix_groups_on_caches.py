@@ -128,3 +128,20 @@ def test_a_group_dissolves_and_forms_between_two_replays():
     world.abort(requests[1])
     latest = world.admit([*prompt, 3])
     assert latest is not None and grouped() == [32, 32]
+
+
+@pytest.mark.parametrize("page", [1, 16], ids=["page1", "page16"])
+def test_a_group_is_of_one_lora_adapter(page):
+    """SGLang keys its cache by adapter (`Req.extra_key`), so equal prompts of different ones have no slot in common."""
+    world = RadixWorld(page, num_slots=384, generator=random.Random(0))
+    prompt = [0, 1, 2, 1] * 8
+    adapters = [None, "first", "second", "first", None]
+    for adapter in adapters:
+        request = world.admit(prompt, adapter=adapter)
+        world.commit(request)
+    world.check()
+    batch = world.batch(shuffle=False)
+    shared = shared_lengths(batch) >= len(prompt) // 2
+    assert shared.tolist() == [[one == other for other in adapters] for one in adapters]
+    check_groups(world, granule=4, padding=1)
+    assert check_decode(world, granule=4) > 0

@@ -37,6 +37,7 @@ SERVER = {
     "attn_dp_size": 1,
     "pp_size": 1,
     "tp_size": 1,
+    "dp_size": 1,
     "enable_dp_attention": False,
     "dcp_size": 1,
     "enable_two_batch_overlap": False,
@@ -78,7 +79,7 @@ def test_plain_configuration_is_served():
         ({"tp_size": 3}, ("--tp-size 3 does not share 8 query heads and 2 KV heads", "use 1 or 2")),
         ({"tp_size": 4}, ("--tp-size 4 does not share 8 query heads and 2 KV heads", "use 1 or 2")),
         ({"device": "cuda", "tp_size": 3}, ("--tp-size 3 does not share", "use 1 or 2 or 4 or 8")),
-        ({"enable_dp_attention": True}, ("--enable-dp-attention", "leave the flag out")),
+        ({"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}, ("--enable-dp-attention", "leave the flag out")),
         ({"dcp_size": 2}, ("--dcp-size", "leave it at 1")),
         ({"enable_two_batch_overlap": True}, ("--enable-two-batch-overlap", "leave the flag out")),
         ({"enable_pdmux": True}, ("--enable-pdmux", "leave the flag out")),
@@ -94,7 +95,10 @@ def test_plain_configuration_is_served():
             ("--speculative-algorithm EAGLE: ", "on a CPU leave it out"),
         ),
         ({"enable_torch_compile": True}, ("--enable-torch-compile", "leave the flag out")),
-        ({"attn_dp_size": 2}, ("--attn-dp-size", "leave the flag out")),
+        ({"tp_size": 2, "attn_dp_size": 2}, ("--attn-dp-size", "leave the flag out")),
+        ({"enable_lora": True, "lora_backend": "csgmv"}, ("--lora-backend csgmv", "use torch_native")),
+        ({"lora_paths": ["a=b"], "lora_backend": "triton"}, ("--lora-backend triton", "use torch_native")),
+        ({"enable_hisparse": True}, ("--enable-hisparse", "leave the flag out")),
         (
             {"attention_backend": "triton", "prefill_attention_backend": "lessismore"},
             ("--prefill-attention-backend lessismore", "--decode-attention-backend"),
@@ -125,31 +129,59 @@ def test_each_reason_names_flag_and_way_out(changes, named):
     assert any(all(word in reason for word in named) for reason in found), found
 
 
+KEEPING = {
+    "interval": (configure(selection_interval=4), "--lim-selection-interval 4"),
+    "early": (configure(early_sets=True), "--lim-early-sets on"),
+    "quest": (configure(method="quest"), "--lim-method quest"),
+}
+"""Settings by which something is kept of KV slots, and the flag that turns each on."""
+
+
+@pytest.mark.parametrize("name", KEEPING)
 @pytest.mark.parametrize(
-    ("config", "flag"),
+    "changes",
     [
-        (configure(selection_interval=4), "--lim-selection-interval 4"),
-        (configure(early_sets=True), "--lim-early-sets on"),
-        (configure(method="quest"), "--lim-method quest"),
+        {"attention_backend": None, "decode_attention_backend": "lessismore"},
+        {"attention_backend": "fa3", "decode_attention_backend": "lessismore"},
+        {"prefill_attention_backend": "triton"},
     ],
-    ids=["interval", "early", "quest"],
+    ids=["decode-alone", "other-prefill-by-default", "other-prefill"],
 )
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"attention_backend": None, "decode_attention_backend": "lessismore"}, "--attention-backend"),
-        ({"attention_backend": "fa3", "decode_attention_backend": "lessismore"}, "--attention-backend"),
-        ({"prefill_attention_backend": "triton"}, "--attention-backend"),
-        ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"),
-        ({"enable_lmcache": True}, "--enable-lmcache"),
-        ({"disaggregation_mode": "decode"}, "--disaggregation-mode decode"),
-    ],
-    ids=["decode-alone", "other-prefill-by-default", "other-prefill", "hierarchical", "lmcache", "disaggregated"],
-)
-def test_sets_that_outlive_a_step_and_bounds_need_to_see_what_is_written(config, flag, changes, named):
+def test_what_is_kept_of_slots_needs_to_see_prefills(name, changes):
+    config, flag = KEEPING[name]
     assert reasons(config, page_size=16) == []
-    found = reasons(config, page_size=16, **changes)
-    assert [flag in reason and named in reason for reason in found] == [True]
+    (reason,) = reasons(config, page_size=16, **changes)
+    assert flag in reason and "name this backend with --attention-backend" in reason
+
+
+@pytest.mark.parametrize("name", KEEPING)
+@pytest.mark.parametrize(
+    "changes",
+    [{"enable_hierarchical_cache": True}, {"enable_lmcache": True}, {"disaggregation_mode": "decode"}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_kv_may_come_without_a_prefill(name, changes):
+    assert reasons(KEEPING[name][0], page_size=16, **changes) == []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (1, {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}),
+        (1, {"tp_size": 8, "attn_dp_size": 8}),
+        (2, {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True}),
+        (4, {"tp_size": 8, "attn_dp_size": 2}),
+    ],
+)
+def test_groups_of_dp_attention_are_single_gpus(ranks, changes):
+    found = reasons(device="cuda", **changes)
+    if ranks == 1:
+        assert found == [], "heads are not shared either: eight ranks could not share two KV heads"
+    else:
+        (reason,) = found
+        assert f"{ranks} ranks in each of 2 groups" in reason and f"--tp-size {changes['tp_size']}" in reason
+    on_a_cpu = reasons(**changes)[0]
+    assert "--enable-dp-attention" in on_a_cpu and "on a CPU leave the flag out" in on_a_cpu
 
 
 @pytest.mark.parametrize("page_size", [None, 1, 8, 24])
@@ -191,6 +223,11 @@ def test_fp8_e5m2_depends_on_the_default_dense_backend(monkeypatch, dense, refus
     assert bool(reasons(device="cuda", kv_cache_dtype="fp8_e5m2")) == refused
 
 
+def test_lora_is_served_by_what_a_device_has():
+    assert reasons(enable_lora=True, lora_backend="torch_native") == []
+    assert reasons(device="cuda", enable_lora=True, lora_backend="csgmv") == []
+
+
 def test_recorded_metadata_is_refused(monkeypatch):
     monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")
     (reason,) = reasons(device="cuda")
@@ -198,7 +235,7 @@ def test_recorded_metadata_is_refused(monkeypatch):
 
 
 def test_all_reasons_are_told_at_once():
-    found = reasons(configure(budget=-1, selection_layers=(5, 3)), pp_size=2, enable_dp_attention=True)
+    found = reasons(configure(budget=-1, selection_layers=(5, 3)), pp_size=2, enable_pdmux=True)
     assert len(found) == 4
 
 

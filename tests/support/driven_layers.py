@@ -41,7 +41,7 @@ def decode_of(method: Method, heads: int, combine_ranks=None) -> LayerDecode:
 
 def plan_of(decode: LayerDecode, slots: Tensor, lens: Tensor, granule: int | None = None) -> Plan:
     """The plan of a step without sets from earlier ones."""
-    return plan_reads(decode.method, slots, lens, own_heads=decode.heads.own, granule=granule)
+    return plan_reads(decode.method, slots, lens, together=decode.together, granule=granule)
 
 
 def layer_of(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds=None) -> LayerInput:

@@ -107,8 +107,11 @@ class Attention(torch.nn.Module):
         self.attn.layer_id = layer
 
 
-def runner_of(table, num_slots=400):
-    """What the builder asks of SGLang's model runner, for three layers over the rows of `table`."""
+def runner_of(table, num_slots=400, **server):
+    """What the builder asks of SGLang's model runner, for three layers over the rows of `table`.
+
+    `server` are its server arguments beyond those that are always there.
+    """
     model = SimpleNamespace(
         num_attention_heads=HEADS, num_hidden_layers=LAYERS, model_path="nameless", dtype=torch.float32, context_len=256
     )
@@ -120,20 +123,20 @@ def runner_of(table, num_slots=400):
         req_to_token_pool=rows,
         token_to_kv_pool=Pool(num_slots),
         model=torch.nn.ModuleList(Attention(layer, rotary) for layer in range(LAYERS)),
-        server_args=SimpleNamespace(load_format="auto", disable_overlap_schedule=True),
+        server_args=SimpleNamespace(load_format="auto", disable_overlap_schedule=True, **server),
     )
 
 
-def build(table, dense=Dense, granule=4, num_slots=400, **values):
+def build(table, dense=Dense, granule=4, num_slots=400, server=None, **values):
     """Our backend over the rows of `table`; three layers, the second selects.
 
-    `values` are the configuration's; a granule of None switches prefix groups off.
+    `values` are the configuration's; a granule of None switches prefix groups off; `server` as `runner_of` has it.
     """
     plain = {"budget": BUDGET, "recency": 0.25, "sinks": 2, "selection_layers": (1,)}
     config = configure(**{**plain, "prefix_groups": granule is not None, **values})
     assert config.problems() == []
     all_heads = HeadsOfRank(first=0, own=HEADS, all=HEADS)
-    lim = build_state(config, runner_of(table, num_slots), "fa3", all_heads)
+    lim = build_state(config, runner_of(table, num_slots, **(server or {})), "fa3", all_heads)
     lim.granule = granule
     backend = dense()
     add_sparse_decode(backend, lim)

@@ -102,6 +102,7 @@ class RadixWorld:
         self.filled = torch.zeros(num_slots + page_size, dtype=torch.int64)  # how often: the slot's tenancy
         self._wanted = torch.full(self.table.shape, -1)  # what each row's slots should hold
         self._prefixes: dict[tuple[int, int], int] = {}
+        self._adapters: dict[str, int] = {}
         self._rids = count()
 
     @property
@@ -123,10 +124,13 @@ class RadixWorld:
         """(name of the token prefix whose KV the slot holds, how often the slot was filled)."""
         return int(self.content[slot]), int(self.filled[slot])
 
-    def admit(self, tokens: Sequence[int], chunk: int | None = None) -> Request | None:
-        """Match a prompt, lock the match, fill slots for the rest or the first `chunk` of it; None if it can't fit."""
-        req = Req(str(next(self._rids)), "", array("q", tokens), SAMPLING)
-        return self._start(Request(req, self._path(tokens)), chunk)
+    def admit(self, tokens: Sequence[int], chunk: int | None = None, adapter: str | None = None) -> Request | None:
+        """Match a prompt, lock the match, fill slots for the rest or the first `chunk` of it; None if it can't fit.
+
+        `adapter` names a LoRA adapter, whose KV is that of no other.
+        """
+        req = Req(str(next(self._rids)), "", array("q", tokens), SAMPLING, lora_id=adapter)
+        return self._start(Request(req, self._path(tokens, adapter)), chunk)
 
     def resume(self, request: Request, chunk: int | None = None) -> Request | None:
         """Admit a retracted request again, its answer so far included."""
@@ -258,8 +262,9 @@ class RadixWorld:
     def _prefix(self, parent: int, token: int) -> int:
         return self._prefixes.setdefault((parent, token), len(self._prefixes))
 
-    def _path(self, tokens: Sequence[int]) -> list[int]:
-        path, parent = [], -1
+    def _path(self, tokens: Sequence[int], adapter: str | None = None) -> list[int]:
+        # A prefix of an adapter has a name of its own.
+        path, parent = [], -1 if adapter is None else self._adapters.setdefault(adapter, -2 - len(self._adapters))
         for token in tokens:
             parent = self._prefix(parent, token)
             path.append(parent)

@@ -19,7 +19,7 @@ from sgl_lim.gates.weights import ModelShape
 from sgl_lim.methods import HeadsOfRank, Method, Role
 from sgl_lim.serving.layer import LayerDecode, LayerInput
 from sgl_lim.serving.model_rotation import LayerRotation
-from sgl_lim.serving.reads import Plan, plan_reads
+from sgl_lim.serving.reads import Plan, places_together, plan_reads
 
 from .model import SmallQwen3, finish, project, rope_table
 
@@ -106,7 +106,7 @@ def _decode_rows(
     positions = torch.arange(before, before + len(fed), device=fed.device)
     cos, sin = rope_table(positions, shape)
     slots = torch.arange(before + len(fed), device=fed.device, dtype=torch.int32).repeat(len(fed), 1)
-    plan = plan_reads(method, slots, (positions + 1).to(torch.int32), own_heads=shape.heads)
+    plan = plan_reads(method, slots, (positions + 1).to(torch.int32), together=places_together(shape.heads))
     layers, scaling = LayerDecode(method, HeadsOfRank(0, shape.heads, shape.heads)), Scaling(shape.scale)
     x, keys, values = model.embed[fed][None], [], []
     shares, recalls = [], []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lim_kernels.adaptive_budget import masses
 from lim_kernels.operands import SetSizes
-from lim_kernels.triton_support import readable_width
+from lim_kernels.triton_support import programs_along, readable_width
 
 _BINS = tl.constexpr(masses.BINS)
 _TOP_SCORE = tl.constexpr(masses.TOP_SCORE)
@@ -80,17 +80,17 @@ def find_window(scores_row, first, mass, length, budget, FACTORS: tl.constexpr, 
 def count_kernel(
     scores_ptr, lens_ptr, counts_ptr, stride_scores, width, budget, COPIES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Count a block's tokens by bin."""
-    block = tl.program_id(0)
+    """Count a row's tokens by bin, block by block."""
     row = tl.program_id(1).to(tl.int64)
     length = tl.load(lens_ptr + row).to(tl.int32)
-    if (length <= budget) | (block * BLOCK >= length):
+    if length <= budget:
         return
-    positions = block * BLOCK + tl.arange(0, BLOCK)
-    bins = weight_bin(tl.load(scores_ptr + row * stride_scores + positions, mask=positions < width, other=0.0))
-    # Copies, so that tokens do not queue for one bin.
-    copies = (row * COPIES + positions % COPIES) * _BINS
-    tl.atomic_add(counts_ptr + copies + bins, 1, mask=positions < length, sem="relaxed")
+    for block in range(tl.program_id(0), tl.cdiv(length, BLOCK), tl.num_programs(0)):
+        positions = block * BLOCK + tl.arange(0, BLOCK)
+        bins = weight_bin(tl.load(scores_ptr + row * stride_scores + positions, mask=positions < width, other=0.0))
+        # Copies, so that tokens do not queue for one bin.
+        copies = (row * COPIES + positions % COPIES) * _BINS
+        tl.atomic_add(counts_ptr + copies + bins, 1, mask=positions < length, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["budget", "recent", "sinks", "share", "floor"])
@@ -171,7 +171,7 @@ def adapt_budgets(
         "COPIES": _COPIES,
     }
     if length > sizes.budget:
-        count_kernel[(triton.cdiv(length, _BLOCK), batch)](
+        count_kernel[(programs_along(triton.cdiv(length, _BLOCK), batch, scores.device), batch)](
             width=readable_width(scores), BLOCK=_BLOCK, num_warps=8, **common
         )
     size_kernel[(batch,)](

@@ -12,7 +12,7 @@ from torch import Tensor
 from lim_kernels.operands import SetSizes
 from lim_kernels.prefix_groups import MAX_LEVELS, PrefixGroups
 from lim_kernels.select_tokens.triton_spans import SPAN_COUNT, SPAN_FIELDS, SPAN_OFFSET, store_span
-from lim_kernels.triton_support import plan_block
+from lim_kernels.triton_support import per_row_empty, plan_block
 
 _LEVELS = triton.next_power_of_2(MAX_LEVELS)
 
@@ -248,7 +248,7 @@ def groups_of_sets(
 ) -> tuple[PrefixGroups, Tensor]:
     """See `api.groups_of_sets`."""
     batch = len(seq_lens)
-    per_row = torch.empty(8, batch, dtype=torch.int32, device=seq_lens.device)
+    per_row = per_row_empty(8, batch, device=seq_lens.device)
     counts, starts, ends, parents, own_starts, innermost, already_read, set_counts = per_row
     in_sets = PrefixGroups(counts, starts, ends, parents, groups.members, own_starts, innermost, already_read)
     set_groups_kernel[(2 * batch,)](

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lim_kernels.page_bounds import state
 from lim_kernels.page_bounds.state import PageBounds
-from lim_kernels.triton_support import interpreting, padded_empty
+from lim_kernels.triton_support import interpreting, padded_empty, programs_along
 
 _PAGE = tl.constexpr(state.PAGE)
 _BLOCK_PAGES = 64
@@ -83,17 +83,13 @@ def score_pages_kernel(
     BLOCK_DIM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Score a block of one row's pages for one KV head."""
+    """Score one row's pages for one KV head, block by block."""
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     length = tl.load(lens_ptr + row).to(tl.int32)
     count = tl.cdiv(length, _PAGE)
-    start = tl.program_id(0) * BLOCK
-    if (length <= score_beyond) | (start >= count):
+    if (length <= score_beyond) | (tl.program_id(0) * BLOCK >= count):
         return
-    places = start + tl.arange(0, BLOCK)
-    there = places < count
-    pages = tl.load(slots_ptr + row * stride_slots + places * _PAGE, mask=there, other=0).to(tl.int64) // _PAGE
     group = tl.arange(0, BLOCK_GROUP)
     dims = tl.arange(0, BLOCK_DIM)
     # [BLOCK_GROUP, BLOCK_DIM]
@@ -104,14 +100,18 @@ def score_pages_kernel(
     )
     if UPCAST:
         q = q.to(tl.float32)
-    lows = load_bounds(lows_ptr, pages, there, head, HEADS, DIM, BLOCK_DIM).to(q.dtype)
-    highs = load_bounds(highs_ptr, pages, there, head, HEADS, DIM, BLOCK_DIM).to(q.dtype)
     zero = tl.zeros_like(q)
-    # [BLOCK_GROUP, BLOCK]
-    scores = tl.dot(tl.where(q > 0, q, zero), tl.trans(highs), input_precision="ieee")
-    scores = tl.dot(tl.where(q < 0, q, zero), tl.trans(lows), scores, input_precision="ieee")
-    best = tl.max(tl.where((group < GROUP)[:, None], scores, -float("inf")), axis=0)
-    tl.store(scores_ptr + row * stride_scores_row + head * stride_scores_head + places, best, mask=there)
+    for start in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        there = places < count
+        pages = tl.load(slots_ptr + row * stride_slots + places * _PAGE, mask=there, other=0).to(tl.int64) // _PAGE
+        lows = load_bounds(lows_ptr, pages, there, head, HEADS, DIM, BLOCK_DIM).to(q.dtype)
+        highs = load_bounds(highs_ptr, pages, there, head, HEADS, DIM, BLOCK_DIM).to(q.dtype)
+        # [BLOCK_GROUP, BLOCK]
+        scores = tl.dot(tl.where(q > 0, q, zero), tl.trans(highs), input_precision="ieee")
+        scores = tl.dot(tl.where(q < 0, q, zero), tl.trans(lows), scores, input_precision="ieee")
+        best = tl.max(tl.where((group < GROUP)[:, None], scores, -float("inf")), axis=0)
+        tl.store(scores_ptr + row * stride_scores_row + head * stride_scores_head + places, best, mask=there)
 
 
 def bound_pages(bounds: PageBounds, k_cache: Tensor, written: Tensor) -> None:
@@ -140,7 +140,8 @@ def score_pages(q: Tensor, bounds: PageBounds, slots: Tensor, seq_lens: Tensor, 
     kv_heads = bounds.lows.shape[1]
     pages = triton.cdiv(slots.shape[1], state.PAGE)
     scores = padded_empty(batch, kv_heads, pages, device=q.device)
-    score_pages_kernel[(triton.cdiv(pages, _BLOCK_PAGES), kv_heads, batch)](
+    programs = programs_along(triton.cdiv(pages, _BLOCK_PAGES), kv_heads * batch, q.device)
+    score_pages_kernel[(programs, kv_heads, batch)](
         q_ptr=q,
         lows_ptr=bounds.lows,
         highs_ptr=bounds.highs,
@@ -161,5 +162,7 @@ def score_pages(q: Tensor, bounds: PageBounds, slots: Tensor, seq_lens: Tensor, 
         BLOCK_DIM=triton.next_power_of_2(dim),
         UPCAST=interpreting(),
         num_warps=4,
+        # Most rows have one block a program: nothing is loaded ahead.
+        num_stages=1,
     )
     return scores

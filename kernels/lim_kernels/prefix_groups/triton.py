@@ -9,12 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lim_kernels.prefix_groups.state import MAX_LEVELS, PrefixGroups
-from lim_kernels.triton_support import plan_block
+from lim_kernels.triton_support import per_row_empty, plan_block
 
 _PROBES = 8  # points compared at once: bisection waits for memory at every step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "granule"])
 def shared_kernel(
     slots_ptr,
     lens_ptr,
@@ -24,7 +24,6 @@ def shared_kernel(
     granule,
     stride_slots,
     USES_SET: tl.constexpr,
-    STEPS: tl.constexpr,
     PROBES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
@@ -48,7 +47,7 @@ def shared_kernel(
     if tl.max(high, axis=0) > 0:
         low = tl.minimum(high, 1)
         probes = 1 + tl.arange(0, PROBES)
-        for _ in range(STEPS):
+        while tl.max(high - low, axis=0) > 0:
             # [BLOCK_ROWS, PROBES], ascending in (low, high]; the last one is high.
             points = low[:, None] + ((high - low)[:, None] * probes[None, :] + PROBES - 1) // PROBES
             open = (high > low)[:, None] & (points > low[:, None])
@@ -78,7 +77,7 @@ def group_at(shared_ptr, mine, row, depth, cap, BLOCK_ROWS: tl.constexpr):
     return tl.min(tl.where(leaves, rows, BLOCK_ROWS), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "set_columns"])
 def tree_kernel(
     shared_ptr,
     uses_set_ptr,
@@ -138,8 +137,7 @@ def tree_kernel(
 
 def empty_groups(batch: int, device: torch.device) -> PrefixGroups:
     """Groups of so many rows, uninitialised."""
-    per_row = torch.empty(7, batch, dtype=torch.int32, device=device)
-    counts, starts, ends, parents, own_starts, innermost, already_read = per_row
+    counts, starts, ends, parents, own_starts, innermost, already_read = per_row_empty(7, batch, device=device)
     members = torch.empty(batch, batch, dtype=torch.int32, device=device)
     return PrefixGroups(counts, starts, ends, parents, members, own_starts, innermost, already_read)
 
@@ -148,12 +146,9 @@ def find_prefix_groups(
     slots: Tensor, seq_lens: Tensor, *, granule: int, set_columns: int, uses_set: Tensor | None
 ) -> PrefixGroups:
     """See `api.find_prefix_groups`."""
-    batch, width = slots.shape
+    batch = len(slots)
     block = plan_block(batch)
     shared = torch.empty(batch, block, dtype=torch.int32, device=slots.device)
-    granules, steps = max(1, width // granule), 1
-    while granules > 1:
-        granules, steps = triton.cdiv(granules, _PROBES), steps + 1
     shared_kernel[(batch,)](
         slots_ptr=slots,
         lens_ptr=seq_lens,
@@ -163,7 +158,6 @@ def find_prefix_groups(
         granule=granule,
         stride_slots=slots.stride(0),
         USES_SET=uses_set is not None,
-        STEPS=steps,
         PROBES=_PROBES,
         BLOCK_ROWS=block,
         num_warps=4,

@@ -23,6 +23,7 @@ def score_tokens(
     first_head: int = 0,
     num_heads: int | None = None,
     lse: Tensor | None = None,
+    shallow: bool = False,
     implementation: str | None = None,
 ) -> Tensor:
     """One score a token over all heads; a larger score is chosen first.
@@ -36,6 +37,8 @@ def score_tokens(
             holds only some of them. Scores of ranks are combined by max for "union" and "max", by logsumexp for "sum".
         lse: float32 [B, H], each head's logarithm of its softmax denominator over the row, where it is known;
             "max" and "sum" compute it otherwise.
+        shallow: the lists of "union" have a quarter of the middle budget, which suffices unless the heads of all ranks
+            agree much. Once the scores of ranks are combined, `deepen_scores` tells, and completes them.
 
     Returns:
         float32 [B, L], defined in rows longer than the budget. For all their positions, sinks and window included,
@@ -59,7 +62,36 @@ def score_tokens(
         aggregate=aggregate,
         first_head=first_head,
         num_heads=num_heads,
+        shallow=shallow,
     )
+
+
+def deepen_scores(
+    scores: Tensor,
+    logits: Tensor,
+    seq_lens: Tensor,
+    sizes: SetSizes,
+    *,
+    first_head: int,
+    num_heads: int,
+    implementation: str | None = None,
+) -> None:
+    """Complete shallow scores of "union" in rows in which fewer candidates have a place than the middle budget.
+
+    If as many have one, each of their places is exact, and every other candidate's is larger: nobody chooses it.
+
+    Args:
+        scores: float32 [B, L], by `score_tokens` with `shallow`, combined with those of other ranks; written.
+        logits, seq_lens, sizes, first_head, num_heads: as they were given to `score_tokens`.
+
+    Raises:
+        ValueError: as `score_tokens`.
+    """
+    _check(logits, seq_lens, sizes, "union")
+    check_scores("deepen_scores", scores, seq_lens, None)
+    require(scores.shape[1] == logits.shape[2], "deepen_scores", f"scores of {logits.shape[2]}", scores.shape[1])
+    deepen = implementation_of(reference.deepen_scores, implementation, logits)
+    deepen(scores, logits, seq_lens, sizes, first_head=first_head, num_heads=num_heads)
 
 
 def choose_tokens(

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lim_kernels.operands import SetSizes
-from lim_kernels.select_tokens.places import rank_unit
+from lim_kernels.select_tokens.places import rank_unit, shallow_depth
 
 
 def candidate_mask(seq_lens: Tensor, length: int, *, recent: int | Tensor, sinks: int) -> Tensor:
@@ -51,17 +51,24 @@ def score_tokens(
     aggregate: str,
     first_head: int,
     num_heads: int,
+    shallow: bool,
 ) -> Tensor:
     """See `api.score_tokens`."""
-    length = logits.shape[2]
     if aggregate == "union":
-        middle = min(sizes.middle, length)
-        candidates = candidate_mask(seq_lens, length, recent=sizes.recent, sinks=sizes.sinks)
-        return _union_scores(logits, candidates, middle, first_head=first_head, num_heads=num_heads)
+        depth = shallow_depth(sizes.middle) if shallow else sizes.middle
+        return _union_scores(logits, seq_lens, sizes, depth, first_head=first_head, num_heads=num_heads)
     assert lse is not None
     # [B, H, L]
     log_weights = within_rows(logits, seq_lens) - lse.unsqueeze(2)
     return log_weights.logsumexp(dim=1) if aggregate == "sum" else log_weights.amax(dim=1)
+
+
+def deepen_scores(
+    scores: Tensor, logits: Tensor, seq_lens: Tensor, sizes: SetSizes, *, first_head: int, num_heads: int
+) -> None:
+    """See `api.deepen_scores`; here all rows get places to the full depth."""
+    places = _union_scores(logits, seq_lens, sizes, sizes.middle, first_head=first_head, num_heads=num_heads)
+    torch.maximum(scores, places, out=scores)
 
 
 def choose_tokens(
@@ -95,19 +102,27 @@ def choose_tokens(
     return chosen, counts
 
 
-def _union_scores(logits: Tensor, candidates: Tensor, middle: int, *, first_head: int, num_heads: int) -> Tensor:
-    """float32 [B, L]: -key(t) of the module docstring in `rank_unit`s, -inf for a token in no head's list."""
+def _union_scores(
+    logits: Tensor, seq_lens: Tensor, sizes: SetSizes, depth: int, *, first_head: int, num_heads: int
+) -> Tensor:
+    """float32 [B, L]: -key(t) of the module docstring in `rank_unit`s, -inf for a token in no head's list.
+
+    Lists have `depth` tokens, the middle budget or less.
+    """
     batch, heads, length = logits.shape
     scores = logits.new_full((batch, length), float("-inf"))
-    if middle == 0:
+    if sizes.middle == 0:
         return scores
+    # No list is longer than the rows.
+    middle, depth = min(sizes.middle, length), min(depth, length)
+    candidates = candidate_mask(seq_lens, length, recent=sizes.recent, sinks=sizes.sinks)
     keys = _ordered(logits).masked_fill(~candidates.unsqueeze(1), -(1 << 35))
     # [B, H, m], best first
-    lists = _top_positions(keys, middle)
-    ranks = torch.arange(middle, device=logits.device)
+    lists = _top_positions(keys, depth)
+    ranks = torch.arange(depth, device=logits.device)
     owners = torch.arange(first_head, first_head + heads, device=logits.device)
     order = -(ranks.unsqueeze(0) * num_heads + owners.unsqueeze(1)).to(torch.float32) * rank_unit(middle, num_heads)
-    flat = lists.reshape(batch, heads * middle)
+    flat = lists.reshape(batch, heads * depth)
     scores.scatter_reduce_(1, flat, order.reshape(1, -1).expand(batch, -1).contiguous(), reduce="amax")
     return scores.masked_fill(~candidates, float("-inf"))
 

@@ -33,10 +33,11 @@ from lim_kernels.select_tokens.triton_tiles import (
     number_kept,
     order_key,
     score_bin,
+    sum_between,
     tile,
     total,
 )
-from lim_kernels.triton_support import readable_width
+from lim_kernels.triton_support import programs_along, readable_width
 
 _BINS = 2048
 _COPIES = 4
@@ -67,24 +68,22 @@ def histogram_kernel(
     BUDGETS: tl.constexpr,
     RECENTS: tl.constexpr,
 ):
-    """Count a block's candidates by bin."""
-    block = tl.program_id(0)
+    """Count a span's candidates by bin, block by block."""
     row = tl.program_id(1).to(tl.int64)
     begin, end, first, last, count = load_span(
         spans_ptr, lens_ptr, budgets_ptr, recents_ptr, row, budget, recent, sinks, SPANS, BUDGETS, RECENTS
     )
-    if (end - begin <= count) | (block * BLOCK >= last):
+    if end - begin <= count:
         return
-    if SPANS and block * BLOCK + BLOCK <= first:
-        return
-    positions = block * BLOCK + tl.arange(0, BLOCK)
-    candidate = (positions >= first) & (positions < last)
     scores_row = scores_of(scores_ptr, combined_ptr, spans_ptr, row, stride_scores, stride_combined, SPANS)
-    scores = tl.load(scores_row + positions, mask=positions < width, other=0.0)
-    bins = score_bin(scores, BINS)
-    # Copies, so that tokens do not queue for one bin. The lowest bin's own count is never asked for.
-    copies = (row * COPIES + positions % COPIES) * BINS
-    tl.atomic_add(histogram_ptr + copies + bins, 1, mask=candidate & (bins > 0), sem="relaxed")
+    for block in range(begin // BLOCK + tl.program_id(0), tl.cdiv(last, BLOCK), tl.num_programs(0)):
+        positions = block * BLOCK + tl.arange(0, BLOCK)
+        candidate = (positions >= first) & (positions < last)
+        scores = tl.load(scores_row + positions, mask=positions < width, other=0.0)
+        bins = score_bin(scores, BINS)
+        # Copies, so that tokens do not queue for one bin. The lowest bin's own count is never asked for.
+        copies = (row * COPIES + positions % COPIES) * BINS
+        tl.atomic_add(histogram_ptr + copies + bins, 1, mask=candidate & (bins > 0), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["stride_sure"])
@@ -116,32 +115,31 @@ def collect_kernel(
     RECENTS: tl.constexpr,
 ):
     """List the candidates of the deciding bin, and count those above it, block by block."""
-    block = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     begin, end, first, last, count = load_span(
         spans_ptr, lens_ptr, budgets_ptr, recents_ptr, row, budget, recent, sinks, SPANS, BUDGETS, RECENTS
     )
-    if (end - begin <= count) | (block * BLOCK >= end):
-        return
-    if SPANS and block * BLOCK + BLOCK <= begin:
+    start = begin // BLOCK + tl.program_id(0)
+    if (end - begin <= count) | (start * BLOCK >= end):
         return
     middle = count - (first - begin) - (end - last)
     found, wanted = deciding_bin(histogram_ptr + row * COPIES * BINS, middle, BINS, COPIES)
-    if block == begin // BLOCK:
+    if tl.program_id(0) == 0:
         tl.store(decision_ptr + row * 2, found)
         tl.store(decision_ptr + row * 2 + 1, wanted)
-    positions = block * BLOCK + tile(BLOCK)
-    candidate = (positions >= first) & (positions < last)
     scores_row = scores_of(scores_ptr, combined_ptr, spans_ptr, row, stride_scores, stride_combined, SPANS)
-    scores = tl.load(scores_row + positions, mask=positions < width, other=0.0)
-    bins = score_bin(scores, BINS)
-    tl.store(sure_ptr + row * stride_sure + block, total(candidate & (bins > found)))
-    undecided = candidate & (bins == found)
-    listed, places = number_kept(undecided)
-    if listed > 0:
-        places += tl.atomic_add(num_gathered_ptr + row, listed, sem="relaxed")
-        keys = order_key(scores, positions)
-        tl.store(gathered_ptr + row * GATHERED + places, keys, mask=undecided & (places < GATHERED))
+    for block in range(start, tl.cdiv(end, BLOCK), tl.num_programs(0)):
+        positions = block * BLOCK + tile(BLOCK)
+        candidate = (positions >= first) & (positions < last)
+        scores = tl.load(scores_row + positions, mask=positions < width, other=0.0)
+        bins = score_bin(scores, BINS)
+        tl.store(sure_ptr + row * stride_sure + block, total(candidate & (bins > found)))
+        undecided = candidate & (bins == found)
+        listed, places = number_kept(undecided)
+        if listed > 0:
+            places += tl.atomic_add(num_gathered_ptr + row, listed, sem="relaxed")
+            keys = order_key(scores, positions)
+            tl.store(gathered_ptr + row * GATHERED + places, keys, mask=undecided & (places < GATHERED))
 
 
 @triton.jit
@@ -214,20 +212,16 @@ def emit_kernel(
     FEW: tl.constexpr,
     GATHERED: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_SURE: tl.constexpr,
     TO_SLOTS: tl.constexpr,
     SPANS: tl.constexpr,
     BUDGETS: tl.constexpr,
     RECENTS: tl.constexpr,
 ):
-    """Write a block's share of the set, in order; a row within the budget keeps everything."""
-    block = tl.program_id(0)
+    """Write a span's share of the set, in order, block by block; a row within the budget keeps everything."""
     row = tl.program_id(1).to(tl.int64)
     begin, end, first, last, count = load_span(
         spans_ptr, lens_ptr, budgets_ptr, recents_ptr, row, budget, recent, sinks, SPANS, BUDGETS, RECENTS
     )
-    start = block * BLOCK
-    positions = start + tile(BLOCK)
     set_row = set_ptr + row * stride_set
     # Where the span's scores and slots are, where in the set its tokens go, and where the whole set ends.
     if SPANS:
@@ -240,64 +234,62 @@ def emit_kernel(
         offset = 0
         shared = False
         written = tl.minimum(end, count)
-    if block == 0:
+    if tl.program_id(0) == 0:
         tl.store(counts_ptr + row, written)
-    # Fill what lies after the set, as far as this block covers the width of the set. Sets of groups are copied to their
-    # rows' later, and have no end of their own.
+    # Fill what lies after the set. Sets of groups are copied to their rows' later, and have no end of their own.
     unused = 0 if TO_SLOTS else -1
     if not shared:
-        tl.store(set_row + positions, unused, mask=(positions >= written) & (positions < set_width))
-    if start >= end:
-        return
-    if SPANS and start + BLOCK <= begin:
-        return
-    # Which of the block's tokens are kept, and at which places of the set.
-    if end - begin <= count:
-        kept = positions < end
-        if SPANS:
-            kept = kept & (positions >= begin)
-        places = positions - begin + offset
-    else:
-        found = tl.load(decision_ptr + row * 2)
-        gathered = tl.load(num_gathered_ptr + row)
-        keys = gathered_ptr + row * GATHERED
-        scores_row = scores_of(scores_ptr, combined_ptr, spans_ptr, row, stride_scores, stride_combined, SPANS)
-        # Kept are forced tokens, candidates of better bins, and those of the deciding bin that reach its bound. If that
-        # bin's candidates did not fit into their list, nobody has found the bound yet, and each block searches the row.
-        if gathered <= GATHERED:
-            bound = tl.load(bound_ptr + row)
+        for block in range(written // BLOCK + tl.program_id(0), tl.cdiv(set_width, BLOCK), tl.num_programs(0)):
+            columns = block * BLOCK + tile(BLOCK)
+            tl.store(set_row + columns, unused, mask=(columns >= written) & (columns < set_width))
+    for block in range(begin // BLOCK + tl.program_id(0), tl.cdiv(end, BLOCK), tl.num_programs(0)):
+        start = block * BLOCK
+        positions = start + tile(BLOCK)
+        # Which of the block's tokens are kept, and at which places of the set.
+        if end - begin <= count:
+            kept = positions < end
+            if SPANS:
+                kept = kept & (positions >= begin)
+            places = positions - begin + offset
         else:
-            wanted = tl.load(decision_ptr + row * 2 + 1)
-            bound = nth_key_of_row(scores_row, width, first, last, found, wanted, BINS, BLOCK)
-        candidate = (positions >= first) & (positions < last)
-        scores = tl.load(scores_row + positions, mask=positions < width, other=0.0)
-        bins = score_bin(scores, BINS)
-        decided = (bins == found) & (order_key(scores, positions) >= bound)
-        forced = (positions < first) | ((positions >= last) & (positions < end))
-        kept = forced | (candidate & ((bins > found) | decided))
-        if SPANS:
-            kept = kept & (positions >= begin)
+            found = tl.load(decision_ptr + row * 2)
+            gathered = tl.load(num_gathered_ptr + row)
+            keys = gathered_ptr + row * GATHERED
+            scores_row = scores_of(scores_ptr, combined_ptr, spans_ptr, row, stride_scores, stride_combined, SPANS)
+            # Kept are forced tokens, candidates of better bins, and those of the deciding bin that reach its bound. If
+            # that bin's candidates did not fit into their list, nobody has found the bound yet: the row is searched.
+            if gathered <= GATHERED:
+                bound = tl.load(bound_ptr + row)
+            else:
+                wanted = tl.load(decision_ptr + row * 2 + 1)
+                bound = nth_key_of_row(scores_row, width, first, last, found, wanted, BINS, BLOCK)
+            candidate = (positions >= first) & (positions < last)
+            scores = tl.load(scores_row + positions, mask=positions < width, other=0.0)
+            bins = score_bin(scores, BINS)
+            decided = (bins == found) & (order_key(scores, positions) >= bound)
+            forced = (positions < first) | ((positions >= last) & (positions < end))
+            kept = forced | (candidate & ((bins > found) | decided))
+            if SPANS:
+                kept = kept & (positions >= begin)
 
-        # Places follow from how many tokens before this block are kept: candidates of better bins, counted block by
-        # block in `collect_kernel`, those of the deciding bin that reach the bound, and forced ones.
-        blocks = tl.arange(0, BLOCK_SURE)
-        earlier = blocks < block
-        if SPANS:
-            earlier = earlier & (blocks >= begin // BLOCK)
-        before = tl.sum(tl.load(sure_ptr + row * stride_sure + blocks, mask=earlier, other=0), axis=0)
-        if gathered <= FEW:
-            before += count_before(keys, gathered, bound, start, FEW)
-        elif gathered <= GATHERED:
-            before += count_before(keys, gathered, bound, start, GATHERED)
-        else:
-            for other in range(0, start, BLOCK):
-                theirs = keys_in_bin(scores_row, width, other, first, last, found, BINS, BLOCK)
-                before += tl.sum((theirs >= bound).to(tl.int32), axis=0)
-        before += tl.maximum(tl.minimum(start, first) - begin, 0) + tl.maximum(start - last, 0) + offset
-        _, places = number_kept(kept)
-        places += before
-    values = tl.load(slots_ptr + source * stride_slots + positions, mask=kept, other=0) if TO_SLOTS else positions
-    tl.store(set_row + places, values, mask=kept)
+            # Places follow from how many tokens before this block are kept: candidates of better bins, counted block by
+            # block in `collect_kernel`, those of the deciding bin that reach the bound, and forced ones.
+            before = sum_between(sure_ptr + row * stride_sure, begin // BLOCK, block)
+            if gathered <= FEW:
+                before += count_before(keys, gathered, bound, start, FEW)
+            elif gathered <= GATHERED:
+                before += count_before(keys, gathered, bound, start, GATHERED)
+            else:
+                for other in range(0, start, BLOCK):
+                    theirs = keys_in_bin(scores_row, width, other, first, last, found, BINS, BLOCK)
+                    before += tl.sum((theirs >= bound).to(tl.int32), axis=0)
+            before += tl.maximum(tl.minimum(start, first) - begin, 0) + tl.maximum(start - last, 0) + offset
+            _, places = number_kept(kept)
+            places += before
+        values = positions
+        if TO_SLOTS:
+            values = tl.load(slots_ptr + source * stride_slots + positions, mask=kept, other=0)
+        tl.store(set_row + places, values, mask=kept)
 
 
 def choose_in_spans(
@@ -322,12 +314,13 @@ def choose_in_spans(
     budget, length = sizes.budget, scores.shape[1]
     rows = scores.shape[0] if spans is None else spans.shape[0]
     device = scores.device
-    blocks = triton.cdiv(max(length, budget if length < budget else 1), _BLOCK)
+    blocks = triton.cdiv(length, _BLOCK)
+    grid = programs_along(blocks, rows, device), rows
     chosen = torch.empty(rows, budget, dtype=torch.int32, device=device)
     counts = torch.empty(rows, dtype=torch.int32, device=device)
     # One allocation, so that one fill clears both.
     zeroed = torch.zeros(rows * (_COPIES * _BINS + 1), dtype=torch.int32, device=device)
-    histogram, num_gathered = zeroed[rows:], zeroed[:rows]
+    histogram, num_gathered = zeroed[:-rows], zeroed[-rows:]
     gathered = torch.empty(rows, _GATHERED, dtype=torch.int64, device=device)
     decision = torch.empty(rows, 2, dtype=torch.int32, device=device)
     bound = torch.empty(rows, dtype=torch.int64, device=device)
@@ -355,8 +348,8 @@ def choose_in_spans(
     }
     decided = {"gathered_ptr": gathered, "num_gathered_ptr": num_gathered, "decision_ptr": decision}
     if length > budget or budgets is not None:
-        histogram_kernel[(blocks, rows)](histogram_ptr=histogram, COPIES=_COPIES, num_warps=8, **read, **span)
-        collect_kernel[(blocks, rows)](
+        histogram_kernel[grid](histogram_ptr=histogram, COPIES=_COPIES, num_warps=8, **read, **span)
+        collect_kernel[grid](
             histogram_ptr=histogram,
             sure_ptr=sure,
             stride_sure=sure.stride(0),
@@ -368,7 +361,7 @@ def choose_in_spans(
             **span,
         )
         decide_kernel[(rows,)](bound_ptr=bound, FEW=_FEW, GATHERED=_GATHERED, num_warps=1, **decided, **span)
-    emit_kernel[(blocks, rows)](
+    emit_kernel[grid](
         bound_ptr=bound,
         sure_ptr=sure,
         slots_ptr=slots,
@@ -380,7 +373,6 @@ def choose_in_spans(
         set_width=budget,
         FEW=_FEW,
         GATHERED=_GATHERED,
-        BLOCK_SURE=max(64, triton.next_power_of_2(blocks)),
         TO_SLOTS=slots is not None,
         num_warps=8,
         **decided,

@@ -29,6 +29,16 @@ def total(mask):
 
 
 @triton.jit
+def sum_between(counts_ptr, begin, end):
+    """Sum of the int32 counts of places begin … end - 1."""
+    sums = tl.zeros([64], dtype=tl.int32)
+    for start in range(begin, end, 64):
+        places = start + tl.arange(0, 64)
+        sums += tl.load(counts_ptr + places, mask=places < end, other=0)
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit
 def score_bin(scores, BINS: tl.constexpr):
     """Monotone bin of float32 scores, which are log-weights or places in (-84, 4): fine above -20, coarse below."""
     fine = BINS / 4 + (scores + 20.0) * (BINS / 32)

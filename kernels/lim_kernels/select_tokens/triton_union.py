@@ -7,265 +7,22 @@ the guess missed are searched again, and rows whose lists agree so much that the
 deep lists. Both are launched always and end at once where they are not needed, because nobody asks the host.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lim_kernels.operands import SetSizes
-from lim_kernels.select_tokens.places import MAX_UNION, rank_unit
-from lim_kernels.select_tokens.triton_tiles import number_kept, tile
-from lim_kernels.triton_support import padded_empty, readable_width
+from lim_kernels.select_tokens.places import MAX_UNION, rank_unit, shallow_depth
+from lim_kernels.select_tokens.triton_lists import gather_kernel, guess_kernel, search_kernel, to_key
+from lim_kernels.triton_support import padded_empty, programs_along, readable_width
 
-_SHALLOW = 4  # a quarter of the middle budget is how deep lists are first
 _SAMPLES = (2048, 8192)  # for the first guess, and where it missed
-_READ = 4096
-
-
-@triton.jit
-def to_key(values):
-    """int32 in the order of float32 values, -0.0 as 0.0; its own inverse on bits."""
-    bits = (values + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def to_value(key):
-    """The float32 whose `to_key` is `key`."""
-    key = key.to(tl.int32)
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def load_logits(logits_row, width, start, first, last, BLOCK: tl.constexpr):
-    """A block's positions and logits as a tile, NaN (which reaches no bound) outside the candidates.
-
-    A candidate that is no number counts as -inf, so that every candidate reaches the lowest bound and a search ends.
-    """
-    positions = start + tile(BLOCK)
-    logits = tl.load(logits_row + positions, mask=positions < width, other=0.0)
-    logits = tl.where(logits == logits, logits, -float("inf"))
-    return positions, tl.where((positions >= first) & (positions < last), logits, float("nan"))
-
-
-@triton.jit
-def sample_key(keys, wanted, slack):
-    """A key that `wanted` of the sampled keys reach, within `slack` if any does."""
-    low = tl.min(tl.where(keys == -2147483648, 2147483647, keys), axis=0).to(tl.int64)
-    high = tl.max(keys, axis=0).to(tl.int64) + 1
-    while high - low > 1:
-        middle = low + (high - low) // 2
-        reached = tl.sum((keys >= middle.to(tl.int32)).to(tl.int32), axis=0)
-        if reached >= wanted - slack:
-            low = middle
-        if reached <= wanted + slack:
-            high = tl.where(reached >= wanted - slack, middle + 1, middle)
-    return low
-
-
-@triton.jit
-def load_sample(logits_row, first, last, SAMPLE: tl.constexpr):
-    """Keys of at most SAMPLE candidates at equal distances, and that distance."""
-    step = tl.cdiv(last - first, SAMPLE)
-    positions = first + tl.arange(0, SAMPLE) * step
-    values = tl.load(logits_row + positions, mask=positions < last, other=0.0)
-    values = tl.where(values == values, values, -float("inf"))
-    return tl.where(positions < last, to_key(values), -2147483648), step
-
-
-@triton.jit
-def guess_kernel(
-    logits_ptr,
-    lens_ptr,
-    guesses_ptr,
-    reached_ptr,
-    pending_ptr,
-    budget,
-    recent,
-    sinks,
-    depth,
-    stride_row,
-    stride_head,
-    HEADS: tl.constexpr,
-    TOP: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    AGAIN: tl.constexpr,
-):
-    """Guess from a sample of the row a key that between `depth` and TOP of a head's candidates reach.
-
-    AGAIN corrects a guess that missed by how many it let through, and marks the head as pending.
-    """
-    head = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1).to(tl.int64)
-    length = tl.load(lens_ptr + row).to(tl.int32)
-    if length <= budget:
-        return
-    place = row * HEADS + head
-    aim = (depth + TOP) // 2
-    if AGAIN:
-        there = tl.load(reached_ptr + place)
-        hit = (there >= depth) & (there <= TOP)
-        tl.store(pending_ptr + place, 1 - hit.to(tl.int32))
-        if hit:
-            return
-    logits_row = logits_ptr + row * stride_row + head * stride_head
-    sample, step = load_sample(logits_row, sinks, length - recent, SAMPLE)
-    if AGAIN:
-        missed = to_key(tl.load(guesses_ptr + place))
-        sampled = tl.sum((sample >= missed).to(tl.int32), axis=0)
-        wanted = (sampled * aim) // tl.maximum(there, 1)
-        wanted = tl.where(there < depth, tl.maximum(wanted, sampled + 1), tl.minimum(wanted, sampled - 1))
-        tl.store(reached_ptr + place, 0)
-        slack = 0
-    else:
-        wanted = aim // step
-        slack = wanted // 16
-    wanted = tl.minimum(tl.maximum(wanted, 1), SAMPLE)
-    tl.store(guesses_ptr + place, to_value(sample_key(sample, wanted, slack)))
-
-
-@triton.jit
-def gather_kernel(
-    logits_ptr,
-    lens_ptr,
-    guesses_ptr,
-    reached_ptr,
-    pending_ptr,
-    scratch_ptr,
-    width,
-    budget,
-    recent,
-    sinks,
-    stride_row,
-    stride_head,
-    HEADS: tl.constexpr,
-    TOP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    AGAIN: tl.constexpr,
-):
-    """List a block's candidates that reach the guess, in any order, and count them. AGAIN: of pending heads only."""
-    block = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(2).to(tl.int64)
-    length = tl.load(lens_ptr + row).to(tl.int32)
-    last = length - recent
-    start = block * BLOCK
-    if (length <= budget) | (start >= last):
-        return
-    place = row * HEADS + head
-    if AGAIN and tl.load(pending_ptr + place) == 0:
-        return
-    bound = tl.load(guesses_ptr + place)
-    logits_row = logits_ptr + row * stride_row + head * stride_head
-    positions, logits = load_logits(logits_row, width, start, sinks, last, BLOCK)
-    kept = logits >= bound
-    count, places = number_kept(kept)
-    if count > 0:
-        places += tl.atomic_add(reached_ptr + place, count, sem="relaxed")
-        tl.store(scratch_ptr + place * TOP + places, positions, mask=kept & (places < TOP))
-
-
-@triton.jit
-def gather_above(logits_row, width, scratch, key, ties, first, last, TOP: tl.constexpr, BLOCK: tl.constexpr):
-    """List the candidates above `key`, and the first `ties` of those equal to it; returns how many reach `key`.
-
-    At most TOP are listed; their number comes second.
-    """
-    bound = to_value(key)
-    written = 0
-    reached = 0
-    tied = 0
-    for start in range(0, last, BLOCK):
-        positions, logits = load_logits(logits_row, width, start, first, last, BLOCK)
-        kept = logits >= bound
-        count, places = number_kept(kept)
-        reached += count
-        if ties < TOP:
-            equal, order = number_kept(logits == bound)
-            kept = kept & ((logits > bound) | (tied + order < ties))
-            tied += equal
-            count, places = number_kept(kept)
-        places += written
-        tl.store(scratch + places, positions, mask=kept & (places < TOP))
-        written += count
-    return reached, written
-
-
-@triton.jit
-def search_kernel(
-    logits_ptr,
-    lens_ptr,
-    scratch_ptr,
-    reached_ptr,
-    listed_ptr,
-    width,
-    budget,
-    recent,
-    sinks,
-    depth,
-    stride_row,
-    stride_head,
-    HEADS: tl.constexpr,
-    TOP: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEEP: tl.constexpr,
-):
-    """List the `depth` best or more of one head and row, at most TOP, where no list is there that will do."""
-    head = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1).to(tl.int64)
-    length = tl.load(lens_ptr + row).to(tl.int32)
-    if length <= budget:
-        return
-    place = row * HEADS + head
-    if DEEP:
-        if tl.load(listed_ptr + row) >= budget - recent - sinks:
-            return
-    else:
-        there = tl.load(reached_ptr + place)
-        if (there >= depth) & (there <= TOP):
-            return
-    first = sinks
-    last = length - recent
-    logits_row = logits_ptr + row * stride_row + head * stride_head
-    scratch = scratch_ptr + place * TOP
-    # A first guess from a sample, which aims at the middle of what will do: from `depth` to TOP listed.
-    sample, step = load_sample(logits_row, first, last, SAMPLE)
-    aim = (depth + TOP) // 2
-    guess = sample_key(sample, tl.maximum(aim // step, 1), 0)
-
-    # Bisection of keys. At least `depth` keys are >= low, which is the key of -inf first, and fewer are >= high: when
-    # the two are neighbours, `low` is the depth-th key. Each turn overwrites the list of the one before.
-    low = tl.full([], -2139095041, dtype=tl.int64)
-    high = tl.full([], 2147483648, dtype=tl.int64)
-    written = 0
-    tries = 0
-    while written == 0:
-        # TOP ties are as many as the list has room for: everything that reaches the guess is listed, or too much is.
-        reached, _written = gather_above(logits_row, width, scratch, guess, TOP, first, last, TOP, BLOCK)
-        if reached < depth:
-            high = guess
-        else:
-            low = guess
-        if (reached >= depth) & (reached <= TOP):
-            written = reached
-        elif high - low <= 1:
-            # `low` is the depth-th key, and too many are equal to it: they go by position.
-            above, _written = gather_above(logits_row, width, scratch, high, TOP, first, last, TOP, BLOCK)
-            above = tl.where(high == 2147483648, 0, above)
-            _reached, written = gather_above(logits_row, width, scratch, low, depth - above, first, last, TOP, BLOCK)
-        else:
-            guess = low + (high - low) // 2
-            tries += 1
-            # The first times the sample gives a better guess, corrected by how far the last one missed. It might not
-            # end where many logits are equal, so bisection takes over.
-            if tries <= 4:
-                aim = tl.maximum((aim * ((depth + TOP) // 2)) // tl.maximum(reached, 1), 1)
-                again = sample_key(sample, tl.minimum(tl.maximum(aim // step, 1), SAMPLE), 0)
-                guess = tl.where((again > low) & (again < high), again, guess)
-        # The next pass overwrites what this one listed.
-        tl.debug_barrier()
-    tl.store(reached_ptr + place, written)
+READ = 4096
+_FILLED = 1024
+_COUNTED = 2048
 
 
 @triton.jit
@@ -318,77 +75,137 @@ def order_kernel(
         tl.atomic_add(listed_ptr + row, tl.sum(new.to(tl.int32), axis=0), sem="relaxed")
 
 
+@triton.jit
+def count_listed_kernel(
+    scores_ptr, lens_ptr, listed_ptr, width, budget, recent, sinks, stride_scores, BLOCK: tl.constexpr
+):
+    """Count a row's candidates that have a place, block by block."""
+    row = tl.program_id(1).to(tl.int64)
+    length = tl.load(lens_ptr + row).to(tl.int32)
+    if length <= budget:
+        return
+    last = length - recent
+    for block in range(tl.program_id(0), tl.cdiv(last, BLOCK), tl.num_programs(0)):
+        positions = block * BLOCK + tl.arange(0, BLOCK)
+        scores = tl.load(scores_ptr + row * stride_scores + positions, mask=positions < width, other=0.0)
+        there = (positions >= sinks) & (positions < last) & (scores > -float("inf"))
+        tl.atomic_add(listed_ptr + row, tl.sum(there.to(tl.int32), axis=0), sem="relaxed")
+
+
 def union_scores(
-    logits: Tensor,
-    seq_lens: Tensor,
-    sizes: SetSizes,
-    *,
-    first_head: int,
-    num_heads: int,
+    logits: Tensor, seq_lens: Tensor, sizes: SetSizes, *, first_head: int, num_heads: int, shallow: bool
 ) -> Tensor:
     """`api.score_tokens` for "union"."""
     batch, heads, length = logits.shape
     middle = sizes.middle
-    scores = padded_empty(batch, length, device=logits.device).fill_(float("-inf"))
+    scores = padded_empty(batch, length, device=logits.device)
     if middle == 0 or length <= sizes.budget:
-        return scores
-    shallow = max(1, min(middle, triton.cdiv(middle, _SHALLOW)))
-    counters = torch.zeros(batch, 1 + heads, dtype=torch.int32, device=logits.device).view(-1)
-    listed, reached = counters[:batch], counters[batch:]
-    shared = {
+        return scores.fill_(float("-inf"))
+    depth = shallow_depth(middle)
+    # Room for more than needed, so that few guesses miss.
+    top = max(16, triton.next_power_of_2(2 * depth))
+    listed, reached = _counters(batch, heads, logits.device)
+    shared = _shared(logits, seq_lens, sizes, reached)
+    width = readable_width(logits)
+    scratch = torch.empty(batch, heads, top, dtype=torch.int32, device=logits.device)
+    guesses = torch.empty(batch * heads, dtype=torch.float32, device=logits.device)
+    pending = torch.empty(batch * heads, dtype=torch.int32, device=logits.device)
+    programs = programs_along(triton.cdiv(length, READ), batch * heads, logits.device)
+    for again in (False, True):
+        attempt = {"guesses_ptr": guesses, "pending_ptr": pending, "TOP": top, "AGAIN": again}
+        guess_kernel[(heads, batch)](
+            scores_ptr=scores,
+            depth=depth,
+            stride_scores=scores.stride(0),
+            SAMPLE=_SAMPLES[again],
+            BLOCK=_FILLED,
+            num_warps=8 if again else 4,
+            **attempt,
+            **shared,
+        )
+        gather_kernel[(programs, heads, batch)](
+            scratch_ptr=scratch, width=width, BLOCK=READ, num_warps=8, **attempt, **shared
+        )
+    places = {"first_head": first_head, "num_heads": num_heads, "unit": rank_unit(middle, num_heads)}
+    _order_lists(scores, scratch, listed, shared, places, width=width, depth=depth, deep=False)
+    if depth < middle and not shallow:
+        _deepen(scores, listed, shared, places, width=width, middle=middle)
+    return scores
+
+
+def deepen_scores(
+    scores: Tensor, logits: Tensor, seq_lens: Tensor, sizes: SetSizes, *, first_head: int, num_heads: int
+) -> None:
+    """See `api.deepen_scores`."""
+    batch, heads, length = logits.shape
+    middle = sizes.middle
+    if middle == 0 or length <= sizes.budget or shallow_depth(middle) == middle:
+        return
+    listed, reached = _counters(batch, heads, logits.device)
+    shared = _shared(logits, seq_lens, sizes, reached)
+    count_listed_kernel[(programs_along(triton.cdiv(length, _COUNTED), batch, logits.device), batch)](
+        scores_ptr=scores,
+        lens_ptr=seq_lens,
+        listed_ptr=listed,
+        width=readable_width(scores),
+        budget=sizes.budget,
+        recent=sizes.recent,
+        sinks=sizes.sinks,
+        stride_scores=scores.stride(0),
+        BLOCK=_COUNTED,
+        num_warps=4,
+    )
+    places = {"first_head": first_head, "num_heads": num_heads, "unit": rank_unit(middle, num_heads)}
+    _deepen(scores, listed, shared, places, width=readable_width(logits), middle=middle)
+
+
+def _counters(batch: int, heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Zeros int32 [B] and [B * H], cleared together; both start at multiples of 16 bytes."""
+    start = -(-batch // 4) * 4
+    counters = torch.zeros(start + batch * heads, dtype=torch.int32, device=device)
+    return counters[:batch], counters[start:]
+
+
+def _shared(logits: Tensor, seq_lens: Tensor, sizes: SetSizes, reached: Tensor) -> dict[str, Any]:
+    """Arguments of every kernel of lists."""
+    return {
+        "logits_ptr": logits,
         "lens_ptr": seq_lens,
         "reached_ptr": reached,
         "budget": sizes.budget,
         "recent": sizes.recent,
         "sinks": sizes.sinks,
-        "HEADS": heads,
+        "stride_row": logits.stride(0),
+        "stride_head": logits.stride(1),
+        "HEADS": logits.shape[1],
     }
-    width = readable_width(logits)
-    read = {"logits_ptr": logits, "stride_row": logits.stride(0), "stride_head": logits.stride(1)}
-    for depth in (shallow, middle) if shallow < middle else (middle,):
-        deep = depth != shallow
-        # Room for more than needed, so that few guesses miss; the deep lists are too long for much of it.
-        room = min(depth + depth // 3, max(depth, MAX_UNION)) if deep else 2 * depth
-        top = max(16, triton.next_power_of_2(room))
-        scratch = torch.empty(batch, heads, top, dtype=torch.int32, device=logits.device)
-        if not deep:
-            guesses = torch.empty(batch * heads, dtype=torch.float32, device=logits.device)
-            pending = torch.empty(batch * heads, dtype=torch.int32, device=logits.device)
-            blocks = triton.cdiv(length, _READ)
-            for again in (False, True):
-                attempt = {"guesses_ptr": guesses, "pending_ptr": pending, "TOP": top, "AGAIN": again}
-                guess_kernel[(heads, batch)](
-                    depth=depth, SAMPLE=_SAMPLES[again], num_warps=8 if again else 4, **attempt, **read, **shared
-                )
-                gather_kernel[(blocks, heads, batch)](
-                    scratch_ptr=scratch, width=width, BLOCK=_READ, num_warps=8, **attempt, **read, **shared
-                )
-        search_kernel[(heads, batch)](
-            scratch_ptr=scratch,
-            listed_ptr=listed,
-            width=width,
-            depth=depth,
-            TOP=top,
-            SAMPLE=_SAMPLES[True],
-            BLOCK=_READ,
-            DEEP=deep,
-            num_warps=8,
-            **read,
-            **shared,
-        )
-        order_kernel[(heads, batch)](
-            scratch_ptr=scratch,
-            scores_ptr=scores,
-            listed_ptr=listed,
-            depth=depth,
-            first_head=first_head,
-            num_heads=num_heads,
-            unit=rank_unit(middle, num_heads),
-            stride_scores=scores.stride(0),
-            TOP=top,
-            DEEP=deep,
-            num_warps=4 if top <= 2048 else 8,
-            **read,
-            **shared,
-        )
-    return scores
+
+
+def _deepen(
+    scores: Tensor, listed: Tensor, shared: dict[str, Any], places: dict[str, Any], *, width: int, middle: int
+) -> None:
+    """Let rows in which fewer than `middle` tokens are listed have lists of that depth."""
+    # These are too long for much more room than needed.
+    top = max(16, triton.next_power_of_2(min(middle + middle // 3, max(middle, MAX_UNION))))
+    scratch = torch.empty(len(listed), shared["HEADS"], top, dtype=torch.int32, device=scores.device)
+    _order_lists(scores, scratch, listed, shared, places, width=width, depth=middle, deep=True)
+
+
+def _order_lists(
+    scores: Tensor,
+    scratch: Tensor,
+    listed: Tensor,
+    shared: dict[str, Any],
+    places: dict[str, Any],
+    *,
+    width: int,
+    depth: int,
+    deep: bool,
+) -> None:
+    """Search the lists that are not there yet, order all of them, and write places."""
+    batch, heads, top = scratch.shape
+    lists = {"scratch_ptr": scratch, "listed_ptr": listed, "depth": depth, "TOP": top, "DEEP": deep, **shared}
+    search_kernel[(heads, batch)](width=width, SAMPLE=_SAMPLES[True], BLOCK=READ, num_warps=8, **lists)
+    order_kernel[(heads, batch)](
+        scores_ptr=scores, stride_scores=scores.stride(0), num_warps=4 if top <= 2048 else 8, **lists, **places
+    )

@@ -12,6 +12,7 @@ from torch import Tensor
 from lim_kernels import row_actions
 from lim_kernels.operands import SetSizes
 from lim_kernels.set_memory.state import Decision, SetMemory
+from lim_kernels.triton_support import per_row_empty
 
 _SELECT = tl.constexpr(row_actions.SELECT)
 _RECALL = tl.constexpr(row_actions.RECALL)
@@ -267,8 +268,9 @@ def decide_actions(
 ) -> Decision:
     """See `api.decide_actions`."""
     batch = len(rows)
-    choose_lens, select_ends, early_ends = torch.empty(3, batch, dtype=torch.int32, device=slots.device)
-    actions, select_uses_set, early_uses_set = torch.empty(3, batch, dtype=torch.uint8, device=slots.device)
+    device, byte = slots.device, torch.uint8
+    choose_lens, select_ends, early_ends = per_row_empty(3, batch, device=device)
+    actions, select_uses_set, early_uses_set = per_row_empty(3, batch, device=device, dtype=byte)
     decide_kernel[(batch,)](
         sets_ptr=memory.sets,
         stamps_ptr=memory.stamps,

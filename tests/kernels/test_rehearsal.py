@@ -1,0 +1,48 @@
+"""Do kernels compile ahead, beside one another, and are they the ones that are launched afterwards?"""
+
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+import torch
+from triton.runtime.jit import JITFunction
+from benchmarks.kernel_variants import use_absent_device
+from lim_kernels import find_prefix_groups
+from lim_kernels.prefix_groups.triton import shared_kernel, tree_kernel
+from lim_kernels.rehearsal import rehearsed
+
+use_absent_device(90)
+run, compiled = JITFunction.run, []
+
+def find(batch):
+    slots, lens = (torch.empty(*shape, dtype=torch.int32, device="meta") for shape in ((batch, 4096), (batch,)))
+    find_prefix_groups(slots, lens, granule=128)
+
+with rehearsed(2) as found:
+    for batch in (2, 9, 16, 17):
+        find(batch)
+assert JITFunction.run is run
+assert len(found.raw_futures) == 4, len(found.raw_futures)
+for kernel in (shared_kernel, tree_kernel):
+    assert len(kernel.device_caches[0][0]) == 2, kernel
+    assert all(hasattr(one, "asm") for one in kernel.device_caches[0][0].values())
+
+try:
+    with rehearsed(2):
+        raise KeyError
+except KeyError:
+    assert JITFunction.run is run
+print("done")
+"""
+
+
+def test_kernels_compile_ahead(tmp_path):
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=variables | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "done", done.stderr[-3000:]
