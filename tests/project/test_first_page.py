@@ -28,6 +28,7 @@ def test_the_start_line_is_what_a_server_logs() -> None:
         dense_backend="fa3",
         granule=128,
         drafts=None,
+        pages=None,
     )
     assert shown()[0] == f"sgl-lim is on: {summary(lim)}"
 
