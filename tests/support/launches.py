@@ -25,7 +25,7 @@ from lim_kernels import (
     score_tokens,
     sparse_decode,
 )
-from lim_kernels.page_bounds import PageBounds
+from lim_kernels.page_bounds import PAGE, PageBounds
 
 MULTIPROCESSORS = 132
 TRITON = {"implementation": "triton"}
@@ -90,4 +90,6 @@ def decode_step(batch: int, width: int, *, heads: int = 32, kv_heads: int = 8, b
     adapt_budgets(scores, lens, sizes, top_p=0.9, **TRITON)
     bounds = PageBounds(*(empty(1 << 12, kv_heads, 128, dtype=torch.bfloat16) for _ in range(2)))
     score_pages(q, bounds, slots, lens, score_beyond=budget, **TRITON)
-    expand_pages(empty(batch, kv_heads, budget // 16), slots, lens, **TRITON)
+    # `choose_pages` starts a program a row and KV head, or other kernels where rows have more than 8,192 pages.
+    chosen = empty(batch, kv_heads, budget // PAGE), empty(batch, kv_heads)
+    expand_pages(*chosen, slots, lens, page=PAGE, **TRITON)
