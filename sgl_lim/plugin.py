@@ -39,18 +39,11 @@ def plug() -> None:
     lim_patches.use(refuse_before_weights, check=_check_before_weights)
     lim_patches.use(server_info, key=metrics.INFO_KEY, describe=metrics.describe, on_idle=metrics.on_idle)
     lim_patches.use(discarded_results, on_discarded=metrics.on_discarded)
-    lim_patches.use(row_generations)
-    lim_patches.use(row_room)
     lim_patches.use(rows_on_host, on_batch=arrivals.note_batch)
-    lim_patches.use(stops_before_length)
-    lim_patches.use(triton_on_cpu)
-    lim_patches.use(grammar_on_cpu)
-    lim_patches.use(no_token_left)
-    lim_patches.use(llguidance_dead_ends)
-    lim_patches.use(requests_out_of_range)
-    lim_patches.use(slots_on_cpu)
-    lim_patches.use(host_cache_on_cpu)
-    lim_patches.use(lora_on_cpu)
+    for seam in (row_generations, row_room, stops_before_length, no_token_left, requests_out_of_range):
+        lim_patches.use(seam)
+    for seam in (grammar_on_cpu, host_cache_on_cpu, llguidance_dead_ends, lora_on_cpu, slots_on_cpu, triton_on_cpu):
+        lim_patches.use(seam)
     algorithm.register()
     # Last: were a hook to raise above, the backend's name would be unknown rather than half served.
     add_attention_backend_choices([refusals.BACKEND])
