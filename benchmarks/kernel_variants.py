@@ -16,14 +16,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from lim_kernels.rehearsal import use_absent_device
 from sgl_lim import command
 from sgl_lim.methods import HeadsOfRank
 from sgl_lim.methods.ranked import Ranked
@@ -45,26 +43,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "interval": {"selection_interval": 4},
     "top-p": {"aggregate": "max", "top_p": 0.9},
 }
-MULTIPROCESSORS = 132
-
-
-class AbsentDevice:
-    """What Triton asks its driver for before it compiles."""
-
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        """The GPU to compile for."""
-        return self.target
-
-    def get_current_device(self) -> int:
-        """Its number."""
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        """Its default stream."""
-        return 0
 
 
 def stage_of(form: str, ranks: int = 1) -> Stage:
@@ -88,14 +66,6 @@ def stage_of(form: str, ranks: int = 1) -> Stage:
         keys=cache,
         values=cache,
     )
-
-
-def use_absent_device(capability: int) -> None:
-    """Compile for a GPU that is not there, of as many multiprocessors as an H200."""
-    names = ("triton_support", "group_decode", "split_decode", "group_selection.triton")
-    driver.set_active(AbsentDevice(capability))
-    for name in names:
-        setattr(import_module(f"lim_kernels.{name}"), "multiprocessors", lambda device: MULTIPROCESSORS)  # noqa: B010
 
 
 def variants(stage: Stage, batches: Sequence[int]) -> Counter[str]:

@@ -6,15 +6,23 @@ compilation (LLVM, ptxas) leaves Python's lock to other threads.
 """
 
 import os
+import pkgutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+import lim_kernels
+
 MOST_THREADS = 16
+MULTIPROCESSORS = 132
+"""Of an H200."""
 
 
 @contextmanager
@@ -38,3 +46,35 @@ def rehearsed(threads: int | None = None) -> Iterator[triton.AsyncCompileMode]:
             yield mode
         finally:
             JITFunction.run = run
+
+
+class AbsentDevice:
+    """What Triton asks its driver for before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        """The GPU to compile for."""
+        return self.target
+
+    def get_current_device(self) -> int:
+        """Its number."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """Its default stream."""
+        return 0
+
+
+def modules() -> list[Any]:
+    """All of this package."""
+    return [import_module(found.name) for found in pkgutil.walk_packages(lim_kernels.__path__, "lim_kernels.")]
+
+
+def use_absent_device(capability: int) -> None:
+    """From now on compile for a GPU that need not be there, such as 90 for 9.0, with MULTIPROCESSORS."""
+    driver.set_active(AbsentDevice(capability))
+    for module in modules():
+        if hasattr(module, "multiprocessors"):
+            module.multiprocessors = lambda device: MULTIPROCESSORS

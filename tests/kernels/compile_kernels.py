@@ -7,20 +7,15 @@ code (TRITON_DISABLE_LINE_INFO=1, then `diff -r before after`). Runs without TRI
 the interpreter accepts programs that the compiler refuses.
 """
 
-import importlib
 import json
-import pkgutil
 import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-import lim_kernels
 from lim_kernels import (
     DraftMemory,
     DraftSizes,
@@ -54,34 +49,13 @@ from lim_kernels import (
 from lim_kernels.block_gates import Gate, GatedBlocks, Rotation
 from lim_kernels.count_decode_step import Layers, Ledger, Sharing
 from lim_kernels.page_bounds import PageBounds
+from lim_kernels.rehearsal import modules, use_absent_device
 from lim_kernels.set_memory import SetMemory
-
-MULTIPROCESSORS = 132
-
-
-class AbsentDevice:
-    """What Triton asks its driver for before it compiles."""
-
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def modules():
-    return [importlib.import_module(m.name) for m in pkgutil.walk_packages(lim_kernels.__path__, "lim_kernels.")]
 
 
 def compile_instead_of_launching(capability: int, folder: Path | None = None) -> None:
     launches: Counter[str] = Counter()
-    driver.set_active(AbsentDevice(capability))
+    use_absent_device(capability)
 
     def compile_and_report(kernel, *args, grid, **kwargs):
         compiled = kernel.warmup(*args, grid=grid, **kwargs)
@@ -93,9 +67,6 @@ def compile_instead_of_launching(capability: int, folder: Path | None = None) ->
         return compiled
 
     JITFunction.__getitem__ = lambda kernel, grid: partial(compile_and_report, kernel, grid=grid)
-    for module in modules():
-        if hasattr(module, "multiprocessors"):
-            module.multiprocessors = lambda device: MULTIPROCESSORS
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:

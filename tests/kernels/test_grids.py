@@ -16,8 +16,9 @@ from lim_kernels import (
 )
 from lim_kernels.adaptive_budget import triton as counting
 from lim_kernels.page_bounds import PAGE, PageBounds
+from lim_kernels.rehearsal import MULTIPROCESSORS
 from lim_kernels.select_tokens import triton, triton_choose, triton_union
-from support.launches import MULTIPROCESSORS, decode_step, launches_recorded
+from support.launches import decode_step, launches_recorded
 
 pytestmark = pytest.mark.usefixtures("triton_runs")
 TRITON = {"implementation": "triton"}

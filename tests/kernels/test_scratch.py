@@ -17,7 +17,8 @@ from lim_kernels import (
     scratch,
     sparse_decode,
 )
-from support.launches import MULTIPROCESSORS, TRITON, empty, launches_recorded
+from lim_kernels.rehearsal import MULTIPROCESSORS
+from support.launches import TRITON, empty, launches_recorded
 
 pytestmark = pytest.mark.usefixtures("triton_runs")
 SIZES = SetSizes(2048, recent=508, sinks=4)

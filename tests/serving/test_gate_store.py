@@ -8,10 +8,10 @@ import torch
 from lim_kernels.block_gates import Rotation
 from sgl_lim.serving import layer as layer_module
 from sgl_lim.serving.gate_store import GateStore
-from support.fake_backend import DECODE, EXTEND, MIXED
+from support.fake_backend import DECODE, EXTEND
 from support.gate_oracle import GateRule, angles, draw_gate, gate_key, rope
 from support.gates import gates_for
-from support.writing_world import DIM, HEADS, KV_HEADS, World
+from support.writing_world import DIM, EVERY_KIND, HEADS, KV_HEADS, World
 
 RULE = GateRule(HEADS, KV_HEADS, DIM, width=16, block=16)
 PUBLISHED = draw_gate(RULE, torch.Generator().manual_seed(9), torch.float32)
@@ -47,17 +47,7 @@ class GatedWorld(World):
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_keys_follow_prefills_chunks_mixed_and_decode_steps(page_size):
     world = GatedWorld(page_size)
-    for tokens, mode, how in (
-        ({1: 40, 2: 7}, EXTEND, {}),
-        ({1: 13}, EXTEND, {}),
-        ({1: 1, 2: 30}, MIXED, {}),
-        ({1: 1, 2: 1}, DECODE, {}),
-        ({2: 1, 0: 1}, DECODE, {}),  # padded rows of a captured graph write slot 0
-        ({1: 1, 2: 1}, DECODE, {"stored": True}),
-        ({1: 1, 2: 1}, DECODE, {"prepared": False}),
-        ({2: 20}, EXTEND, {"stored": True}),
-        *[({1: 1, 2: 1}, DECODE, {})] * 17,
-    ):
+    for tokens, mode, how in EVERY_KIND:
         world.step(tokens, mode, **how)
         world.check(1)
         assert world.check() == sum(length // RULE.block for length in world.lens)

@@ -6,8 +6,8 @@ import torch
 from lim_kernels.page_bounds import PAGE
 from sgl_lim.serving.metrics import settings
 from sgl_lim.serving.page_store import PageStore
-from support.fake_backend import BUDGET, DECODE, EXTEND, MIXED
-from support.writing_world import DIM, KV_HEADS, SIZE
+from support.fake_backend import BUDGET, DECODE, EXTEND
+from support.writing_world import DIM, EVERY_KIND, KV_HEADS, SIZE
 from support.writing_world import World as WritingWorld
 
 
@@ -30,17 +30,7 @@ class World(WritingWorld):
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_bounds_follow_prefills_chunks_mixed_and_decode_steps(page_size):
     world = World(page_size)
-    for tokens, mode, how in (
-        ({1: 40, 2: 7}, EXTEND, {}),
-        ({1: 13}, EXTEND, {}),
-        ({1: 1, 2: 30}, MIXED, {}),
-        ({1: 1, 2: 1}, DECODE, {}),
-        ({2: 1, 0: 1}, DECODE, {}),  # padded rows of a captured graph write slot 0
-        ({1: 1, 2: 1}, DECODE, {"stored": True}),
-        ({1: 1, 2: 1}, DECODE, {"prepared": False}),
-        ({2: 20}, EXTEND, {"stored": True}),
-        *[({1: 1, 2: 1}, DECODE, {})] * 17,
-    ):
+    for tokens, mode, how in EVERY_KIND:
         world.step(tokens, mode, **how)
         world.check()
 

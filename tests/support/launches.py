@@ -26,8 +26,8 @@ from lim_kernels import (
     sparse_decode,
 )
 from lim_kernels.page_bounds import PAGE, PageBounds
+from lim_kernels.rehearsal import MULTIPROCESSORS
 
-MULTIPROCESSORS = 132
 TRITON = {"implementation": "triton"}
 
 

@@ -7,9 +7,21 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from lim_kernels.page_bounds import PAGE
 from sgl_lim.serving.backend import store_kv
-from support.fake_backend import DECODE, EXTEND, Dense, batch_of, build
+from support.fake_backend import DECODE, EXTEND, MIXED, Dense, batch_of, build
 
 HEADS, KV_HEADS, DIM, SIZE = 4, 2, 8, 20 * PAGE
+EVERY_KIND = (
+    ({1: 40, 2: 7}, EXTEND, {}),
+    ({1: 13}, EXTEND, {}),
+    ({1: 1, 2: 30}, MIXED, {}),
+    ({1: 1, 2: 1}, DECODE, {}),
+    ({2: 1, 0: 1}, DECODE, {}),  # padded rows of a captured graph write slot 0
+    ({1: 1, 2: 1}, DECODE, {"stored": True}),
+    ({1: 1, 2: 1}, DECODE, {"prepared": False}),
+    ({2: 20}, EXTEND, {"stored": True}),
+    *[({1: 1, 2: 1}, DECODE, {})] * 17,
+)
+"""Steps of every kind, as `World.step` takes them."""
 
 
 class Storing(Dense):

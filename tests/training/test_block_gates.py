@@ -1,6 +1,7 @@
 """Do gates learn what the recipe says, within bounded memory, and are they saved as they are read?"""
 
 import json
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import torch
 from block_gates import train
 from block_gates.data import batches, chain_rows, text_rows
-from block_gates.loss import block_keys, block_truth, chunks, gate_loss
+from block_gates.loss import Attended, block_keys, block_truth, chunks, gate_loss
 from block_gates.model import TrainedGates
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -58,10 +59,12 @@ def by_hand(drawn, scale):
 def test_the_loss_is_the_recipe_s_however_many_queries_are_taken_at_once(drawn, logit_bytes):
     q, k = drawn.turned
     rotation = Rotation(angles(RULE.dim, 128, 1.0))
-    how = {"scale": 0.25, "block": RULE.block, "rotation": rotation, "logit_bytes": logit_bytes}
-    loss = gate_loss(drawn.gate.as_operand(), q, k, **how)
+    how = {"block": RULE.block, "logit_bytes": logit_bytes}
+    layer = Attended(q, k, 0.25, rotation)
+    loss = gate_loss(drawn.gate.as_operand(), layer, **how)
     torch.testing.assert_close(loss.double(), by_hand(drawn, 0.25), rtol=1e-4, atol=1e-5)
-    twice = gate_loss(drawn.gate.as_operand(), q.repeat(2, 1, 1, 1), k.repeat(2, 1, 1, 1), **how)
+    twice = replace(layer, q=q.repeat(2, 1, 1, 1), k=k.repeat(2, 1, 1, 1))
+    twice = gate_loss(drawn.gate.as_operand(), twice, **how)
     torch.testing.assert_close(twice, loss)
 
 

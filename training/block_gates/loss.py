@@ -6,6 +6,7 @@ from that, for the second half of each sequence.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,21 +19,30 @@ LOGIT_BYTES = 1 << 30
 """Most memory that one chunk of queries' logits takes."""
 
 
-def gate_loss(
-    gate: Gate, q: Tensor, k: Tensor, *, scale: float, block: int, rotation: Rotation, logit_bytes: int = LOGIT_BYTES
-) -> Tensor:
+@dataclass(frozen=True)
+class Attended:
+    """What a layer attended with in whole sequences that begin at position 0."""
+
+    q: Tensor  # [B, H, T, D], rotated
+    k: Tensor  # [B, H_kv, T, D], rotated
+    scale: float
+    """Of logits."""
+    rotation: Rotation
+    """Of q and k."""
+
+
+def gate_loss(gate: Gate, layer: Attended, *, block: int, logit_bytes: int = LOGIT_BYTES) -> Tensor:
     """Divergence of a layer's gate from its attention: nats, mean over queries and KV heads.
 
     Args:
-        q: [B, H, T, D], k: [B, H_kv, T, D], rotated, of whole sequences that begin at position 0.
-        scale: of logits; rotation: of q and k.
         logit_bytes: queries are taken so many at once that their float32 logits take no more.
     """
-    keys = block_keys(gate, k, block, rotation)
+    q, k = layer.q, layer.k
+    keys = block_keys(gate, k, block, layer.rotation)
     losses = []
     for first, last in chunks(q.shape, logit_bytes):
-        truth = block_truth(q[:, :, first:last], k, first, scale=scale, block=block)
-        scores = block_scores(gate, q[:, :, first:last], keys, first, rotation)
+        truth = block_truth(q[:, :, first:last], k, first, scale=layer.scale, block=block)
+        scores = block_scores(gate, q[:, :, first:last], keys, first, layer.rotation)
         before = blocks_before(first, last, keys.shape[2], block, q.device)
         shares = scores.masked_fill(~before, float("-inf")).log_softmax(-1)
         # What is no block before the query has neither truth nor share.

@@ -8,7 +8,7 @@ from lim_kernels.block_gates import Gate, Rotation
 from sgl_lim.gates import GateConfig
 from sgl_lim.gates.weights import KNORM, LINEAR_K, LINEAR_Q, QNORM, ModelShape
 
-from .loss import gate_loss
+from .loss import Attended, gate_loss
 
 
 class TrainedGates(nn.Module):
@@ -69,11 +69,8 @@ class GatePass:
         with torch.set_grad_enabled(self._learns):
             loss = gate_loss(
                 self._gates.gate(layer, self._own),
-                q.detach(),
-                k.detach(),
-                scale=scale,
+                Attended(q.detach(), k.detach(), scale, self._model),
                 block=self._gates.config.block,
-                rotation=self._model,
                 logit_bytes=self._logit_bytes,
             )
             if self._learns:

@@ -184,8 +184,9 @@ class SelfSpecWorker(BaseSpecWorker):
         self, batch: Any, forward_batch: Any, sampling: RunSampling, grammar_barrier: Callable[[], None] | None
     ) -> tuple[Any, Accepted]:
         """Run the dense pass of a round, and accept: SGLang's output of the pass, and what the rows answer."""
-        grammar = RunGrammar(batch, sampling.run) if batch.has_grammar else None
         drafts = sampling.drafts.shape[1]
+        run = forward_batch.input_ids.view(-1, drafts + 1)
+        grammar = RunGrammar(batch, run) if batch.has_grammar else None
         out = (self._passes.verify[drafts] if drafts else self._passes.plain).run(self._runner, forward_batch)
         mask = None if grammar is None else grammar.mask(grammar_barrier)
         accepted = sampling.verify(out.logits_output.next_token_logits, mask)
