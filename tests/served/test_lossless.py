@@ -154,16 +154,13 @@ def test_streamed_pieces_are_the_answer(server: Server, dense: Server) -> None:
 
 
 def test_a_full_pool_retracts_and_answers_stay(server: Server, dense: Server) -> None:
-    bodies = [
-        {
-            "input_ids": [random.Random(100 + i).choice(VOCABULARY) for _ in range(8)],
-            "sampling_params": {"temperature": 0, "max_new_tokens": 80, "ignore_eos": True},
-        }
-        for i in range(16)
-    ]
-    answers = ask_all(server, bodies)
-    assert sum(one[0]["meta_info"]["num_retractions"] for one in answers) > 0
-    assert_dense(dense, bodies, answers)
+    # One message brings all of them to the scheduler, so that none can end before the last has come.
+    sampling = {"temperature": 0, "max_new_tokens": 80, "ignore_eos": True}
+    prompts = [[random.Random(100 + i).choice(VOCABULARY) for _ in range(8)] for i in range(16)]
+    answers = ask(server, {"input_ids": prompts, "sampling_params": sampling})
+    assert sum(one["meta_info"]["num_retractions"] for one in answers) > 0
+    bodies = [{"input_ids": prompt, "sampling_params": sampling} for prompt in prompts]
+    assert_dense(dense, bodies, [[one] for one in answers])
 
 
 def test_the_end_of_the_context_ends_an_answer(server: Server, dense: Server) -> None:
