@@ -27,7 +27,7 @@ LAYERS = 6
 SELECTION_LAYERS = (1, 3)
 ROLES = ("dense", "select", "sparse", "select", "sparse", "sparse")
 HEAD_DIM = 32
-HEADS = {"gqa": (8, 2), "mqa": (5, 1), "mha": (4, 4)}
+HEADS = {"gqa": (8, 2), "mqa": (5, 1), "mha": (4, 4), "many": (16, 8)}
 NEW_TOKENS = 24
 CHUNK = 512
 """Tokens of a prompt that a lessismore server prefills at once."""

@@ -55,14 +55,22 @@ class Probe:
 
 
 def merge_ranks(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """One layer's record over all heads, from the records of its tensor-parallel ranks, which must agree on the set."""
+    """One layer's record over all heads, from the records of its tensor-parallel ranks.
+
+    They must agree on the set, unless each KV head has its own.
+    """
     first, *others = records = sorted(records, key=lambda record: record["first_head"])
+    heads = {"q": 1, "out": 1, "keys": 2, "values": 2}
+    shared = ["slots", "seq_lens"]
+    if first["set_slots"] is not None and first["set_slots"].dim() == 3:  # [B, H_kv, K]
+        heads |= {"set_slots": 1, "set_counts": 1}
+    else:
+        shared += ["set_slots", "set_counts"]
     for other in others:
-        for name in ("slots", "seq_lens", "set_slots", "set_counts"):
+        for name in shared:
             ours, theirs = first[name], other[name]
             same = (ours is None and theirs is None) or torch.equal(ours, theirs)
             assert same, f"layer {first['layer']}: ranks differ in {name}"
     if not others:
         return first
-    heads = {"q": 1, "out": 1, "keys": 2, "values": 2}
     return {**first, **{name: torch.cat([record[name] for record in records], dim) for name, dim in heads.items()}}
