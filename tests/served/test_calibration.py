@@ -9,7 +9,7 @@ import pytest
 
 from sgl_lim.settings import kept_calibration, preset_file
 from support.fleet import NEXT_PYTHON, interpreter
-from support.server import ServerPool, ServerSpec, launch_env
+from support.server import AS_USERS, ServerPool, ServerSpec, launch_env
 
 pytestmark = pytest.mark.served
 
@@ -61,7 +61,7 @@ def test_a_server_finds_it_without_a_flag(calibrated: Path, release: str, pool: 
         "--max-total-tokens",
         "4096",
     )
-    kept = ((kept_calibration.FOLDER_ENV, str(calibrated.parent / "kept")),)
+    kept = ((kept_calibration.FOLDER_ENV, str(calibrated.parent / "kept")), *AS_USERS)
     server = pool.get(ServerSpec(f"kept-{release}", CHAIN_TRACER, args, env=kept, python=interpreter(release)))
     info = server.lessismore()
     assert info["selection_layers"] == list(entry.selection_layers)

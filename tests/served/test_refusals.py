@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from support.fleet import Fleet
-from support.server import Outcome, ServerPool, run_launcher
+from support.server import QUICK, Outcome, ServerPool, run_launcher
 
 pytestmark = pytest.mark.served
 
@@ -143,7 +143,7 @@ def outcomes(fleet: Fleet, pool: ServerPool, tmp_path_factory: pytest.TempPathFa
         return run_launcher(
             ["--model-path", str(model), *COMMON, *(arg.format(model=model) for arg in refusal.args)],
             cwd=folder,
-            env=refusal.env,
+            env=(*QUICK, *refusal.env),
         )
 
     with ThreadPoolExecutor(2) as runners:

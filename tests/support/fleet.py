@@ -19,7 +19,7 @@ from support.driven_layers import scopes_of, sizes_of
 from support.float64_qwen3 import Float64Qwen3
 from support.gates import with_gates
 from support.probe_records import Probe
-from support.server import Answer, ServerPool, ServerSpec
+from support.server import AS_USERS, Answer, ServerPool, ServerSpec
 from support.set_oracle import SetRule
 from support.tiny_model import write_tiny_model
 
@@ -85,7 +85,7 @@ class LimCase:
         """Arguments and environment that turn the plugin on with these settings, in the form of this case."""
         if self.hybrid:
             args = ("--attention-backend", "torch_native", "--decode-attention-backend", "lessismore")
-            return args, ((ENV, json.dumps(self.settings())),)
+            return args, ((ENV, json.dumps(self.settings())), *AS_USERS)
         flags = {f"--lim-{name.replace('_', '-')}": value for name, value in self.settings().items()}
         flags["--lim-selection-layers"] = ",".join(map(str, SELECTION_LAYERS))
         return ("--attention-backend", "lessismore", *(str(x) for pair in flags.items() for x in pair)), ()

@@ -20,6 +20,11 @@ ANSWER_TIMEOUT_S = 240
 QUIET = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 # Tiny models: threads that wait for one another cost more than they give, and a test may share two cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+CHILDREN = "LIM_TEST_CHILDREN"
+QUICK = ((CHILDREN, "10"),)
+"""A launcher imports once for all of its processes; see `quick_start`, which has to be on the path."""
+AS_USERS = ((CHILDREN, "0"),)
+"""Each process imports for itself, as on a user's machine."""
 
 _log_numbers = itertools.count()  # a server may be started again
 
@@ -98,7 +103,7 @@ class Server:
                 log=folder / f"{spec.name}.{next(_log_numbers)}.log",
                 name=spec.name,
                 python=spec.python,
-                environment=launch_env(spec.env),
+                environment=launch_env((*QUICK, *spec.env)),
                 folder=folder,
             )
         )
