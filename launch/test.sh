@@ -63,8 +63,9 @@ export SGL_LIM_NEXT_PYTHON=$next/bin/python
 part "all other tests, with servers of both releases" tests "$python" tests --ignore=tests/kernels
 part "unit tests on SGLang $LIM_SGLANG_NEXT" tests "$SGL_LIM_NEXT_PYTHON" tests/{methods,settings,serving,cpu,patches}
 # The kernels are the same there, and so is what the interpreter makes of most cases: two of each test tell whether this
-# Triton still reads them as meant. That they compile is tested in full.
-part "kernels on SGLang $LIM_SGLANG_NEXT" tests "$SGL_LIM_NEXT_PYTHON" tests/kernels --require-triton --cases 2
+# Triton still reads them as meant. All of them are compiled, for one of the two GPUs.
+part "kernels on SGLang $LIM_SGLANG_NEXT" tests "$SGL_LIM_NEXT_PYTHON" tests/kernels --require-triton --cases 2 \
+    --deselect "tests/kernels/test_compile.py::test_every_kernel_compiles_as_launched[89]"
 
 total() { grep -E ' in [0-9.]+s' "$logs/tests" | grep -oE "[0-9]+ $1" | awk '{ n += $1 } END { print n + 0 }'; }
 printf '%d passed, %d failed\n' "$(total passed)" "$(total failed)"
