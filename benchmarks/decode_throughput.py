@@ -27,9 +27,10 @@ from benchmarks.machine import machine_line
 from benchmarks.results_file import append_rows
 from benchmarks.targets import add_target_flags, chosen_targets, endpoint, log_folder
 from sgl_lim import command
+from sgl_lim.programs.argument_types import integer
 from sgl_lim.programs.endpoint import EndpointError, asked, request_json
 from sgl_lim.programs.server_process import ServerFailed
-from sgl_lim.tasks.chains import generate_chains, parse_answer
+from sgl_lim.tasks.chains import MAX_STEPS, NUM_NODES, generate_chains, parse_answer
 
 
 def post(url: str, **body: Any) -> Any:
@@ -86,8 +87,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--vocabulary", type=int, default=512, help="token ids are drawn below this")
     parser.add_argument("--chains", type=int, default=4, help="chain problems to check before timing (0: no check)")
-    parser.add_argument("--facts", type=int, default=330)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--facts", type=integer(2, NUM_NODES), default=330)
+    parser.add_argument("--steps", type=integer(1, MAX_STEPS), default=24)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     targets, logs = chosen_targets(parser, args), log_folder(args)

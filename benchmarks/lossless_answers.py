@@ -21,7 +21,8 @@ from typing import Any
 import requests
 
 from sgl_lim import command
-from sgl_lim.tasks.chains import generate_chains
+from sgl_lim.programs.argument_types import integer
+from sgl_lim.tasks.chains import NUM_NODES, generate_chains
 
 TIMEOUT_S = 600
 
@@ -76,7 +77,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dense", required=True, metavar="URL", help="a server whose decode is dense")
     add("--lossless", required=True, metavar="URL", help="a server of the same model with LESSISMORE")
     add("--prompts", type=int, default=16, metavar="N", help="prompts (default 16)")
-    add("--facts", type=int, default=300, metavar="N", help="facts in a prompt, about 9 words each (default 300)")
+    add(
+        "--facts",
+        type=integer(2, NUM_NODES),
+        default=300,
+        metavar="N",
+        help="facts in a prompt, about 9 words each (default 300)",
+    )
     add("--most-prompt-tokens", type=int, metavar="N", help="cut prompts to so many tokens")
     add("--tokens", type=int, default=160, metavar="N", help="tokens of an answer (default 160)")
     add("--at-once", type=int, default=8, metavar="N", help="requests under way at a time (default 8)")

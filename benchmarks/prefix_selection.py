@@ -34,11 +34,12 @@ from benchmarks.results_file import append_rows, require_columns
 from lim_kernels import Scaling
 from sgl_lim import command
 from sgl_lim.methods import Full, HeadsOfRank, LessIsMore, Method, SharedSets
+from sgl_lim.programs.argument_types import integer
 from sgl_lim.serving.kept_sets import KeptSets
 from sgl_lim.serving.layer import LayerDecode, LayerInput
 from sgl_lim.serving.reads import Plan, plan_reads
 from sgl_lim.serving.state import GRANULE
-from sgl_lim.tasks.chains import MODULUS, ChainProblem, make_chain
+from sgl_lim.tasks.chains import MAX_STEPS, MODULUS, NUM_NODES, ChainProblem, make_chain
 
 _ASKED = (
     "prefix_selection",
@@ -203,8 +204,8 @@ def main() -> None:
     )
     parser.add_argument("--aggregate", default="union")
     parser.add_argument("--selection", type=lambda text: tuple(map(int, text.split(","))), default=(2, 8))
-    parser.add_argument("--facts", type=int, default=330)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--facts", type=integer(2, NUM_NODES), default=330)
+    parser.add_argument("--steps", type=integer(1, MAX_STEPS), default=12)
     parser.add_argument("--seed", type=int, default=2000)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()

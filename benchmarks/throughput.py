@@ -39,9 +39,11 @@ from benchmarks.machine import machine_line_apart
 from benchmarks.results_file import append_rows, markdown, ratio, require_columns, rounded
 from benchmarks.targets import add_target_flags, chosen_targets, endpoint, flush_cache, log_folder
 from sgl_lim import command
+from sgl_lim.programs.argument_types import integer
 from sgl_lim.programs.endpoint import EndpointError, server_info
 from sgl_lim.programs.server_process import ServerFailed
 from sgl_lim.programs.server_stats import attended_fraction, parse_server_info
+from sgl_lim.tasks.chains import MAX_STEPS, NUM_NODES
 
 Row = dict[str, Any]
 INCREMENTS = "--incremental-streaming-output"
@@ -193,8 +195,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="requests before each timing, at once")
     add_check_flags(parser)
     parser.add_argument("--chains", type=int, default=0, help="chain problems whose answers are compared")
-    parser.add_argument("--facts", type=int, default=330)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--facts", type=integer(2, NUM_NODES), default=330)
+    parser.add_argument("--steps", type=integer(1, MAX_STEPS), default=24)
     parser.add_argument("--output", type=Path, help="CSV file that grows by a row for each server and load")
     args = parser.parse_args(argv)
     args.loads = chosen_loads(parser, args)

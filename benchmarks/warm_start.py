@@ -35,10 +35,11 @@ from lim_kernels import decide_actions, keep_sets
 from lim_kernels.row_actions import EARLY, RECALL, SELECT
 from sgl_lim import command
 from sgl_lim.methods import Keeping, LessIsMore, SharedSets
+from sgl_lim.programs.argument_types import integer
 from sgl_lim.serving.counters import Counters
 from sgl_lim.serving.kept_sets import KeptSets
 from sgl_lim.serving.reads import plan_reads
-from sgl_lim.tasks.chains import ChainProblem, generate_chains, make_chain
+from sgl_lim.tasks.chains import MAX_STEPS, NUM_NODES, ChainProblem, generate_chains, make_chain
 
 _ASKED = ("measured", "budget", "selection_layers", "interval", "early_sets", "facts", "steps", "requests", "seed")
 _FOUND = ("layer", "begins", "compared", "had", "recall", "chance", "whole_chains", "words", "attended", "seconds")
@@ -184,8 +185,8 @@ def main() -> None:
     parser.add_argument("--intervals", nargs="*", default=settings, help="of `chains` rows: N, N+on or N+random")
     parser.add_argument("--chains", type=int, default=24)
     parser.add_argument("--chain-budget", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=24, help="of a chain in `chains` rows")
-    parser.add_argument("--facts", type=int, default=330)
+    parser.add_argument("--steps", type=integer(1, MAX_STEPS), default=24, help="of a chain in `chains` rows")
+    parser.add_argument("--facts", type=integer(2, NUM_NODES), default=330)
     parser.add_argument("--seed", type=int, default=2000)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
