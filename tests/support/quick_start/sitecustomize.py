@@ -6,12 +6,13 @@ forks children that wait. When the server wants a process by `spawn`, one of the
 was imported, has the same parent, and is told its file descriptors, environment and folder.
 """
 
-import array
 import gc
 import json
 import os
 import socket
 import sys
+import traceback
+from typing import Any, NoReturn
 
 CHILDREN = "LIM_TEST_CHILDREN"
 """How many children the launcher forks; without it none."""
@@ -37,33 +38,38 @@ class Child:
     def become(self, args: list[str], fds: list[int]) -> int:
         """Let it run `python … -c PROGRAM …` with these file descriptors; returns its process id."""
         told = {"args": args, "fds": fds, "environment": dict(os.environ), "folder": os.getcwd()}
-        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
-        self._socket.sendmsg([json.dumps(told).encode()], [rights])
+        socket.send_fds(self._socket, [json.dumps(told).encode()], fds)
         self._socket.close()
         return self.pid
 
 
-def _wait(its: socket.socket) -> None:
-    """Be what is asked for, or end with the parent."""
-    message, received, _, _ = socket.recv_fds(its, _MESSAGE_BYTES, 64)
-    its.close()
-    if not message:
-        os._exit(0)
-    told = json.loads(message)
+def _wait(its: socket.socket) -> NoReturn:
+    """Be what is asked for, or end with the parent. Whatever happens, this process never becomes a second launcher."""
+    code = 1
+    try:
+        message, received, _, _ = socket.recv_fds(its, _MESSAGE_BYTES, 64)
+        its.close()
+        if message:
+            _be(json.loads(message), received)
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _be(told: dict[str, Any], received: list[int]) -> None:
+    """Run the program that was told, as the process that would have been spawned."""
     _place(received, told["fds"])
     os.environ.clear()
     os.environ.update(told["environment"])
     os.chdir(told["folder"])
-    at = told["args"].index("-c")
-    sys.argv = told["args"][at:]
-    code = 0
-    try:
-        exec(sys.argv.pop(1), {"__name__": "__main__"})
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    sys.argv = told["args"][told["args"].index("-c") :]
+    exec(sys.argv.pop(1), {"__name__": "__main__"})
 
 
 def _place(received: list[int], wanted: list[int]) -> None:
