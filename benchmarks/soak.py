@@ -14,6 +14,8 @@ either: such ties are shown by the log-probabilities alone, and counted apart. S
 what a request had generated before a retraction is prefilled again, and a prefill is dense, so that its keys are others
 than those that sparse decode left.
 
+The first Ctrl-C or SIGTERM ends the load early; what was answered by then is judged all the same.
+
 Servers: `lessismore` reads a prefix for each request by itself, `group` once for all (`--lim-prefix-groups`); any other
 name is that of a method. The exit status is 1 if an answer differs, something is left in use, or a request fails.
 """
@@ -42,6 +44,7 @@ from sgl_lim.methods import METHODS
 from sgl_lim.programs import api_key
 from sgl_lim.programs.endpoint import EndpointError, server_info
 from sgl_lim.programs.server_process import ServerFailed
+from sgl_lim.programs.stop_signals import StopOnSignal
 
 SERVERS = {name: f"--lim-method {name} --page-size {kind().page}" for name, kind in METHODS.items()}
 SERVERS |= {"lessismore": "--lim-prefix-groups off", "group": "--lim-prefix-groups on"}
@@ -90,7 +93,7 @@ def soak(url: str, args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     tie = args.tie or TIES.get(str(info.get("dtype")), OTHER_TIE)
     jobs = make_jobs(args.jobs, args.seed, Sizes(args.longest, args.output_len, args.token_range), args.adapters)
     tally = Tally()
-    run_load(url, jobs, args, tally)
+    lasted = run_load(url, jobs, args, tally)
     tokens, requests = in_use(url)
     flush_cache(url)
     # A server without our backend decodes densely.
@@ -100,7 +103,8 @@ def soak(url: str, args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     if not still_answers(url):
         tally.failures.append("the server answers no more after it was idle")
     report(tally, comparison)
-    cells = {name: getattr(args, name) for name in ("seconds", "clients", "jobs", "seed")}
+    cells = {name: getattr(args, name) for name in ("clients", "jobs", "seed")}
+    cells["seconds"] = lasted
     cells |= {name: getattr(tally, name) for name in ("requests", "cuts", "aborts", "refused", "pauses")}
     cells |= {name: len(getattr(comparison, name)) for name in ("ties", "differences")}
     cells |= {"compared": comparison.compared, "aside": comparison.aside, "failures": len(tally.failures)}
@@ -108,25 +112,37 @@ def soak(url: str, args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     return cells, not (comparison.differences or tally.failures or tokens or requests)
 
 
-def run_load(url: str, jobs: Sequence[Job], args: argparse.Namespace, tally: Tally) -> None:
-    """Let clients send jobs for the time asked for, and wait until all have their answers."""
-    until = time.monotonic() + args.seconds
+def run_load(url: str, jobs: Sequence[Job], args: argparse.Namespace, tally: Tally) -> float:
+    """Let clients send jobs for the time asked for, and wait until all have their answers: seconds that they sent.
+
+    The first SIGINT or SIGTERM ends the load, and what was answered is judged.
+    """
+    began = time.monotonic()
     turns, lock = order(jobs, args.seed), threading.Lock()
 
-    def client() -> None:
-        while time.monotonic() < until:
+    def client(ended: threading.Event) -> None:
+        while not ended.is_set():
             with lock:
                 sent = next(turns)
             send(url, sent, tally)
             if len(tally.failures) > args.clients:
                 return  # the server is gone, or nothing works
 
-    with ThreadPoolExecutor(args.clients + 1) as pool:
-        done = [pool.submit(client) for _ in range(args.clients)]
+    with StopOnSignal() as stop, ThreadPoolExecutor(args.clients + 1) as pool:
+        done = [pool.submit(client, stop.event) for _ in range(args.clients)]
         if not args.no_pauses:
-            done.append(pool.submit(pause_now_and_then, url, args.seed, until, tally))
+            done.append(pool.submit(pause_now_and_then, url, args.seed, stop.event, tally))
+        clients = done[: args.clients]
+        while time.monotonic() < began + args.seconds and not all(one.done() for one in clients):
+            if stop.event.wait(0.1):
+                break
+        lasted = min(args.seconds, round(time.monotonic() - began, 1))
+        if stop.signal_number:
+            print(f"the load ended after {lasted} s; what was answered is judged", file=sys.stderr, flush=True)
+        stop.event.set()
         for one in done:
             one.result()
+    return lasted
 
 
 def ask_alone(url: str, job: Job) -> list[Any]:

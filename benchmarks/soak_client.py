@@ -162,11 +162,10 @@ def answer_from(job: Job, turn: int, item: Body, *, retracted: bool = False) -> 
     return Answer(job, turn, tokens, retracted, meta["cached_tokens"], meta["prompt_tokens"] + len(tokens), top)
 
 
-def pause_now_and_then(url: str, seed: int, until: float, tally: Tally) -> None:
-    """Pause the server for fractions of a second until a monotonic time, and seldom retract all that runs."""
+def pause_now_and_then(url: str, seed: int, ended: threading.Event, tally: Tally) -> None:
+    """Pause the server for fractions of a second until the load has ended, and seldom retract all that runs."""
     draw = random.Random(f"soak/pauses/{seed}")
-    while time.monotonic() + 2 < until:
-        time.sleep(draw.uniform(2, 8))
+    while not ended.wait(draw.uniform(2, 8)):
         try:
             post(f"{url}/pause_generation", {"mode": draw.choices(["in_place", "retract"], [9, 1])[0]})
             time.sleep(draw.uniform(0.05, 0.5))

@@ -3,7 +3,6 @@
 import json
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from sgl_lim.programs.progress import Progress
 from sgl_lim.programs.run_options import Options
 from sgl_lim.programs.run_records import Generation, Measurement, RecordError, RecordFile
 from sgl_lim.programs.runner import Asking, EndpointLost, Invocation, run_items
-from sgl_lim.programs.stop_signals import SignalHandlers
+from sgl_lim.programs.stop_signals import StopOnSignal
 from sgl_lim.programs.summary import summarize, table
 from sgl_lim.programs.thinking_budget import ThinkingBudget
 
@@ -202,7 +201,7 @@ def _run(run: Run) -> int:
         records = RecordFile(run.options.output, run.settings)
     except RecordError as error:
         raise Exit(USAGE, f"--output: {error}") from error
-    with records, _StopOnSignal() as stop:
+    with records, StopOnSignal() as stop:
         if records.repaired:
             _say(f"{run.options.output}: removed a torn last line")
         todo = [problem for problem in run.problems if not records.finished(problem.id)]
@@ -282,19 +281,6 @@ def _how_to_resume(run: Run, records: RecordFile) -> str:
         f"{answered} of {len(run.problems)} problems are answered in {run.options.output}; "
         f"to ask the rest: {run.resume_command}"
     )
-
-
-class _StopOnSignal(SignalHandlers):
-    """Turns the first SIGINT or SIGTERM into `event`; a second one acts as it did before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.event = threading.Event()
-
-    def handle(self, number: int) -> None:
-        """Stop, and leave the next one alone."""
-        self.event.set()
-        self.__exit__()
 
 
 def _say(text: str) -> None:

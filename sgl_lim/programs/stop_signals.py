@@ -1,6 +1,7 @@
 """Stopping by SIGINT and SIGTERM: what a command does about them while it runs."""
 
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -28,3 +29,16 @@ class SignalHandlers:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.signal_number = number
         self.handle(number)
+
+
+class StopOnSignal(SignalHandlers):
+    """Turns the first SIGINT or SIGTERM into `event`; a second one acts as it did before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.event = threading.Event()
+
+    def handle(self, number: int) -> None:
+        """Stop, and leave the next one alone."""
+        self.event.set()
+        self.__exit__()

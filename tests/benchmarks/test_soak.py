@@ -1,10 +1,15 @@
 """Does the soak send what it says, always the same, and tell ties and what cannot be compared from differences?"""
 
+import os
+import signal
+import threading
+import time
+from argparse import Namespace
 from itertools import islice
 
 import pytest
 
-from benchmarks import soak_client
+from benchmarks import soak, soak_client
 from benchmarks.soak_check import compare
 from benchmarks.soak_client import Answer, Tally, send
 from benchmarks.soak_jobs import CHOICES, ENDINGS, KINDS, Job, Sent, Sizes, make_jobs, order
@@ -142,3 +147,36 @@ def test_all_answers_of_a_parallel_job_are_kept(monkeypatch):
     assert [(one.tokens, one.retracted, one.context) for one in tally.answers] == [
         ((1, 2), n > 0, 52) for n in range(CHOICES)
     ]
+
+
+LOAD = Namespace(seconds=60.0, clients=3, seed=0, no_pauses=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_load_and_what_was_answered_stays(monkeypatch, capsys, number):
+    def send(url, sent, tally):
+        tally.count("requests")
+        time.sleep(0.01)
+        if tally.requests == 9:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(soak, "send", send)
+    before, tally = signal.getsignal(number), Tally()
+    lasted = soak.run_load("", make_jobs(8, 0, SIZES), LOAD, tally)
+    assert lasted < 20 and tally.requests >= 9
+    assert f"the load ended after {lasted} s" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
+
+
+def test_a_load_ends_when_all_clients_have_given_up(monkeypatch):
+    monkeypatch.setattr(soak, "send", lambda url, sent, tally: tally.failures.append("gone"))
+    tally = Tally()
+    assert soak.run_load("", make_jobs(8, 0, SIZES), LOAD, tally) < 20
+    assert len(tally.failures) > LOAD.clients
+
+
+def test_pauses_end_with_the_load(monkeypatch):
+    ended = threading.Event()
+    ended.set()
+    monkeypatch.setattr(soak_client, "post", lambda *_: pytest.fail("the load has ended"))
+    soak_client.pause_now_and_then("", 0, ended, Tally())
