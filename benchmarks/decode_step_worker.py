@@ -5,6 +5,7 @@ device, read for fa3, triton and lessismore: lengths that the host needs come fr
 the greedy sampler leaves its tokens on the device. Other backends may wait; then pipelined steps are partly serial.
 """
 
+import gc
 import time
 from array import array
 from collections.abc import Sequence
@@ -122,6 +123,9 @@ class Bench:
         for buffer in bench.kv_buffers():
             fill_with_noise(buffer)
         learn_noise(runner)
+        # A server's /freeze_gc does this too. A collection in the midst of what is timed takes as long as a few steps.
+        gc.collect()
+        gc.freeze()
         return bench
 
     @staticmethod

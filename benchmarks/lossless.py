@@ -11,7 +11,8 @@ A row for each case and acceptance:
 
 - `tokens_per_s`: tokens that rounds answer on average at that acceptance, over their time. A round's time is from the
   end of the round before to its own end, none waited for but as the overlap scheduler does: the host looks at a round
-  when it has launched the next. `baseline_tokens_per_s` is that of pipelined decode steps of the baseline.
+  when it has launched the next. `round_ms` is their median; tokens/s are by their mean, the slowest included.
+  `baseline_tokens_per_s` is that of pipelined decode steps of the baseline.
 - `drafts`: mean drafts of a round, where the worker adapts them; `accepted`: accepted drafts, as they were drawn.
 - `draft_ms`, `verify_ms`, `accept_ms`, `plain_ms`: a draft step, the verification of all drafts, accepting them, and a
   dense decode step of the same server, each launched again and again by itself. `draw_ms`: drawing a draft's token.
@@ -52,7 +53,7 @@ PARTS = ("draft_ms", "draw_ms", "verify_ms", "accept_ms", "plain_ms")
 COLUMNS = (
     *("backend", "baseline", "batch", "context", "prefixes", "sampling", "most_drafts", "acceptance"),
     *("drafts", "accepted"),
-    *("round_ms", "tokens_per_s", "baseline_ms", "baseline_tokens_per_s", "ratio", *PARTS),
+    *("round_ms", "slowest_round_ms", "tokens_per_s", "baseline_ms", "baseline_tokens_per_s", "ratio", *PARTS),
     *("logits_error_within_budget", "rounds", "error", "command", "machine"),
 )
 
@@ -104,6 +105,7 @@ def figures(
         "drafts": round(float(np.mean(timed["drafts"])), 2),
         "accepted": round(timed["accepted"], 2),
         "round_ms": round(float(np.median(timed["ms"])), 4),
+        "slowest_round_ms": round(max(timed["ms"]), 4),
         "tokens_per_s": round(speed, 1),
     }
     if dense:
