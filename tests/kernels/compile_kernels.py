@@ -242,7 +242,9 @@ def launch_all(*, fp8: bool, widest: bool) -> None:
     for block in (16, 64):
         launch_truth(16, 9, 3, 64, bf16, length=4096, block=block)
     launch_truth(2, 32, 8, 128, bf16, length=4096, block=64)
-    launch_truth(1, 16, 8, 256, fp32, length=2400, block=64)
+    launch_truth(1, 16, 8, 256, bf16, length=2400, block=64)
+    for dim, block in ((64, 16), (128, 64)):
+        launch_truth(1, 14, 2, dim, fp32, length=2400, block=block)
 
     launch_set_memory(2, interval=4, early=False)
     launch_set_memory(1, interval=1, early=True)

@@ -15,6 +15,8 @@ from torch import Tensor
 from lim_kernels.triton_support import interpreting
 
 _LOG2_E = 1.4426950408889634
+_PRECISION = tl.constexpr("tf32x3")
+"""Of products of float32: as exact as float32, and on tensor cores."""
 _KEY_TILE_BYTES = 1 << 14
 
 
@@ -66,7 +68,7 @@ def add_keys(
         places = start + tl.arange(0, KEYS)
         k = load_vectors(k_ptr, places, places < end, stride_k, DIM, BLOCK_DIM, UPCAST)
         # [QUERIES, KEYS]
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        logits = tl.dot(q, tl.trans(k), input_precision=_PRECISION) * scale
         if CAUSAL:
             logits = tl.where(places[None, :] <= positions[:, None], logits, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(logits, axis=1))
@@ -175,7 +177,7 @@ def largest_weights_kernel(
             q_ptr + row * stride_q_row + query_head * stride_q_head, queries, there, stride_q, DIM, BLOCK_DIM, UPCAST
         )
         lse = tl.load(lse_ptr + (row * HEADS * GROUP + query_head) * count + queries, mask=there, other=0.0)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        logits = tl.dot(q, tl.trans(k), input_precision=_PRECISION)
         # [QUERIES, BLOCKS]
         largest = tl.max(tl.reshape(logits, [QUERIES, BLOCKS, BLOCK]), axis=2) * scale
         best = tl.maximum(best, tl.exp2(largest - lse[:, None]))
@@ -194,29 +196,40 @@ def largest_weights(q: Tensor, k: Tensor, first: int, *, scale: float, block: in
         return weights
     lse = torch.empty(batch, heads, count, dtype=torch.float32, device=q.device)
     block_dim = max(16, triton.next_power_of_2(dim))
-    tile = tile_of(block_dim * q.element_size(), block)
-    vectors = {"q_ptr": q, "k_ptr": k, "lse_ptr": lse, "count": count, "first": first, "scale": scale * _LOG2_E}
-    strides = {
+    tile = tile_of(q.dtype, block_dim)
+    shared = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "lse_ptr": lse,
+        "count": count,
+        "first": first,
+        "scale": scale * _LOG2_E,
         "stride_q_row": q.stride(0),
         "stride_q_head": q.stride(1),
         "stride_q": q.stride(2),
         "stride_k_row": k.stride(0),
         "stride_k_head": k.stride(1),
         "stride_k": k.stride(2),
+        "GROUP": heads // kv_heads,
+        "DIM": dim,
+        "BLOCK_DIM": block_dim,
+        "QUERIES": tile.queries,
+        "UPCAST": interpreting(),
+        "num_warps": tile.warps,
     }
-    sizes = {"GROUP": heads // kv_heads, "DIM": dim, "BLOCK_DIM": block_dim, "QUERIES": tile.queries}
-    shared = vectors | strides | sizes | {"KEYS": tile.keys, "UPCAST": interpreting(), "num_warps": tile.warps}
     tiles = triton.cdiv(count, tile.queries)
-    log_sums_kernel[(tiles, heads, batch)](**shared, num_stages=3)
-    # No query is beyond the last key, so that the last key's block is nobody's.
-    keys = triton.cdiv(first + count - 1, tile.keys)
-    largest_weights_kernel[(keys, tiles, batch * kv_heads)](
-        **shared, weights_ptr=weights, blocks=length // block, HEADS=kv_heads, BLOCK=block, num_stages=2
+    log_sums_kernel[(tiles, heads, batch)](**shared, KEYS=tile.keys, num_stages=3)
+    # A tile of keys has whole blocks. The last key is in its query's own block.
+    keys = max(block, tile.keys)
+    largest_weights_kernel[(triton.cdiv(first + count - 1, keys), tiles, batch * kv_heads)](
+        **shared, weights_ptr=weights, blocks=length // block, HEADS=kv_heads, BLOCK=block, KEYS=keys, num_stages=2
     )
     return weights
 
 
-def tile_of(vector_bytes: int, block: int) -> Tile:
-    """How queries and keys of this size are tiled; a tile of keys has whole blocks."""
-    keys = max(block, min(128, _KEY_TILE_BYTES // vector_bytes))
-    return Tile(queries=128, keys=keys, warps=8) if vector_bytes <= 256 else Tile(queries=64, keys=keys, warps=4)
+def tile_of(dtype: torch.dtype, block_dim: int) -> Tile:
+    """How queries and keys of this type and width are tiled."""
+    # A float32 is multiplied as three products of its two halves, which take as much shared memory again.
+    width = block_dim * (8 if dtype == torch.float32 else 2)
+    keys = max(16, min(128, _KEY_TILE_BYTES // width))
+    return Tile(queries=128, keys=keys, warps=8) if width <= 256 else Tile(queries=64, keys=keys, warps=4)
