@@ -1,15 +1,17 @@
 """Do gates learn what the recipe says, within bounded memory, and are they saved as they are read?"""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from block_gates import train
-from block_gates.data import batches, chain_rows, text_rows
+from block_gates.data import ahead, batches, chain_rows, text_rows
 from block_gates.loss import Attended, block_keys, gate_loss
 from block_gates.model import TrainedGates
 from block_gates.truth import block_truth, chunks, largest_weights
@@ -150,10 +152,35 @@ def test_rows_have_the_length_that_was_asked_for_and_depend_on_the_seed(tmp_path
         assert [len(row) for row in rows] == [64] * 3 and all(row[0] == 99 for row in rows)
         assert rows == list(islice(make(1), 3))
     assert next(chain_rows(Words(), 64, 1)) != next(chain_rows(Words(), 64, 2))
-    mixed = batches([(1.0, iter([[1]] * 40)), (0.0, iter([[2]] * 40))], 8, 0, torch.device("cpu"))
+    mixed = batches([(1.0, iter([[1]] * 40)), (0.0, iter([[2]] * 40))], 8, 0)
     assert mixed().tolist() == [[1]] * 8
     with pytest.raises(ValueError, match=r"--roots .*: no text"):
         next(text_rows(Words(), [tmp_path / "nothing"], 64, 0))
+
+
+def test_batches_are_drawn_ahead_in_an_order_that_no_thread_decides():
+    drawn = []
+
+    def source(n):
+        made = count()
+
+        def draw():
+            # Of two sources the first is slow.
+            time.sleep(0.0 if n else 0.02)
+            drawn.append(n)
+            return torch.tensor([n, next(made)])
+
+        return draw
+
+    with ThreadPoolExecutor(2) as pool:
+        draw = ahead([source(0), source(1)], pool)
+        assert [draw().tolist() for _ in range(6)] == [[0, 0], [1, 0], [0, 1], [1, 1], [0, 2], [1, 2]]
+    assert drawn.count(0) == drawn.count(1) == 4
+
+
+def test_a_draw_that_fails_ends_the_run():
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match=r"--roots .*: no text"):
+        ahead([batches([(1.0, text_rows(Words(), [Path("nothing")], 64, 0))], 1, 0)], pool)()
 
 
 class Letters(Words):

@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,11 +25,15 @@ from sgl_lim.gates import GateConfig, save_gates
 from sgl_lim.gates.config import BLOCKS, WIDTHS
 from sgl_lim.gates.rotation import gate_rotation
 
-from .data import batches, chain_rows, text_rows
+from .data import ahead, batches, chain_rows, text_rows
 from .model import GatePass, TrainedGates
 
 FACTS = ("model_type", "hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers")
 LEAST_LR = 0.01  # of the highest
+DRAWING = 8
+"""Threads that draw batches; a fixed number, for each has a seed of its own."""
+APART = 10_000
+"""Between their seeds."""
 
 
 class Trainer:
@@ -57,8 +62,9 @@ class Trainer:
     def losses(self, tokens: Tensor, *, learns: bool = False) -> Tensor:
         """Each layer's loss float32 [layers] on int64 [B, T]; with `learns` gradients are added up as well."""
         one = GatePass(self.gates, self._turned, self._own, learns=learns)
+        model = self._checkpoint.model
         with under_way(one):
-            self._checkpoint.model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+            model(input_ids=tokens.to(model.device), use_cache=False, logits_to_keep=1)
         return torch.stack([one.losses[layer] for layer in sorted(one.losses)])
 
     def save(self, folder: Path) -> None:
@@ -122,7 +128,7 @@ def draws(checkpoint: Checkpoint, args: argparse.Namespace, seed: int, count: in
     kinds = [(args.chains, chain_rows(checkpoint, args.length, seed))] if args.chains > 0 else []
     if args.chains < 1:
         kinds.append((1 - args.chains, text_rows(checkpoint, args.roots, args.length, seed)))
-    return batches(kinds, count, seed, checkpoint.model.device)
+    return batches(kinds, count, seed)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -154,7 +160,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = gate_config(checkpoint, args.model_path, block=args.block, width=args.width)
     trainer = Trainer(checkpoint, config, lr=args.lr)
     held_out = draws(checkpoint, args, args.seed + 1_000_000, min(8, args.batch))()
-    measured = run(trainer, draws(checkpoint, args, args.seed, args.batch), held_out, args)
+    sources = [draws(checkpoint, args, args.seed + APART * n, args.batch) for n in range(DRAWING)]
+    with ThreadPoolExecutor(DRAWING) as pool:
+        measured = run(trainer, ahead(sources, pool), held_out, args)
     trainer.save(args.out)
     (args.out / "training.json").write_text(json.dumps(measured, indent=2) + "\n")
     print(json.dumps(measured))
