@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for a GPU that need not be there, as the launchers launch them.
 
-    usage: python compile_kernels.py 90 [FOLDER]        (compute capability 9.0)
+    usage: PYTHONPATH=training python compile_kernels.py 90 [FOLDER]        (compute capability 9.0)
 
 Prints a JSON line a launch, and with FOLDER writes its PTX there: two folders tell what a change does to the generated
 code (TRITON_DISABLE_LINE_INFO=1, then `diff -r before after`). Runs without TRITON_INTERPRET, in a process of its own:
@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from block_gates import triton as training_kernels
+from block_gates.truth import block_truth
 from triton.runtime.jit import JITFunction
 
 from lim_kernels import (
@@ -156,6 +158,13 @@ def launch_gates(batch, heads, kv_heads, dim, dtype, cache_dtype=None, *, block=
     score_blocks(q, blocks, slots, lens, score_beyond=2048, **triton)
 
 
+def launch_truth(batch, heads, kv_heads, dim, dtype, *, length, block) -> None:
+    first = length // 2
+    q = empty(batch, length, heads, dim, dtype=dtype).transpose(1, 2)[:, :, first:]
+    k = empty(batch, length, kv_heads, dim, dtype=dtype).transpose(1, 2)
+    block_truth(q, k, first, scale=0.1, block=block, implementation="triton")
+
+
 def launch_all(*, fp8: bool, widest: bool) -> None:
     """Every launcher with the operands that decide its kernels; `widest` adds unions whose sorts take a minute."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -230,6 +239,13 @@ def launch_all(*, fp8: bool, widest: bool) -> None:
     if fp8:
         launch_gates(16, 32, 8, 128, bf16, torch.float8_e4m3fn)
 
+    for block in (16, 64):
+        launch_truth(16, 9, 3, 64, bf16, length=4096, block=block)
+    launch_truth(2, 32, 8, 128, bf16, length=4096, block=64)
+    launch_truth(1, 16, 8, 256, bf16, length=2400, block=64)
+    for dim, block in ((64, 16), (128, 64)):
+        launch_truth(1, 14, 2, dim, fp32, length=2400, block=block)
+
     launch_set_memory(2, interval=4, early=False)
     launch_set_memory(1, interval=1, early=True)
     for heads in (1, 8):
@@ -252,7 +268,8 @@ def launch_all(*, fp8: bool, widest: bool) -> None:
 
 if __name__ == "__main__":
     compile_instead_of_launching(int(sys.argv[1]), *map(Path, sys.argv[2:]))
-    own = [v for m in modules() for v in vars(m).values() if isinstance(v, JITFunction) and v.__module__ == m.__name__]
+    everywhere = [*modules(), training_kernels]
+    own = [v for m in everywhere for v in vars(m).values() if isinstance(v, JITFunction) and v.__module__ == m.__name__]
     for kernel in own:
         if kernel.__name__.endswith("_kernel"):
             print(json.dumps({"declared": kernel.__name__}))

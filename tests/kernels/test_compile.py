@@ -18,7 +18,7 @@ def test_every_kernel_compiles_as_launched(capability, tmp_path):
     script = Path(__file__).with_name("compile_kernels.py")
     done = subprocess.run(
         [sys.executable, script, str(capability)],
-        env=variables | {"TRITON_CACHE_DIR": str(tmp_path)},
+        env=variables | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
     )

@@ -1,17 +1,20 @@
 """Do gates learn what the recipe says, within bounded memory, and are they saved as they are read?"""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from block_gates import train
-from block_gates.data import batches, chain_rows, text_rows
-from block_gates.loss import Attended, block_keys, block_truth, chunks, gate_loss
+from block_gates.data import ahead, batches, chain_rows, text_rows
+from block_gates.loss import Attended, block_keys, gate_loss
 from block_gates.model import TrainedGates
+from block_gates.truth import block_truth, chunks, largest_weights
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lim_kernels.block_gates import Rotation
@@ -55,17 +58,23 @@ def by_hand(drawn, scale):
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("logit_bytes", [1, 4000, 1 << 30])
-def test_the_loss_is_the_recipe_s_however_many_queries_are_taken_at_once(drawn, logit_bytes):
+def test_the_loss_is_the_recipe_s(drawn):
     q, k = drawn.turned
-    rotation = Rotation(angles(RULE.dim, 128, 1.0))
-    how = {"block": RULE.block, "logit_bytes": logit_bytes}
-    layer = Attended(q, k, 0.25, rotation)
-    loss = gate_loss(drawn.gate.as_operand(), layer, **how)
+    layer = Attended(q, k, 0.25, Rotation(angles(RULE.dim, 128, 1.0)))
+    loss = gate_loss(drawn.gate.as_operand(), layer, block=RULE.block)
     torch.testing.assert_close(loss.double(), by_hand(drawn, 0.25), rtol=1e-4, atol=1e-5)
     twice = replace(layer, q=q.repeat(2, 1, 1, 1), k=k.repeat(2, 1, 1, 1))
-    twice = gate_loss(drawn.gate.as_operand(), twice, **how)
-    torch.testing.assert_close(twice, loss)
+    torch.testing.assert_close(gate_loss(drawn.gate.as_operand(), twice, block=RULE.block), loss)
+
+
+def test_queries_without_a_block_before_them_teach_nothing(drawn):
+    q, k = (x[:, :, :40] for x in drawn.turned)
+    rotation = Rotation(angles(RULE.dim, 128, 1.0))
+    gate = replace(drawn.gate.as_operand(), query=drawn.gate.as_operand().query.clone().requires_grad_())
+    # The second half begins at 20, and the only block of 32 is complete before 32 … 39: its share is 1.
+    loss = gate_loss(gate, Attended(q, k, 0.25, rotation), block=32)
+    loss.backward()
+    assert loss == 0 and not gate.query.grad.any()
 
 
 def test_truth_knows_complete_blocks_before_the_query_alone(drawn):
@@ -78,13 +87,41 @@ def test_truth_knows_complete_blocks_before_the_query_alone(drawn):
     torch.testing.assert_close(truth.sum(-1), torch.ones(1, 2, 30))
 
 
+@pytest.mark.parametrize("logit_bytes", [1, 40_000])
+def test_truth_is_the_same_however_many_queries_are_taken_at_once(drawn, logit_bytes):
+    q, k = drawn.turned
+    how = {"scale": 0.25, "block": 16}
+    expected = largest_weights(q[:, :, 40:], k, 40, **how)
+    found = largest_weights(q[:, :, 40:], k, 40, **how, logit_bytes=logit_bytes)
+    torch.testing.assert_close(found, expected)
+
+
 def test_no_chunk_s_logits_take_more_than_allowed():
-    shape = torch.Size((2, 4, 4096, 16))
+    shape = torch.Size((2, 4, 2048, 16))
     for allowed in (1 << 20, 1 << 24):
-        found = list(chunks(shape, allowed))
-        assert found[0][0] == 2048 and found[-1][1] == 4096
+        found = list(chunks(shape, 4096, allowed))
+        assert found[0][0] == 0 and found[-1][1] == 2048
         assert all(b[0] == a[1] for a, b in pairwise(found))
         assert all((last - first) * 2 * 4 * 4096 * 4 <= allowed for first, last in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"first": 41}, r"queries among 70 keys, got \(41, 30\)"),
+        ({"first": -1}, "queries among 70 keys"),
+        ({"scale": 0.0}, "scale > 0, got 0.0"),
+        ({"k": torch.zeros(1, 3, LENGTH, RULE.dim)}, r"q \[B, H, C, D\] and k \[B, H_kv, T, D\]"),
+        ({"k": torch.zeros(1, 2, LENGTH, RULE.dim).half()}, r"q \[B, H, C, D\] and k \[B, H_kv, T, D\]"),
+        ({"k": torch.zeros(1, 2, RULE.dim, LENGTH).transpose(2, 3)}, "rows that are contiguous"),
+        ({"implementation": "cuda"}, "implementation among reference, triton"),
+    ],
+)
+def test_operands_without_a_truth_are_refused(drawn, change, message):
+    q, k = drawn.turned
+    operands = {"q": q[:, :, 40:], "k": k, "first": 40, "scale": 0.25, "block": 16} | change
+    with pytest.raises(ValueError, match=message):
+        block_truth(**operands)
 
 
 def test_keys_are_those_that_are_served(drawn):
@@ -115,10 +152,35 @@ def test_rows_have_the_length_that_was_asked_for_and_depend_on_the_seed(tmp_path
         assert [len(row) for row in rows] == [64] * 3 and all(row[0] == 99 for row in rows)
         assert rows == list(islice(make(1), 3))
     assert next(chain_rows(Words(), 64, 1)) != next(chain_rows(Words(), 64, 2))
-    mixed = batches([(1.0, iter([[1]] * 40)), (0.0, iter([[2]] * 40))], 8, 0, torch.device("cpu"))
+    mixed = batches([(1.0, iter([[1]] * 40)), (0.0, iter([[2]] * 40))], 8, 0)
     assert mixed().tolist() == [[1]] * 8
     with pytest.raises(ValueError, match=r"--roots .*: no text"):
         next(text_rows(Words(), [tmp_path / "nothing"], 64, 0))
+
+
+def test_batches_are_drawn_ahead_in_an_order_that_no_thread_decides():
+    drawn = []
+
+    def source(n):
+        made = count()
+
+        def draw():
+            # Of two sources the first is slow.
+            time.sleep(0.0 if n else 0.02)
+            drawn.append(n)
+            return torch.tensor([n, next(made)])
+
+        return draw
+
+    with ThreadPoolExecutor(2) as pool:
+        draw = ahead([source(0), source(1)], pool)
+        assert [draw().tolist() for _ in range(6)] == [[0, 0], [1, 0], [0, 1], [1, 1], [0, 2], [1, 2]]
+    assert drawn.count(0) == drawn.count(1) == 4
+
+
+def test_a_draw_that_fails_ends_the_run():
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match=r"--roots .*: no text"):
+        ahead([batches([(1.0, text_rows(Words(), [Path("nothing")], 64, 0))], 1, 0)], pool)()
 
 
 class Letters(Words):
@@ -154,10 +216,10 @@ def model(tmp_path_factory) -> Path:
 def test_a_few_steps_train_gates_that_are_read_again(model: Path, tmp_path: Path, capsys):
     out = tmp_path / "gates"
     size = ["--block", "16", "--width", "64", "--length", "192", "--batch", "2", "--steps", "12", "--warmup", "2"]
-    how = ["--chains", "1", "--lr", "0.01", "--device", "cpu", "--log-every", "4", "--logit-bytes", "100000"]
+    how = ["--chains", "1", "--lr", "0.01", "--device", "cpu", "--log-every", "4"]
     train.main(["--model-path", str(model), "--out", str(out), *size, *how])
     measured = json.loads((out / "training.json").read_text())
-    assert measured["steps"] == 12 and len(measured["held_out_by_layer"]) == 2
+    assert (measured["steps"], measured["tokens"]) == (12, 12 * 2 * 192) and len(measured["held_out_by_layer"]) == 2
     assert measured["held_out_after"] < 0.9 * measured["held_out_before"]
     config = read_config(str(out))
     assert (config.block, config.width, config.base_model) == (16, 64, model.name)
@@ -174,7 +236,7 @@ def test_what_was_trained_is_what_is_loaded(tmp_path: Path):
     checkpoint = Checkpoint(tiny, tokenizer=None)
     frozen = {name: weight.clone() for name, weight in tiny.state_dict().items()}
     config = train.gate_config(checkpoint, "some/tiny", block=16, width=64)
-    trainer = train.Trainer(checkpoint, config, lr=0.01, logit_bytes=1 << 20)
+    trainer = train.Trainer(checkpoint, config, lr=0.01)
     tokens = torch.randint(64, (2, 96))
     first = trainer.step(tokens, 0.01)
     for _ in range(8):

@@ -1,12 +1,15 @@
 """Sequences to train gates on: texts of installed packages, and chain-tracing problems."""
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from source_reader.corpus import find_sources, read_text, titled
+from source_reader.corpus import Source, find_sources, read_text, titled
 from torch import Tensor
 
 from sgl_lim.tasks.chains import MAX_STEPS, NUM_NODES, make_chain
@@ -30,9 +33,7 @@ def text_rows(encoder: Encoder, roots: Sequence[Path], length: int, seed: int) -
     Raises:
         ValueError: there is no text.
     """
-    files = [source for source in find_sources(roots) if not source.held_out]
-    if not files:
-        raise ValueError(f"--roots {' '.join(map(str, roots))}: no text; name folders that packages are installed in")
+    files = _texts(tuple(roots))
     rng, beginning = random.Random(f"{seed}/text"), encoder.beginning()
     held: list[int] = []
     while True:
@@ -44,6 +45,14 @@ def text_rows(encoder: Encoder, roots: Sequence[Path], length: int, seed: int) -
         while len(held) >= length - len(beginning):
             yield beginning + held[: length - len(beginning)]
             held = held[length - len(beginning) :]
+
+
+@cache
+def _texts(roots: tuple[Path, ...]) -> list[Source]:
+    files = [source for source in find_sources(roots) if not source.held_out]
+    if not files:
+        raise ValueError(f"--roots {' '.join(map(str, roots))}: no text; name folders that packages are installed in")
+    return files
 
 
 def chain_rows(encoder: Encoder, length: int, seed: int) -> Iterator[list[int]]:
@@ -72,15 +81,29 @@ def _problem(encoder: Encoder, rng: random.Random, facts: int, steps: int) -> li
     return encoder.encode(f"{chain.prompt} {chain.solution}")
 
 
-def batches(
-    rows: Sequence[tuple[float, Iterator[list[int]]]], count: int, seed: int, device: torch.device
-) -> Callable[[], Tensor]:
-    """Draws int64 [count, length] from several kinds of rows, each with its share."""
+def batches(rows: Sequence[tuple[float, Iterator[list[int]]]], count: int, seed: int) -> Callable[[], Tensor]:
+    """Draws int64 [count, length], on the CPU, from several kinds of rows, each with its share."""
     rng = random.Random(f"{seed}/batches")
     shares = [share for share, _ in rows]
 
     def draw() -> Tensor:
         kinds = rng.choices([kind for _, kind in rows], weights=shares, k=count)
-        return torch.tensor([next(kind) for kind in kinds], device=device)
+        return torch.tensor([next(kind) for kind in kinds])
 
     return draw
+
+
+def ahead(draws: Sequence[Callable[[], Tensor]], pool: Executor) -> Callable[[], Tensor]:
+    """Draws from each in turn, so that the order depends on no thread; each draws its next one at once, in `pool`.
+
+    Batches are mostly made by the tokenizer, outside Python's lock, and one takes it longer than a GPU learns from it.
+    """
+    waiting = deque((draw, pool.submit(draw)) for draw in draws)
+
+    def draw_next() -> Tensor:
+        draw, drawn = waiting.popleft()
+        batch = drawn.result()
+        waiting.append((draw, pool.submit(draw)))
+        return batch
+
+    return draw_next

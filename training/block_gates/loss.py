@@ -5,18 +5,18 @@ query heads gives to any of its keys, normalised over these blocks. The loss is 
 from that, for the second half of each sequence.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lim_kernels.block_gates import Gate, Rotation
 from lim_kernels.block_gates.reference import pool_keys, project_keys, project_queries, unrotate
 
-LOGIT_BYTES = 1 << 30
-"""Most memory that one chunk of queries' logits takes."""
+from .truth import block_truth, blocks_before
+
+_LEAST = -1e30
+"""A score that has no share: not infinite, for no share times an infinite logarithm is no number."""
 
 
 @dataclass(frozen=True)
@@ -31,33 +31,19 @@ class Attended:
     """Of q and k."""
 
 
-def gate_loss(gate: Gate, layer: Attended, *, block: int, logit_bytes: int = LOGIT_BYTES) -> Tensor:
-    """Divergence of a layer's gate from its attention: nats, mean over queries and KV heads.
-
-    Args:
-        logit_bytes: queries are taken so many at once that their float32 logits take no more.
-    """
-    q, k = layer.q, layer.k
-    keys = block_keys(gate, k, block, layer.rotation)
-    losses = []
-    for first, last in chunks(q.shape, logit_bytes):
-        truth = block_truth(q[:, :, first:last], k, first, scale=layer.scale, block=block)
-        scores = block_scores(gate, q[:, :, first:last], keys, first, layer.rotation)
-        before = blocks_before(first, last, keys.shape[2], block, q.device)
-        shares = scores.masked_fill(~before, float("-inf")).log_softmax(-1)
-        # What is no block before the query has neither truth nor share.
-        divergence = torch.xlogy(truth, truth) - truth * shares.masked_fill(~before, 0.0)
-        losses.append(divergence.sum())
-    queries = q.shape[0] * k.shape[1] * (q.shape[2] - q.shape[2] // 2)
-    return torch.stack(losses).sum() / queries
-
-
-def chunks(shape: torch.Size, logit_bytes: int) -> Iterator[tuple[int, int]]:
-    """The queries of a sequence's second half, by first and last, some at once."""
-    batch, heads, length, _ = shape
-    step = max(1, logit_bytes // (4 * batch * heads * length))
-    for first in range(length // 2, length, step):
-        yield first, min(first + step, length)
+def gate_loss(gate: Gate, layer: Attended, *, block: int) -> Tensor:
+    """Divergence of a layer's gate from its attention: nats, mean over queries and KV heads."""
+    length = layer.k.shape[2]
+    first, blocks = length // 2, length // block
+    q = layer.q[:, :, first:]
+    truth = block_truth(q, layer.k, first, scale=layer.scale, block=block)
+    keys = block_keys(gate, layer.k, block, layer.rotation)
+    scores = block_scores(gate, q, keys, first, layer.rotation)
+    before = blocks_before(first, length, blocks, block, q.device)
+    shares = scores.masked_fill(~before, _LEAST).log_softmax(-1)
+    # What is no block before the query has no truth.
+    divergence = torch.xlogy(truth, truth).sum() - (truth * shares).sum()
+    return divergence / truth.shape[:3].numel()
 
 
 def block_keys(gate: Gate, k: Tensor, block: int, rotation: Rotation) -> Tensor:
@@ -78,29 +64,4 @@ def block_scores(gate: Gate, q: Tensor, keys: Tensor, first: int, rotation: Rota
     positions = torch.arange(first, first + count, device=q.device)
     bare = unrotate(q.float(), rotation, positions).transpose(1, 2).flatten(0, 1)
     queries = project_queries(gate, bare, positions.repeat(batch)).unflatten(0, (batch, count)).transpose(1, 2)
-    return queries @ keys.transpose(2, 3) * gate.width**-0.5
-
-
-@torch.no_grad()
-def block_truth(q: Tensor, k: Tensor, first: int, *, scale: float, block: int) -> Tensor:
-    """What the attention of queries [B, H, C, D] says of complete blocks: float32 [B, H_kv, C, blocks], sums of 1."""
-    _, heads, count, _ = q.shape
-    kv_heads, length = k.shape[1], k.shape[2]
-    # [B, H_kv, G * C, T]
-    grouped = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)
-    logits = (grouped @ k.transpose(2, 3)).float().mul_(scale).unflatten(2, (heads // kv_heads, count))
-    places = torch.arange(length, device=q.device)
-    later = places > torch.arange(first, first + count, device=q.device).unsqueeze(1)
-    logits.masked_fill_(later, float("-inf"))
-    lse = logits.logsumexp(-1)
-    blocks = length // block
-    largest = logits[..., : blocks * block].unflatten(-1, (blocks, block)).amax(-1)
-    weights = (largest - lse.unsqueeze(-1)).exp().amax(2)
-    weights = weights * blocks_before(first, first + count, blocks, block, q.device)
-    return F.normalize(weights, p=1, dim=-1, eps=1e-9)
-
-
-def blocks_before(first: int, last: int, blocks: int, block: int, device: torch.device) -> Tensor:
-    """bool [last - first, blocks]: those that are complete before each query's own block."""
-    queries = torch.arange(first, last, device=device).unsqueeze(1)
-    return torch.arange(blocks, device=device) < queries // block
+    return (queries * gate.width**-0.5) @ keys.transpose(2, 3)

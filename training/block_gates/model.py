@@ -53,15 +53,13 @@ class GatePass:
     """Dense causal attention of whole sequences, in which each layer's gate learns from it.
 
     The model is frozen, so that a layer's gate depends on nothing of other layers: its gradients are made on the spot,
-    and no layer's logits outlive it.
+    and no layer's scores outlive it.
     """
 
-    def __init__(
-        self, gates: TrainedGates, model: Rotation, own: Rotation | None, *, learns: bool, logit_bytes: int
-    ) -> None:
+    def __init__(self, gates: TrainedGates, model: Rotation, own: Rotation | None, *, learns: bool) -> None:
         """`model` is the rotation of the model's queries and keys, `own` that of the gates'."""
         self._gates, self._model, self._own = gates, model, own
-        self._learns, self._logit_bytes = learns, logit_bytes
+        self._learns = learns
         self.losses: dict[int, Tensor] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -71,7 +69,6 @@ class GatePass:
                 self._gates.gate(layer, self._own),
                 Attended(q.detach(), k.detach(), scale, self._model),
                 block=self._gates.config.block,
-                logit_bytes=self._logit_bytes,
             )
             if self._learns:
                 loss.backward()

@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,22 +25,25 @@ from sgl_lim.gates import GateConfig, save_gates
 from sgl_lim.gates.config import BLOCKS, WIDTHS
 from sgl_lim.gates.rotation import gate_rotation
 
-from .data import batches, chain_rows, text_rows
-from .loss import LOGIT_BYTES
+from .data import ahead, batches, chain_rows, text_rows
 from .model import GatePass, TrainedGates
 
 FACTS = ("model_type", "hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers")
 LEAST_LR = 0.01  # of the highest
+DRAWING = 8
+"""Threads that draw batches; a fixed number, for each has a seed of its own."""
+APART = 10_000
+"""Between their seeds."""
 
 
 class Trainer:
     """Gates of a frozen checkpoint, and their optimiser."""
 
-    def __init__(self, checkpoint: Checkpoint, config: GateConfig, *, lr: float, logit_bytes: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: GateConfig, *, lr: float) -> None:
         turned = rotation_of(checkpoint.model)
         if turned is None:
             raise ValueError(f"it cannot be told how {type(checkpoint.model).__name__} rotates keys")
-        self._checkpoint, self._logit_bytes = checkpoint, logit_bytes
+        self._checkpoint = checkpoint
         self._turned = turned.rotation
         self._own = gate_rotation(config, checkpoint.shape.head_dim, turned.rotation, turned.theta)
         self.gates = TrainedGates(config, checkpoint.shape).to(checkpoint.model.device)
@@ -57,9 +61,10 @@ class Trainer:
     @torch.no_grad()
     def losses(self, tokens: Tensor, *, learns: bool = False) -> Tensor:
         """Each layer's loss float32 [layers] on int64 [B, T]; with `learns` gradients are added up as well."""
-        one = GatePass(self.gates, self._turned, self._own, learns=learns, logit_bytes=self._logit_bytes)
+        one = GatePass(self.gates, self._turned, self._own, learns=learns)
+        model = self._checkpoint.model
         with under_way(one):
-            self._checkpoint.model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+            model(input_ids=tokens.to(model.device), use_cache=False, logits_to_keep=1)
         return torch.stack([one.losses[layer] for layer in sorted(one.losses)])
 
     def save(self, folder: Path) -> None:
@@ -95,6 +100,7 @@ def run(trainer: Trainer, draw: Callable[[], Tensor], held_out: Tensor, args: ar
         "seconds": round(time.monotonic() - begin, 1),
         "rows": args.batch,
         "length": args.length,
+        "tokens": step * args.batch * args.length,
         "held_out_before": round(float(first.mean()), 4),
         "held_out_after": round(float(last.mean()), 4),
         "held_out_by_layer": [round(float(loss), 4) for loss in last],
@@ -122,7 +128,7 @@ def draws(checkpoint: Checkpoint, args: argparse.Namespace, seed: int, count: in
     kinds = [(args.chains, chain_rows(checkpoint, args.length, seed))] if args.chains > 0 else []
     if args.chains < 1:
         kinds.append((1 - args.chains, text_rows(checkpoint, args.roots, args.length, seed)))
-    return batches(kinds, count, seed, checkpoint.model.device)
+    return batches(kinds, count, seed)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -141,7 +147,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--roots", type=Path, nargs="+", default=package_folders()[:1], help="folders of packages")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=20)
-    parser.add_argument("--logit-bytes", type=int, default=LOGIT_BYTES, help="of a chunk of queries, at most")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     return parser.parse_args(argv)
@@ -153,9 +158,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = "float32" if args.device == "cpu" else args.dtype
     checkpoint = load(args.model_path, device=args.device, dtype=dtype)
     config = gate_config(checkpoint, args.model_path, block=args.block, width=args.width)
-    trainer = Trainer(checkpoint, config, lr=args.lr, logit_bytes=args.logit_bytes)
+    trainer = Trainer(checkpoint, config, lr=args.lr)
     held_out = draws(checkpoint, args, args.seed + 1_000_000, min(8, args.batch))()
-    measured = run(trainer, draws(checkpoint, args, args.seed, args.batch), held_out, args)
+    sources = [draws(checkpoint, args, args.seed + APART * n, args.batch) for n in range(DRAWING)]
+    with ThreadPoolExecutor(DRAWING) as pool:
+        measured = run(trainer, ahead(sources, pool), held_out, args)
     trainer.save(args.out)
     (args.out / "training.json").write_text(json.dumps(measured, indent=2) + "\n")
     print(json.dumps(measured))
