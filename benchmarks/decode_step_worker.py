@@ -300,7 +300,7 @@ def learn_noise(runner: Any, chunk: int = 1 << 16) -> None:
     for first in range(0, len(keys), chunk):
         slots = torch.arange(first, min(first + chunk, len(keys)), device=keys.device)
         for layer in range(len(lim.roles)):
-            lim.pages.learn(layer, slots, slots % turn, 1.0)
+            lim.pages.learn(layer, slots, slots % turn)
 
 
 def fill_with_noise(buffer: Tensor, chunk: int = 1 << 16) -> None:

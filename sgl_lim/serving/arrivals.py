@@ -1,9 +1,10 @@
 """Requests whose KV came without a prefill that this backend saw: from a prefill server, host memory or a store.
 
-What is kept of KV slots (bounds of pages, times of selections) is learnt from whoever writes them. Such a request is
-learnt when it decodes for the first time: its pages are bounded, and what its slots remember is forgotten, as it may be
-that of an earlier owner. It is known by its row of SGLang's request pool having a new tenant, which the host knows.
-So a step without a new request costs nothing on the device, and none waits for it.
+What is kept of KV slots (bounds of pages, gate keys, times of selections) is learnt from whoever writes them. Such a
+request is learnt when it decodes for the first time: its pages are bounded, or gate keys of its complete blocks are
+made, and what its slots remember is forgotten, as it may be that of an earlier owner. It is known by its row of
+SGLang's request pool having a new tenant, which the host knows. So a step without a new request costs nothing on the
+device, and none waits for it.
 """
 
 from typing import Any

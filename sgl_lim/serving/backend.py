@@ -19,6 +19,7 @@ from lim_kernels import Scaling
 from sgl_lim.methods import Full, Role
 from sgl_lim.serving import metrics
 from sgl_lim.serving.draft_sets import plan_drafts, read_unguided
+from sgl_lim.serving.key_scales import key_scale
 from sgl_lim.serving.layer import LayerInput
 from sgl_lim.serving.reads import Plan, Read, plan_reads
 from sgl_lim.serving.rehearsal import compile_ahead
@@ -312,9 +313,8 @@ def layer_input(lim: LimState, q: Tensor, layer: Any) -> LayerInput:
 
 def scaling_of(layer: Any) -> Scaling:
     """Scale, logit cap and quantisation scales of a layer; a layer without the latter stores unscaled values."""
-    k_scale = 1.0 if layer.k_scale is None else layer.k_scale_float
     v_scale = 1.0 if layer.v_scale is None else layer.v_scale_float
-    return Scaling(scale=layer.scaling, logit_cap=layer.logit_cap or 0.0, k_scale=k_scale, v_scale=v_scale)
+    return Scaling(scale=layer.scaling, logit_cap=layer.logit_cap or 0.0, k_scale=key_scale(layer), v_scale=v_scale)
 
 
 def store_kv(pool: Any, layer: Any, forward_batch: Any, k: Tensor, v: Tensor) -> None:

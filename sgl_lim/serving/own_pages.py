@@ -6,6 +6,7 @@ from sgl_lim.gates.rotation import gate_rotation
 from sgl_lim.gates.weights import ModelShape, load_gates, of_heads, with_rotation
 from sgl_lim.methods import HeadsOfRank, Method, Role, SeerAttention
 from sgl_lim.serving.gate_store import GateStore
+from sgl_lim.serving.key_scales import attention_layers
 from sgl_lim.serving.model_rotation import check_length, rotations_of
 from sgl_lim.serving.page_store import PageStore
 
@@ -18,6 +19,7 @@ def build_pages(method: Method, roles: tuple[Role, ...], runner: Any, heads: Hea
     Raises:
         GateError: the gates do not fit the model; what is known before weights load was refused then.
         UnknownRotation: how the model rotates keys cannot be told.
+        UnknownScale: by what scale the model stores keys cannot be told.
     """
     choosing = [layer for layer, role in enumerate(roles) if role is Role.OWN]
     pool, model = runner.token_to_kv_pool, runner.model_config
@@ -41,4 +43,5 @@ def build_pages(method: Method, roles: tuple[Role, ...], runner: Any, heads: Hea
         )
         for layer in choosing
     }
-    return GateStore(pool, own, {layer: turned[layer].rotation for layer in choosing}, config.block)
+    rotations = {layer: turned[layer].rotation for layer in choosing}
+    return GateStore(pool, own, rotations, attention_layers(runner.model, choosing), config.block)

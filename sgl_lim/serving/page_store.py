@@ -36,12 +36,12 @@ class PageStore:
             sides = (torch.zeros(pages, *keys.shape[1:], dtype=dtype, device=keys.device) for _ in range(2))
             self._bounds[layer] = PageBounds(*sides)
 
-    def learn(self, layer: int, slots: Tensor, positions: Tensor | None = None, k_scale: float = 1.0) -> None:
+    def learn(self, layer: int, slots: Tensor, positions: Tensor | None = None) -> None:
         """Bound the pages of slots that were just written, if `layer` chooses pages; may be captured in a graph.
 
         Args:
             slots: int32 or int64 [N], as `lim_kernels.bound_pages` takes them; SGLang's `out_cache_loc`.
-            positions, k_scale: as `GateStore` needs them; bounds depend on neither.
+            positions: as `GateStore` needs them; bounds do not depend on them.
         """
         bounds = self._bounds.get(layer)
         if bounds is not None:

@@ -14,7 +14,6 @@ from sgl_lim.serving.draft_sets import Drafts
 from sgl_lim.serving.kept_sets import KeptSets
 from sgl_lim.serving.layer import LayerDecode
 from sgl_lim.serving.own_pages import Pages, build_pages
-from sgl_lim.serving.page_store import PageStore
 from sgl_lim.serving.ranks import RankExchange
 from sgl_lim.serving.reads import Plan
 from sgl_lim.serving.snapshot import Snapshot
@@ -72,18 +71,16 @@ class LimState:
     def learn(self, layer: Any, forward_batch: Any) -> None:
         """Take note of the keys that a layer has just stored for the tokens of a batch."""
         if self.pages is not None:
-            k_scale = 1.0 if layer.k_scale is None else layer.k_scale_float
             slots = forward_batch.out_cache_loc
             # A prefill that runs as pieces of a graph pads its positions, and gives attention the slots of real tokens.
-            self.pages.learn(layer.layer_id, slots, forward_batch.positions[: len(slots)], k_scale)
+            self.pages.learn(layer.layer_id, slots, forward_batch.positions[: len(slots)])
 
     def learn_arrivals(self, forward_batch: Any) -> None:
         """Take note of the KV of requests that decode for the first time, in the step of the snapshot."""
         arrived = None if self.arrivals is None else self.arrivals.take(self.snapshot.slots, forward_batch)
         if arrived is None:
             return
-        # Gates are refused where KV arrives.
-        if isinstance(self.pages, PageStore):
+        if self.pages is not None:
             self.pages.learn_rows(*arrived)
         if self.kept_sets is not None:
             self.kept_sets.forget_rows(*arrived)

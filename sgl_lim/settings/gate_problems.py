@@ -7,22 +7,11 @@ from typing import Any
 from sgl_lim.gates import GateConfig, GateError
 from sgl_lim.gates.weights import ModelShape, read_shapes, shape_problems
 from sgl_lim.methods import Method, SeerAttention
-from sgl_lim.settings.arriving_kv import brings_kv
 
 logger = logging.getLogger(__name__)
 
 _FACTS = ("model_type", "hidden_size", "intermediate_size", "vocab_size")
 """What tells models of one shape of heads apart, beside their names."""
-
-
-def arrival_problems(method: Method, server_args: Any) -> list[str]:
-    """Reasons in SGLang's server arguments: gate keys are made where keys are written, and are not made later."""
-    if not isinstance(method, SeerAttention) or not brings_kv(server_args):
-        return []
-    return [
-        "--lim-method seerattention: KV that a hierarchical cache, LMCache or a prefill server brings has no gate "
-        "keys; take --lim-method quest, or leave what brings it out"
-    ]
 
 
 def gate_problems(method: Method, model: Any, tp_size: int) -> list[str]:

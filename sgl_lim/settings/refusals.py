@@ -13,7 +13,7 @@ from sgl_lim.settings import drafts, preset_file
 from sgl_lim.settings.architectures import architecture_problems
 from sgl_lim.settings.config import LimConfig, RefusedConfig
 from sgl_lim.settings.draft_methods import draft_problems
-from sgl_lim.settings.gate_problems import arrival_problems, gate_problems
+from sgl_lim.settings.gate_problems import gate_problems
 from sgl_lim.settings.layers import resolve_layers
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def check_before_weights(config: LimConfig, model_runner: Any) -> None:
     if method is not None:
         reasons += method.device_problems(device) + unseen_writes_problems(method, server_args)
         reasons += page_problems(method, server_args, page_size)
-        reasons += gate_problems(method, model, attention_ranks(server_args)) + arrival_problems(method, server_args)
+        reasons += gate_problems(method, model, attention_ranks(server_args))
         if drafts.is_lossless(server_args):
             reasons += drafts.model_problems(model) + draft_problems(method, guided=config.drafts == "guided")
     if reasons:

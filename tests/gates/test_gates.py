@@ -17,7 +17,7 @@ from sgl_lim.gates.rotation import gate_rotation, plain_table
 from sgl_lim.gates.weights import ModelShape, of_heads, with_rotation
 from sgl_lim.methods import SeerAttention
 from sgl_lim.settings.config import configure
-from sgl_lim.settings.gate_problems import arrival_problems, gate_problems
+from sgl_lim.settings.gate_problems import gate_problems
 from support.gate_oracle import THETA, GateRule, angles
 
 SHAPE = ModelShape(layers=2, heads=6, kv_heads=3, head_dim=64)
@@ -211,15 +211,6 @@ def test_gates_of_another_model_are_refused_by_name(tmp_path, change, tp_size, r
     assert bool(found) == bool(reasons)
     assert all(any(reason in one for one in found) for reason in reasons)
     assert all(one.startswith(("--lim-gates ", "--tp-size ")) for one in found)
-
-
-@pytest.mark.parametrize(
-    ("server", "refused"),
-    [({"enable_hierarchical_cache": True}, True), ({"disaggregation_mode": "decode"}, True), ({}, False)],
-)
-def test_gates_are_refused_where_kv_arrives_without_them(tmp_path, server, refused):
-    found = arrival_problems(SeerAttention(gates=written(tmp_path)), SimpleNamespace(**server))
-    assert bool(found) == refused and all("take --lim-method quest" in one for one in found)
 
 
 def test_a_folder_of_another_name_is_served_with_a_warning(tmp_path, caplog):

@@ -3,17 +3,17 @@
 Methods that keep something of KV slots learn it when such a request first decodes (`sgl_lim/serving/arrivals.py`).
 """
 
-from dataclasses import replace
-
 import pytest
 
-from support.fleet import COMMON_ARGS, NEW_TOKENS, Fleet, random_prompt
+from support.fleet import COMMON_ARGS, HEAD_DIM, HEADS, LAYERS, NEW_TOKENS, Fleet, random_prompt
+from support.gates import gates_for
 from support.server import Server, ServerPool, ServerSpec
 
 pytestmark = pytest.mark.served
 
 METHODS = {
     "pages": ("--lim-method", "quest"),
+    "gates": ("--lim-method", "seerattention"),
     "sets-that-outlive-a-step": (
         *("--lim-selection-layers", "1,3", "--lim-selection-interval", "4", "--lim-early-sets", "on"),
         *("--lim-sinks", "4", "--lim-recency", "0.25"),
@@ -21,19 +21,33 @@ METHODS = {
 }
 POOL, PAGE, BUDGET = 2048, 16, 256
 FAKE_PREFILL_SERVER = "2.2.2.2"  # SGLang's warm-up has the same
+CACHING = (
+    *("--enable-hierarchical-cache", "--hicache-ratio", "4", "--max-total-tokens", str(POOL)),
+    *("--max-running-requests", "4"),
+)
+RECEIVING = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "fake", *COMMON_ARGS)
+SERVERS = [*((name, CACHING) for name in METHODS), ("pages", RECEIVING), ("gates", RECEIVING)]
+"""In the order in which the tests want them: each starts beside the next one, if it has to."""
 
 
-def spec_of(fleet: Fleet, name: str, *more: str) -> ServerSpec:
+def server_of(fleet: Fleet, pool: ServerPool, name: str, how: tuple[str, ...]) -> Server:
+    """The server of a method to which KV comes in one of the two ways."""
+    this, *later = SERVERS[SERVERS.index((name, how)) :]
+    return pool.get(spec_of(fleet, *this), beside=spec_of(fleet, *later[0]) if later else None)
+
+
+def spec_of(fleet: Fleet, name: str, how: tuple[str, ...]) -> ServerSpec:
     args = ("--attention-backend", "lessismore", "--dtype", "float32", "--lim-budget", str(BUDGET))
-    return ServerSpec(f"elsewhere-{name}", fleet.model("gqa"), (*args, "--page-size", str(PAGE), *METHODS[name], *more))
+    args += ("--page-size", str(PAGE), *METHODS[name], *how)
+    if name == "gates":
+        args += ("--lim-gates", gates_for(LAYERS, *HEADS["gqa"], HEAD_DIM))
+    return ServerSpec(f"elsewhere-{name}-{'decode' if how is RECEIVING else 'cache'}", fleet.model("gqa"), args)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_answers_from_a_host_cache_are_those_of_a_prefill(fleet: Fleet, pool: ServerPool, name: str) -> None:
     """The pool holds two of the prompts, so each of them is in host memory alone when it comes again."""
-    caching = ("--enable-hierarchical-cache", "--hicache-ratio", "4", "--max-total-tokens", str(POOL))
-    specs = [spec_of(fleet, one, *caching, "--max-running-requests", "4") for one in (name, other_than(name))]
-    server = pool.get(specs[0], beside=specs[1])
+    server = server_of(fleet, pool, name, CACHING)
     prompts = [random_prompt(length, 500 + length) for length in (700, 900, 640, 800)]
     first = [server.generate_one(prompt, NEW_TOKENS) for prompt in prompts]
     again = [server.generate_one(prompt, NEW_TOKENS) for prompt in prompts]
@@ -44,14 +58,10 @@ def test_answers_from_a_host_cache_are_those_of_a_prefill(fleet: Fleet, pool: Se
     assert counters["tokens_attended"] < 0.8 * counters["tokens_dense"] and counters["warm_starts"] == 0
 
 
-def other_than(name: str) -> str:
-    return next(one for one in METHODS if one != name)
-
-
-def test_a_decode_server_serves_what_was_sent(fleet: Fleet, pool: ServerPool) -> None:
+@pytest.mark.parametrize("name", ["pages", "gates"])
+def test_a_decode_server_serves_what_was_sent(fleet: Fleet, pool: ServerPool, name: str) -> None:
     """SGLang's `fake` transfer sends nothing: no answer means anything, but all of a request's steps run."""
-    receiving = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "fake")
-    server = pool.get(replace(spec_of(fleet, "pages", *receiving, *COMMON_ARGS), name="elsewhere-decode"))
+    server = server_of(fleet, pool, name, RECEIVING)
     before = server.counters()
     prompts = [random_prompt(length, length) for length in (33, 700, 512, 900)]
     answers = answers_of(server, prompts)

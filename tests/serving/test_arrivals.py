@@ -11,7 +11,8 @@ from lim_kernels.row_actions import EARLY, RECALL, SELECT
 from sgl_lim.serving.arrivals import Arrivals, note_batch
 from sgl_lim.serving.page_store import PageStore
 from sgl_lim.settings.arriving_kv import LOADERS, brings_kv
-from support.fake_backend import BUDGET, EXTEND, MIXED, attention, batch_of, build
+from support.fake_backend import BUDGET, EXTEND, HEADS, LAYERS, MIXED, attention, batch_of, build
+from support.gates import gates_for
 
 KV_HEADS, DIM, ROWS, LENGTH = 2, 8, 3, 128
 DECODE_SERVER = {"disaggregation_mode": "decode"}
@@ -76,6 +77,25 @@ def test_pages_are_bounded_when_a_row_first_decodes(quest, on_host):
     for layer in (1, 2):
         assert all(bounded(quest, layer, 2, 37)) and all(bounded(quest, layer, 1, 96))
     assert not any(bounded(quest, 1, 3, LENGTH)), "a row that is not in the batch"
+
+
+def test_gate_keys_are_made_when_a_row_first_decodes():
+    """The current token completes a block of row 1: its key is made when that token is stored, and not before."""
+    world = World(method="seerattention", gates=gates_for(LAYERS, HEADS, KV_HEADS, DIM))
+    world.arrive(1, 2)
+    world.decode([2, 1, 0], [38, 96, 1])
+    arrived = [world.lim.pages.of_layer(layer).keys.clone() for layer in range(LAYERS)]
+    for layer, keys in enumerate(arrived):
+        assert sorted((keys != 0).flatten(1).any(1).nonzero().flatten().tolist()) == sorted(
+            int(world.table[row, first]) // PAGE
+            for row, count in ((2, 2), (1, 5))
+            for first in range(0, count * PAGE, PAGE)
+        )
+        # As if prefills had written them here.
+        world.lim.pages.of_layer(layer).keys.zero_()
+        for row, length in ((2, 37), (1, 95)):
+            world.lim.pages.learn(layer, world.table[row, :length], torch.arange(length))
+        torch.testing.assert_close(world.lim.pages.of_layer(layer).keys, keys, rtol=1e-5, atol=1e-6)
 
 
 def test_a_row_is_learnt_once_for_each_tenant(quest):

@@ -133,5 +133,5 @@ def test_gate_keys_are_what_is_allocated(tmp_path):
     pool = SimpleNamespace(size=7000 - 64, page_size=64, get_key_buffer=lambda layer: key)
     weights = (torch.zeros(8, size, config.width, dtype=torch.bfloat16) for size in (4 * 128, 3 * 128))
     gate = Gate(*weights, None, None, config.pools, None)
-    store = GateStore(pool, dict.fromkeys(range(36), gate), dict.fromkeys(range(36)), config.block)
+    store = GateStore(pool, dict.fromkeys(range(36), gate), dict.fromkeys(range(36)), {}, config.block)
     assert memory_needed(method, served).static["gate keys"] == store.nbytes

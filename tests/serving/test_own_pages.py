@@ -9,6 +9,7 @@ from sgl_lim.gates import load_gates
 from sgl_lim.gates.weights import ModelShape
 from sgl_lim.methods import HeadsOfRank, Quest, Role, SeerAttention, Window
 from sgl_lim.serving.gate_store import GateStore
+from sgl_lim.serving.key_scales import UnknownScale, attention_layers, key_scale
 from sgl_lim.serving.model_rotation import UnknownRotation, check_length, rotations_of
 from sgl_lim.serving.own_pages import build_pages
 from sgl_lim.serving.page_store import PageStore
@@ -82,3 +83,24 @@ def test_a_context_beyond_the_rotation_is_refused():
     check_length(found, 256)
     with pytest.raises(UnknownRotation, match="--context-length 256 or less"):
         check_length(found, 257)
+
+
+def test_the_scale_of_a_layer_s_stored_keys_is_found_in_its_attention():
+    model = runner().model
+    model[1].attn.k_scale, model[1].attn.k_scale_float = torch.nn.Parameter(torch.tensor(0.5)), 0.5
+    found = attention_layers(model, [0, 1])
+    assert {layer: key_scale(one) for layer, one in found.items()} == {0: 1.0, 1: 0.5}
+    assert found[1] is model[1].attn
+
+
+def test_a_scale_that_cannot_be_told_is_refused():
+    method, heads = SeerAttention(gates=gates_for(LAYERS, HEADS, KV_HEADS, DIM)), HeadsOfRank(0, HEADS, HEADS)
+    unread, rotary = runner(), RotaryEmbedding()
+    # SGLang's `--quantization-param-path` sets the one and leaves the other as it is.
+    unread.model[1].attn.k_scale = 0.5
+    with pytest.raises(UnknownScale, match=r"layer 1 stores its keys by a scale.*--kv-cache-dtype auto"):
+        build_pages(method, method.layer_roles(LAYERS), unread, heads)
+    twice = torch.nn.ModuleList([Attention(0, rotary), Attention(0, rotary)])
+    for model, count in ((twice, 2), (torch.nn.ModuleList(), 0)):
+        with pytest.raises(UnknownScale, match=f"layer 0 of ModuleList should have one .* and has {count}"):
+            attention_layers(model, [0])

@@ -104,7 +104,7 @@ class Attention(torch.nn.Module):
     def __init__(self, layer, rotary):
         super().__init__()
         self.rotary_emb, self.attn = rotary, torch.nn.Identity()
-        self.attn.layer_id = layer
+        self.attn.layer_id, self.attn.k_scale, self.attn.k_scale_float = layer, None, None
 
 
 def runner_of(table, num_slots=400, **server):

@@ -39,14 +39,19 @@ class Storing(Dense):
 class World:
     """Two requests whose rows fill pages in order; every step runs through our backend, layer by layer."""
 
-    def __init__(self, page_size, pages_of, **config):
-        """`pages_of` makes what layers choose by for a pool; `config` is the method's."""
+    def __init__(self, page_size, pages_of, k_scales=None, **config):
+        """`pages_of` makes what layers choose by for a pool; `config` is the method's.
+
+        `k_scales`: of each layer, by which an fp8 pool stores keys; None for a pool of float32.
+        """
+        self.k_scales = k_scales
         generator = torch.Generator().manual_seed(2)
         pages = (torch.randperm(SIZE // page_size, generator=generator) + 1)[: 2 * (128 // page_size)]
         rows = (pages.unsqueeze(1) * page_size + torch.arange(page_size)).view(2, 128)
         # Row 0 of the request pool is padding.
         self.table = torch.cat([torch.zeros(1, 128, dtype=torch.long), rows]).int()
-        self.pool = MHATokenToKVPool(SIZE, page_size, torch.float32, KV_HEADS, DIM, 3, "cpu", False)
+        dtype = torch.float32 if k_scales is None else torch.float8_e4m3fn
+        self.pool = MHATokenToKVPool(SIZE, page_size, dtype, KV_HEADS, DIM, 3, "cpu", False)
         self.backend = build(self.table, Storing, granule=None, **config)
         self.backend.lim.pool = self.pool
         self.backend.lim.pages = pages_of(self.pool)
@@ -54,8 +59,10 @@ class World:
 
     def layer(self, index):
         heads = {"tp_q_head_num": HEADS, "qk_head_dim": DIM, "v_head_dim": DIM, "is_cross_attention": False}
-        scales = {"scaling": 0.3, "logit_cap": 0.0, "k_scale": None, "v_scale": None, "sliding_window_size": -1}
-        return SimpleNamespace(layer_id=index, **heads, **scales)
+        scales = {"scaling": 0.3, "logit_cap": 0.0, "v_scale": None, "sliding_window_size": -1}
+        known = None if self.k_scales is None else self.k_scales[index]
+        stored = {"k_scale": None if known is None else torch.tensor(known), "k_scale_float": known}
+        return SimpleNamespace(layer_id=index, **heads, **scales, **stored)
 
     def step(self, tokens, mode, *, prepared=True, stored=False):
         """Requests get so many tokens each; `stored`: the model stores keys itself."""
