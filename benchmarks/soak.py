@@ -12,7 +12,7 @@ Is anything in use when all is over? And is every finished greedy answer the ans
 on the idle server with an empty cache. Where two tokens are equally likely but for rounding, the answer may go on with
 either: such ties are shown by the log-probabilities alone, and counted apart. So is what cannot be compared (`aside`):
 what a request had generated before a retraction is prefilled again, and a prefill is dense, so that its keys are others
-than those that sparse decode left.
+than those that sparse decode left. And a turn whose earlier turns were answered otherwise has another prompt.
 
 The first Ctrl-C or SIGTERM ends the load early; what was answered by then is judged all the same.
 

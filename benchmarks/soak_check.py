@@ -42,7 +42,8 @@ class Comparison:
     """Both tokens are as likely alone, but for rounding."""
     differences: list[Difference]
     aside: int
-    """Not compared: what was generated sparsely was prefilled again, densely, so that the keys after it differ."""
+    """Not compared: what was generated sparsely was prefilled again, densely, so that the keys after it differ; or an
+    earlier turn was answered otherwise, which is counted there, so that the prompts differ."""
 
     @property
     def compared(self) -> int:
@@ -68,7 +69,7 @@ def compare(
         difference = first_difference(answer, its)
         # Another session of the same job may have left keys of a retracted turn in the cache.
         again = answer.retracted or (answer.turn and (answer.cached < its.cached or answer.job.number in retracted))
-        if again and dense_up_to is not None and answer.context > dense_up_to:
+        if answer.earlier != its.earlier or (again and dense_up_to is not None and answer.context > dense_up_to):
             aside += 1
         elif difference is None:
             equal += 1

@@ -5,7 +5,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,8 @@ class Answer:
     """Tokens of the prompt, earlier turns included, and of the answer."""
     top: tuple[dict[int, float], ...] = ()
     """Log-probabilities of each token's best alternatives by their ids, if they were asked for."""
+    earlier: tuple[tuple[int, ...], ...] = ()
+    """What the earlier turns of its session were answered with, which is in its prompt."""
 
 
 @dataclass
@@ -130,7 +132,7 @@ def session(url: str, job: Job, tally: Tally) -> list[Answer]:
             asks = {**body, "session_params": {"id": name, "rid": before}}
             item = request_json(f"{url}/generate", asks, timeout=TIMEOUT_S)
             before = item["meta_info"]["id"]
-            answers.append(answer_from(job, turn, item, retracted=any(answer.retracted for answer in answers)))
+            answers.append(answer_from(job, turn, item, answers))
     finally:
         post(f"{url}/close_session", {"session_id": name})
     return answers
@@ -147,8 +149,8 @@ def alone(url: str, job: Job) -> list[Answer]:
     return session(url, asks, Tally()) if job.kind == "session" else whole(url, asks, Tally())
 
 
-def answer_from(job: Job, turn: int, item: Body, *, retracted: bool = False) -> Answer:
-    """An answer from an object of `/generate`'s reply.
+def answer_from(job: Job, turn: int, item: Body, earlier: Sequence[Answer] = ()) -> Answer:
+    """An answer from an object of `/generate`'s reply, and those of the turns before it.
 
     Raises:
         ValueError: it did not end by itself.
@@ -157,9 +159,17 @@ def answer_from(job: Job, turn: int, item: Body, *, retracted: bool = False) -> 
     if meta["finish_reason"]["type"] not in ("length", "stop"):
         raise ValueError(f"it ended by {meta['finish_reason']}")
     top = tuple({entry[1]: entry[0] for entry in entries} for entries in meta.get("output_top_logprobs") or ())
-    retracted = retracted or meta.get("num_retractions", 0) > 0
     tokens = tuple(item["output_ids"])
-    return Answer(job, turn, tokens, retracted, meta["cached_tokens"], meta["prompt_tokens"] + len(tokens), top)
+    return Answer(
+        job,
+        turn,
+        tokens,
+        retracted=meta.get("num_retractions", 0) > 0 or any(answer.retracted for answer in earlier),
+        cached=meta["cached_tokens"],
+        context=meta["prompt_tokens"] + len(tokens),
+        top=top,
+        earlier=tuple(answer.tokens for answer in earlier),
+    )
 
 
 def pause_now_and_then(url: str, seed: int, ended: threading.Event, tally: Tally) -> None:

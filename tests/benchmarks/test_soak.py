@@ -56,8 +56,8 @@ def job_of(kind="long", turns=1, number=7):
     return Job(number, kind, (body,) * turns)
 
 
-def answer(tokens, *, job=None, turn=0, retracted=False, cached=0, context=200, top=()):
-    return Answer(job or job_of(), turn, tuple(tokens), retracted, cached, context, top)
+def answer(tokens, *, job=None, turn=0, retracted=False, cached=0, context=200, top=(), earlier=()):
+    return Answer(job or job_of(), turn, tuple(tokens), retracted, cached, context, top, earlier)
 
 
 TOP = ({1: -0.5, 2: -0.5004, 3: -4.0}, {5: -0.1}, {6: -0.2})
@@ -93,6 +93,28 @@ def test_a_turn_whose_history_was_prefilled_again_is_no_difference():
     found = [answer([1], job=job), answer([6], job=job, turn=1, cached=40), answer([6], job=job, turn=1, cached=60)]
     result = compare(found, lambda job: alone, tie=0, dense_up_to=128)
     assert (result.equal, result.aside, len(result.differences)) == (1, 1, 1)
+
+
+def test_a_turn_after_another_answer_has_another_prompt():
+    """The earlier turn counts, as a tie or a difference; the later one cannot."""
+    job = job_of("session", turns=2)
+    its = [answer([1, 5, 6], job=job, top=TOP), answer([4], job=job, turn=1, top=({4: -0.1},), earlier=((1, 5, 6),))]
+    tied = [answer([2, 8, 9], job=job), answer([7], job=job, turn=1, earlier=((2, 8, 9),))]
+    same = [answer([1, 5, 6], job=job), answer([7], job=job, turn=1, earlier=((1, 5, 6),))]
+    result = compare([*tied, *same], lambda _: its, tie=1e-3, dense_up_to=None)
+    assert (result.equal, len(result.ties), result.aside) == (1, 1, 1)
+    assert [difference.answer for difference in result.differences] == same[1:]
+
+
+def test_a_session_tells_what_its_turns_answered(monkeypatch):
+    def reply(body):
+        return "name" if "input_ids" not in body else {**item(id="r"), "output_ids": [len(body["input_ids"])]}
+
+    tally = replies(monkeypatch, reply)
+    monkeypatch.setattr(soak_client, "post", lambda *_: None)
+    job = Job(7, "session", tuple({"input_ids": [20] * length} for length in (3, 4, 5)))
+    answers = soak_client.session("url", job, tally)
+    assert [one.earlier for one in answers] == [(), ((3,),), ((3,), (4,))]
 
 
 def test_jobs_are_asked_alone_once_and_sampled_ones_not_at_all():
