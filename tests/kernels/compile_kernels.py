@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from block_gates import triton as training_kernels
 from block_gates.truth import block_truth
+from block_gates.truth import triton as training_kernels
 from triton.runtime.jit import JITFunction
 
 from lim_kernels import (

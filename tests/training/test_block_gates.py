@@ -13,17 +13,22 @@ import torch
 from block_gates import train
 from block_gates.data import ahead, batches, chain_rows, text_rows
 from block_gates.loss import Attended, block_keys, gate_loss
-from block_gates.model import TrainedGates
+from block_gates.model import GatePass, TrainedGates
 from block_gates.truth import block_truth, chunks, largest_weights
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lim_kernels.block_gates import Rotation
-from sgl_lim.evaluate.checkpoint import Checkpoint
+from sgl_lim.evaluate.checkpoint import Checkpoint, load
+from sgl_lim.evaluate.own_pages import rotation_of
+from sgl_lim.evaluate.step_rows import under_way
 from sgl_lim.gates import load_gates, read_config
+from sgl_lim.gates.rotation import gate_rotation
+from sgl_lim.gates.weights import with_rotation
 from support.gate_oracle import GateRule, angles, draw_gate, gate_key, gate_scores, rope
 from support.package_tree import source_text
 from support.wide_weights import draw_wide
 
+MODELS = Path(__file__).parents[2] / "models"
 RULE = GateRule(heads=4, kv_heads=2, dim=16, width=64, block=16)
 LENGTH = 70
 
@@ -256,3 +261,26 @@ def test_without_norms_there_are_none(tmp_path: Path):
     config = SimpleNamespace(pools=("avg",), width=64, norm=False, block=16)
     gate = TrainedGates(config, checkpoint_shape).gate(0, None)
     assert gate.query_norm is None and gate.key_norm is None and gate.key.shape == (2, 16, 64)
+
+
+@pytest.mark.parametrize("name", ["chain-tracer", "source-reader"])
+def test_the_gates_of_a_model_here_know_where_it_looks(name: str):
+    """Gates that nobody trained, or that belong to another layer, have twice the divergence or more."""
+    folder = MODELS / name
+    checkpoint = load(str(folder), device="cpu", dtype="float32")
+    config = read_config(str(folder / "gates"))
+    loaded = load_gates(str(folder / "gates"), checkpoint.shape, torch.float32)
+    turned = rotation_of(checkpoint.model)
+    own = gate_rotation(config, checkpoint.shape.head_dim, turned.rotation, turned.theta)
+    tokens = torch.tensor([next(chain_rows(checkpoint, 800, seed=5))])
+
+    def divergence(gates: list) -> float:
+        held = SimpleNamespace(config=config, gate=lambda layer, rotation: with_rotation(gates[layer], rotation))
+        one = GatePass(held, turned.rotation, own, learns=False)
+        with torch.no_grad(), under_way(one):
+            checkpoint.model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+        return float(torch.stack(list(one.losses.values())).mean())
+
+    fresh = TrainedGates(config, checkpoint.shape)
+    untrained = divergence([fresh.gate(layer, None) for layer in range(checkpoint.depth)])
+    assert divergence(loaded) < min(untrained, divergence(loaded[::-1])) / 2

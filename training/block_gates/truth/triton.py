@@ -188,7 +188,7 @@ def largest_weights_kernel(
 
 
 def largest_weights(q: Tensor, k: Tensor, first: int, *, scale: float, block: int) -> Tensor:
-    """See `truth.largest_weights`; without a bound on memory, for there are no logits."""
+    """See `reference.largest_weights`; without a bound on memory, for there are no logits."""
     batch, heads, count, dim = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
     weights = torch.zeros(batch, kv_heads, count, length // block, dtype=torch.float32, device=q.device)
