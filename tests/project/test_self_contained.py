@@ -64,3 +64,10 @@ def test_what_lies_elsewhere_is_found(text: str) -> None:
 def test_the_repository_s_own_files_may_be_read() -> None:
     text = "MODEL = Path(__file__).parents[2] / 'models'\nif not out.exists():\n    return"
     assert not offences(text, ROOT / "tests" / "programs" / "test_anything.py")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.csv")), ids=lambda path: path.name)
+def test_results_name_no_folder_of_somebody(path: Path) -> None:
+    """A command in a row is to be repeated elsewhere."""
+    found = re.search(r"/(data|home|mnt|opt|root|srv|work|Users)/[\w./-]*", path.read_text())
+    assert found is None, f"{path.name} names {found[0]}; give benchmarks paths below the repository"
