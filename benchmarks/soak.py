@@ -27,6 +27,7 @@ import shlex
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -117,10 +118,10 @@ def run_load(url: str, jobs: Sequence[Job], args: argparse.Namespace, tally: Tal
 
     The first SIGINT or SIGTERM ends the load, and what was answered is judged.
     """
-    began = time.monotonic()
+    began, ended = time.monotonic(), threading.Event()
     turns, lock = order(jobs, args.seed), threading.Lock()
 
-    def client(ended: threading.Event) -> None:
+    def client() -> None:
         while not ended.is_set():
             with lock:
                 sent = next(turns)
@@ -129,18 +130,17 @@ def run_load(url: str, jobs: Sequence[Job], args: argparse.Namespace, tally: Tal
                 return  # the server is gone, or nothing works
 
     with StopOnSignal() as stop, ThreadPoolExecutor(args.clients + 1) as pool:
-        done = [pool.submit(client, stop.event) for _ in range(args.clients)]
-        if not args.no_pauses:
-            done.append(pool.submit(pause_now_and_then, url, args.seed, stop.event, tally))
-        clients = done[: args.clients]
+        clients = [pool.submit(client) for _ in range(args.clients)]
+        pauses = [] if args.no_pauses else [pool.submit(pause_now_and_then, url, args.seed, ended, tally)]
         while time.monotonic() < began + args.seconds and not all(one.done() for one in clients):
-            if stop.event.wait(0.1):
+            if stop.event.is_set():
                 break
+            time.sleep(0.1)
         lasted = min(args.seconds, round(time.monotonic() - began, 1))
         if stop.signal_number:
             print(f"the load ended after {lasted} s; what was answered is judged", file=sys.stderr, flush=True)
-        stop.event.set()
-        for one in done:
+        ended.set()
+        for one in (*clients, *pauses):
             one.result()
     return lasted
 
@@ -152,7 +152,10 @@ def ask_alone(url: str, job: Job) -> list[Any]:
 
 
 def report(tally: Tally, comparison: Comparison, most: int = 20) -> None:
-    """Say what is wrong, and show ties."""
+    """Say what is wrong, and show ties; of differences, in which turns of which jobs all of them are."""
+    turns = Counter((one.answer.job.kind, one.answer.job.number, one.answer.turn) for one in comparison.differences)
+    for (kind, number, turn), times in turns.most_common():
+        print(f"differs: {kind} {number}, turn {turn}: {times} times", file=sys.stderr)
     for name, found in (("failed", tally.failures), ("differs", comparison.differences), ("tie", comparison.ties)):
         for one in itertools.islice(found, most):
             print(f"{name}: {one}", file=sys.stderr)

@@ -32,7 +32,11 @@ class SignalHandlers:
 
 
 class StopOnSignal(SignalHandlers):
-    """Turns the first SIGINT or SIGTERM into `event`; a second one acts as it did before."""
+    """Turns the first SIGINT or SIGTERM into `event`; a second one acts as it did before.
+
+    The main thread may look at `event` and must neither wait for it nor set it: a handler runs in that thread, and
+    would wait for a lock that it holds itself.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """What stored keys are multiplied by, layer by layer: fp8 pools keep them divided by a scale of the checkpoint's.
 
-SGLang keeps the scale in each layer's `RadixAttention`, and may load another with new weights. So it is read from there
-whenever keys are.
+SGLang keeps the scale in each layer's `RadixAttention`. It is read from there whenever keys are. A captured graph has
+the scale of its capture, like the dense backends' graphs: new weights with other KV scales need a new start.
 """
 
 from collections.abc import Iterable

@@ -15,6 +15,7 @@ from lim_kernels.page_bounds import PAGE
 from sgl_lim.methods import HeadsOfRank, Method, Role, SeerAttention
 from sgl_lim.methods.ranked import Ranked
 from sgl_lim.serving.reads import SCORE_BYTES, places_together, score_together
+from sgl_lim.settings.arriving_kv import brings_kv
 from sgl_lim.settings.config import RefusedConfig
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class Shapes:
     element_bytes: int = 2
     """Of a query's element."""
     multiprocessors: int = 132
+    arrives: bool = False
+    """Whether KV of rows may arrive that nobody here wrote; their slots are copied when they first decode."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def memory_needed(method: Method, shapes: Shapes, score_bytes: int = SCORE_BYTES
         "sets": scratch.choice_bytes(shapes.batch * sets, shapes.width, method.budget, grouped=grouped),
         "attention": _attention(shapes),
         "exchange between ranks": _exchange(method, shapes, sets),
+        **_arriving(method, shapes),
     }
     return Memory(static, step, len(parts))
 
@@ -166,6 +170,7 @@ def shapes_of(runner: Any, method: Method, heads: HeadsOfRank, batch: int) -> Sh
         request_rows=table.shape[0],
         slots=pool.size + pool.page_size,
         element_bytes=model.dtype.itemsize,
+        arrives=brings_kv(runner.server_args),
     )
 
 
@@ -204,7 +209,14 @@ def _own_step(method: Method, shapes: Shapes) -> dict[str, int]:
         "scores": 4 * lines * scratch.row_places(pages),
         "sets": scratch.choice_bytes(lines, pages, chosen) + 4 * lines * (method.budget + 1),
         "attention": _attention(shapes),
+        **_arriving(method, shapes),
     }
+
+
+def _arriving(method: Method, shapes: Shapes) -> dict[str, int]:
+    """Slots of rows whose KV nobody here wrote, for methods that keep something of what is written."""
+    remembers = _keeps(method, shapes) or not isinstance(method, Ranked)
+    return {"rows that arrive": 4 * shapes.batch * shapes.width} if shapes.arrives and remembers else {}
 
 
 def _exchange(method: Method, shapes: Shapes, sets: int) -> int:

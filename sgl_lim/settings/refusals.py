@@ -134,6 +134,12 @@ def server_problems(server_args: Any, device: str) -> list[str]:
         found.append("--enable-hisparse moves tokens of running requests out of the KV pool; leave the flag out")
     if str(server_args.kv_cache_dtype).startswith(("fp4", "nvfp4")):
         found.append(f"--kv-cache-dtype {server_args.kv_cache_dtype}: packed fp4 KV; use auto or fp8_e4m3")
+    # SGLang gives layers these scales in a form that attention backends do not read.
+    if getattr(server_args, "quantization_param_path", None) and str(server_args.kv_cache_dtype).startswith("fp8"):
+        found.append(
+            "--quantization-param-path with fp8 KV: the scales that it names reach no attention backend; take a "
+            "checkpoint that holds its KV scales, or --kv-cache-dtype auto"
+        )
     return found
 
 

@@ -202,3 +202,12 @@ def test_pauses_end_with_the_load(monkeypatch):
     ended.set()
     monkeypatch.setattr(soak_client, "post", lambda *_: pytest.fail("the load has ended"))
     soak_client.pause_now_and_then("", 0, ended, Tally())
+
+
+def test_all_differences_are_told_by_job_and_turn(capsys):
+    differ = [answer([3, 5, 6])] * 30 + [answer([9, 5, 6], job=job_of("fork", number=8))]
+    result = compare(differ, lambda job: [answer([1, 5, 6], job=job, top=TOP)], tie=1e-3, dense_up_to=128)
+    soak.report(Tally(), result)
+    told = capsys.readouterr().err
+    assert "differs: long 7, turn 0: 30 times" in told and "differs: fork 8, turn 0: 1 times" in told
+    assert "differs: and 11 more" in told

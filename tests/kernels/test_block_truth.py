@@ -67,3 +67,12 @@ def test_triton_agrees_with_the_reference(shape, dtype, device, triton_runs):
 def test_triton_agrees_at_the_sizes_of_training(block, device, native):
     agree(Shape(2, 9, 3, 64, 4096, first=2048, count=2048, block=block), torch.bfloat16, device, tolerance=1e-3)
     agree(Shape(1, 32, 8, 128, 4096, first=2048, count=2048, block=block), torch.bfloat16, device, tolerance=1e-3)
+
+
+def test_blocks_and_widths_without_a_kernel_are_refused(triton_runs):
+    q = k = torch.zeros(1, 1, 96, 16)
+    with pytest.raises(ValueError, match=r"a power of two, 16 or more.*reference.*48"):
+        block_truth(q, k, 0, scale=1.0, block=48, implementation="triton")
+    wide = torch.zeros(1, 1, 32, 256)
+    with pytest.raises(ValueError, match="--dtype bfloat16"):
+        block_truth(wide, wide, 0, scale=1.0, block=16, implementation="triton")

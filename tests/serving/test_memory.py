@@ -48,6 +48,18 @@ def test_64_rows_of_131072_tokens_are_scored_at_once():
     assert needed.static == {"slots of the batch": 4 * 64 * 131_072}
 
 
+def test_rows_that_arrive_are_counted_where_something_is_kept_of_them():
+    slots = 4 * 64 * 131_072
+    for method, counted in (
+        (ranked(), 0),
+        (ranked(selection_interval=4), slots),
+        (build_method("quest"), slots),
+    ):
+        alone = shapes(method)
+        needed = [sum(memory_needed(method, one).step.values()) for one in (alone, replace(alone, arrives=True))]
+        assert needed[1] - needed[0] == counted, method
+
+
 def test_ranks_share_the_logits():
     whole, part = (memory_needed(ranked(), shapes(ranked(), ranks=ranks)).step["logits"] for ranks in (1, 8))
     assert whole == 8 * part

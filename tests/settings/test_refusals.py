@@ -85,6 +85,10 @@ def test_plain_configuration_is_served():
         ({"enable_pdmux": True}, ("--enable-pdmux", "leave the flag out")),
         ({"kv_cache_dtype": "fp4_e2m1"}, ("--kv-cache-dtype fp4_e2m1", "fp8_e4m3")),
         (
+            {"kv_cache_dtype": "fp8_e4m3", "quantization_param_path": "scales.json"},
+            ("--quantization-param-path", "--kv-cache-dtype auto"),
+        ),
+        (
             {"device": "cuda", "speculative_algorithm": "EAGLE"},
             ("EAGLE", "--speculative-draft-attention-backend"),
         ),

@@ -1,7 +1,7 @@
 """Train gates of SeerAttention-R for a checkpoint, and save them as the authors publish theirs.
 
     PYTHONPATH=.:kernels:training python -m block_gates.train --model-path models/chain-tracer \\
-        --out .gates/chain-tracer --block 16 --length 2400 --chains 1 --device cuda
+        --out out/chain-tracer --block 16 --length 2400 --chains 1 --device cuda
 
 The model is frozen. Rows are texts of installed packages and, by --chains, chain-tracing problems.
 """

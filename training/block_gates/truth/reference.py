@@ -25,7 +25,8 @@ def block_truth(
 ) -> Tensor:
     """What the attention of queries at positions from `first` on says of blocks: float32 [B, H_kv, C, T // block].
 
-    Each query's are 0 or more, and their sum is 1; they are 0 for blocks that are not complete before the query's own.
+    Each query's are 0 or more, and their sum is 1, or 0 where no block comes before its own. They are 0 for blocks that
+    are not complete before the query's own.
 
     Args:
         q: [B, H, C, D], rotated.

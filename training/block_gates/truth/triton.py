@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lim_kernels.dispatch import require
 from lim_kernels.triton_support import interpreting
 
 _LOG2_E = 1.4426950408889634
@@ -189,6 +190,8 @@ def largest_weights_kernel(
 
 def largest_weights(q: Tensor, k: Tensor, first: int, *, scale: float, block: int) -> Tensor:
     """See `reference.largest_weights`; without a bound on memory, for there are no logits."""
+    fits = block >= 16 and block & (block - 1) == 0
+    require(fits, "block_truth", 'a block of a power of two, 16 or more, or implementation="reference"', block)
     batch, heads, count, dim = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
     weights = torch.zeros(batch, kv_heads, count, length // block, dtype=torch.float32, device=q.device)
@@ -196,6 +199,11 @@ def largest_weights(q: Tensor, k: Tensor, first: int, *, scale: float, block: in
         return weights
     lse = torch.empty(batch, heads, count, dtype=torch.float32, device=q.device)
     block_dim = max(16, triton.next_power_of_2(dim))
+    # More would not fit into the shared memory of most GPUs.
+    narrow = block_dim * (2 if q.dtype == torch.float32 else 1) <= 256
+    require(
+        narrow, "block_truth", "heads of 128 at most in float32 and 256 in 16 bits (--dtype bfloat16)", (dim, q.dtype)
+    )
     tile = tile_of(q.dtype, block_dim)
     shared = {
         "q_ptr": q,
