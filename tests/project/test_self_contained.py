@@ -71,3 +71,9 @@ def test_results_name_no_folder_of_somebody(path: Path) -> None:
     """A command in a row is to be repeated elsewhere."""
     found = re.search(r"/(data|home|mnt|opt|root|srv|work|Users)/[\w./-]*", path.read_text())
     assert found is None, f"{path.name} names {found[0]}; give benchmarks paths below the repository"
+
+
+def test_results_have_one_kind_of_line() -> None:
+    """Rows that are appended by another command end as those before them."""
+    found = [path.name for path in (ROOT / "benchmarks/results").glob("*.csv") if b"\r" in path.read_bytes()]
+    assert not found, f"carriage returns in {', '.join(found)}"
