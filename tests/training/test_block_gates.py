@@ -13,16 +13,13 @@ import torch
 from block_gates import train
 from block_gates.data import ahead, batches, chain_rows, text_rows
 from block_gates.loss import Attended, block_keys, gate_loss
-from block_gates.model import GatePass, TrainedGates
+from block_gates.model import TrainedGates
 from block_gates.truth import block_truth, chunks, largest_weights
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lim_kernels.block_gates import Rotation
 from sgl_lim.evaluate.checkpoint import Checkpoint, load
-from sgl_lim.evaluate.own_pages import rotation_of
-from sgl_lim.evaluate.step_rows import under_way
 from sgl_lim.gates import load_gates, read_config
-from sgl_lim.gates.rotation import gate_rotation
 from sgl_lim.gates.weights import with_rotation
 from support.gate_oracle import GateRule, angles, draw_gate, gate_key, gate_scores, rope
 from support.package_tree import source_text
@@ -270,17 +267,12 @@ def test_the_gates_of_a_model_here_know_where_it_looks(name: str):
     checkpoint = load(str(folder), device="cpu", dtype="float32")
     config = read_config(str(folder / "gates"))
     loaded = load_gates(str(folder / "gates"), checkpoint.shape, torch.float32)
-    turned = rotation_of(checkpoint.model)
-    own = gate_rotation(config, checkpoint.shape.head_dim, turned.rotation, turned.theta)
+    trainer = train.Trainer(checkpoint, config, lr=0.0)
     tokens = torch.tensor([next(chain_rows(checkpoint, 800, seed=5))])
 
     def divergence(gates: list) -> float:
-        held = SimpleNamespace(config=config, gate=lambda layer, rotation: with_rotation(gates[layer], rotation))
-        one = GatePass(held, turned.rotation, own, learns=False)
-        with torch.no_grad(), under_way(one):
-            checkpoint.model(input_ids=tokens, use_cache=False, logits_to_keep=1)
-        return float(torch.stack(list(one.losses.values())).mean())
+        trainer.gates = SimpleNamespace(config=config, gate=lambda layer, own: with_rotation(gates[layer], own))
+        return float(trainer.losses(tokens).mean())
 
-    fresh = TrainedGates(config, checkpoint.shape)
-    untrained = divergence([fresh.gate(layer, None) for layer in range(checkpoint.depth)])
+    untrained = float(trainer.losses(tokens).mean())
     assert divergence(loaded) < min(untrained, divergence(loaded[::-1])) / 2
