@@ -20,6 +20,8 @@ class Shape:
     block: int
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 SHAPES = {
     "group-of-3": Shape(2, 9, 3, 64, 300, first=150, count=150, block=16),
     "no-group": Shape(1, 2, 2, 128, 257, first=101, count=156, block=64),
@@ -56,8 +58,16 @@ def agree(shape: Shape, dtype: torch.dtype, device: str, *, tolerance: float) ->
     assert torch.equal(found > 0, expected > 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+# Wide heads in float32 have no kernel: see the refusals below.
+CASES = {
+    f"{name}-{dtype}": (shape, DTYPES[dtype])
+    for name, shape in SHAPES.items()
+    for dtype in DTYPES
+    if (name, dtype) != ("wide", "fp32")
+}
+
+
+@pytest.mark.parametrize(("shape", "dtype"), CASES.values(), ids=CASES)
 def test_triton_agrees_with_the_reference(shape, dtype, device, triton_runs):
     # In the interpreter products of bf16 are made in float32.
     agree(shape, dtype, device, tolerance=1e-3 if (device, dtype) == ("cuda", torch.bfloat16) else 1e-4)
