@@ -63,7 +63,7 @@ def test_sets_are_as_large_as_the_attention_asks_for(case: LimCase, fleet: Fleet
                 for n, held in enumerate(read):
                     check_attention(qs[n], ks[held, n], vs[held, n], record["scale"], outs[n], place)
     assert len(seen) > 5, "sets of few sizes would pass as well"
-    grown = {name: total - before[name] for name, total in adaptive.counters().items()}
+    grown = adaptive.counted_since(before)
     # Each selection layer's share of a token is rounded down, row by row.
     assert attended - ROLES.count("select") * rows <= grown["tokens_attended"] <= attended + 1e-6
 

@@ -11,9 +11,10 @@ from sgl_lim.settings import kept_calibration, preset_file
 from support.fleet import NEXT_PYTHON, interpreter
 from support.server import AS_USERS, ServerPool, ServerSpec, launch_env
 
+from .conftest import CHAIN_TRACER
+
 pytestmark = pytest.mark.served
 
-CHAIN_TRACER = Path(__file__).parents[2] / "models" / "chain-tracer"
 BUDGET = 64
 
 

@@ -121,7 +121,7 @@ def test_mixed_steps_happen_where_they_are_enabled(churned: Server) -> None:
     ask(churned, [(long_prompt, 1)])
     assert finish_reason(decoding) == "length"
     churned.flush_cache()
-    grown = {name: total - before[name] for name, total in churned.counters().items()}
+    grown = churned.counted_since(before)
     assert grown["requests"] == 1, "the long request has but the token of its prefill"
     # Steps that are mixed with a prefill are dense, and not counted.
     dense = LAYERS * sum(range(len(prompt) + 1, len(prompt) + tokens))

@@ -37,7 +37,7 @@ def test_openai_client(chain_server: Server) -> None:
     assert answer.usage.prompt_tokens == expected["meta_info"]["prompt_tokens"]
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == expected["text"]
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == generated
-    grown = {name: value - before[name] for name, value in chain_server.counters().items()}
+    grown = chain_server.counted_since(before)
     assert grown["tokens_attended"] < grown["tokens_dense"], "both answers were decoded sparsely"
 
 
@@ -53,7 +53,7 @@ def test_bench_serving(chain_server: Server, tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stdout[-4000:]
     found = json.loads(result.read_text().splitlines()[-1])
     assert (found["completed"], found["total_output_tokens"]) == (6, 6 * 24), ended.stdout[-4000:]
-    grown = {name: value - before[name] for name, value in chain_server.counters().items()}
+    grown = chain_server.counted_since(before)
     assert grown["requests"] >= 6 and grown["tokens_attended"] < grown["tokens_dense"]
 
 

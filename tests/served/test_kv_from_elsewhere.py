@@ -68,7 +68,7 @@ def test_a_decode_server_serves_what_was_sent(fleet: Fleet, pool: ServerPool, na
     server.flush_cache()
     answers += answers_of(server, prompts)
     assert [len(tokens) for tokens in answers] == [NEW_TOKENS] * 2 * len(prompts)
-    counters = {name: value - before[name] for name, value in server.counters().items()}
+    counters = server.counted_since(before)
     assert counters["requests"] == 2 * len(prompts) and counters["requests_dense"] == 2
     # The first token is the prefill server's. Dense layers are among all layers.
     lengths = [len(prompt) + step for prompt in prompts for step in range(1, NEW_TOKENS)]

@@ -7,7 +7,7 @@ import pytest
 from support.agreement import largest_difference, same_tokens
 from support.fleet import COMMON_ARGS, NEW_TOKENS, Fleet, random_prompt
 from support.server import Answer, Server, ServerPool, ServerSpec
-from support.tiny_adapter import write_adapter
+from support.tiny_adapter import write_adapters
 
 pytestmark = pytest.mark.served
 
@@ -22,7 +22,6 @@ Servers = tuple[Server, Server]
 def servers(fleet: Fleet, pool: ServerPool, tmp_path_factory: pytest.TempPathFactory) -> Servers:
     """The dense backend and ours, with two adapters of the same model."""
     model, folder = fleet.model("gqa"), tmp_path_factory.mktemp("adapters")
-    paths = [f"{name}={write_adapter(folder / name, model, seed=n)}" for n, name in enumerate(ADAPTERS)]
     args = (
         "--dtype",
         "float32",
@@ -31,7 +30,7 @@ def servers(fleet: Fleet, pool: ServerPool, tmp_path_factory: pytest.TempPathFac
         "--lora-backend",
         "torch_native",
         "--lora-paths",
-        *paths,
+        *write_adapters(folder, model, ADAPTERS),
     )
     ours = ("--attention-backend", "lessismore", "--lim-budget", str(BUDGET), "--lim-selection-layers", "1,3")
     dense = ServerSpec("lora-dense", Path(model), ("--attention-backend", "torch_native", *args))

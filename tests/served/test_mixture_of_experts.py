@@ -38,7 +38,7 @@ def test_longer_contexts_are_decoded_sparsely(servers: tuple[Server, Server]) ->
     prompts = [random_prompt(length, length) for length in (400, 777, 1200)]
     before = ours.counters()
     answers = ours.generate(prompts, NEW_TOKENS)
-    counted = {name: value - before[name] for name, value in ours.counters().items()}
+    counted = ours.counted_since(before)
     lengths = [len(prompt) + step for prompt in prompts for step in range(1, NEW_TOKENS)]
     assert counted["tokens_dense"] == LAYERS * sum(lengths)
     # Layer 0 is dense, 1 and 3 attend to everything and select, 2, 4 and 5 attend to the set.

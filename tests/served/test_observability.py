@@ -42,7 +42,7 @@ def expected_counts(jobs: Sequence[tuple[list[int], int]], case: LimCase) -> dic
 def growth(server: Server, before: dict[str, int]) -> dict[str, int]:
     """How much the counters grew, once the server is idle."""
     server.flush_cache()
-    return {name: total - before[name] for name, total in server.counters().items()}
+    return server.counted_since(before)
 
 
 def test_the_start_up_line_says_what_is_on(case: LimCase, server: Server) -> None:

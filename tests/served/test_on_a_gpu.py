@@ -15,15 +15,16 @@ import torch
 
 from support.fleet import NEW_TOKENS, random_prompt
 from support.server import AS_USERS, Answer, Server, ServerPool, ServerSpec
-from support.tiny_adapter import write_adapter
+from support.tiny_adapter import write_adapters
 from support.tiny_model import write_tiny_model, write_tiny_moe
+
+from .conftest import CHAIN_TRACER
 
 pytestmark = [
     pytest.mark.served,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="serves with CUDA graphs, on a GPU"),
 ]
 
-CHAIN_TRACER = Path(__file__).parents[2] / "models" / "chain-tracer"
 ADAPTERS = ("first", "second")
 BUDGET, HEAD_DIM, PAGE = 512, 64, 64
 ON_GPU = (
@@ -91,7 +92,7 @@ def test_mixture_of_experts(pool: ServerPool, tmp_path: Path, record_property: R
     ours = compared(pool, model, (), lambda server: server.generate(within, NEW_TOKENS), record_property)
     before = ours.counters()
     ours.generate([random_prompt(length, length) for length in (900, 1500, 2000)], NEW_TOKENS)
-    counters = {name: value - before[name] for name, value in ours.counters().items()}
+    counters = ours.counted_since(before)
     record_property("counters beyond the budget", counters)
     assert counters["selections"] and counters["tokens_attended"] < 0.8 * counters["tokens_dense"]
 
@@ -99,7 +100,6 @@ def test_mixture_of_experts(pool: ServerPool, tmp_path: Path, record_property: R
 def test_adapters(pool: ServerPool, tmp_path: Path, record_property: Record) -> None:
     """Two adapters and none in one batch; only rows of one adapter are a group."""
     model = write_tiny_model(tmp_path / "lora", head_dim=HEAD_DIM)
-    paths = [f"{name}={write_adapter(tmp_path / name, model, seed=n)}" for n, name in enumerate(ADAPTERS)]
     prompts = [random_prompt(400, 1)] * 3 + [random_prompt(length, length) for length in (30, 77, 150, 211, 333)]
     adapters = [None, *ADAPTERS, *ADAPTERS, None, *ADAPTERS]
 
@@ -108,7 +108,9 @@ def test_adapters(pool: ServerPool, tmp_path: Path, record_property: Record) -> 
         assert len({answer.tokens for answer in answers[:3]}) == 3, "adapters that change nothing test nothing"
         return answers
 
-    ours = compared(pool, model, ("--enable-lora", "--lora-paths", *paths), ask, record_property)
+    ours = compared(
+        pool, model, ("--enable-lora", "--lora-paths", *write_adapters(tmp_path, model, ADAPTERS)), ask, record_property
+    )
     prompt = random_prompt(900, 2)
     for adapter in (None, *ADAPTERS):
         ours.generate([prompt], NEW_TOKENS, lora_path=[adapter])

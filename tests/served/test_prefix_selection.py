@@ -27,7 +27,7 @@ def test_groups_within_groups_beside_rows_of_their_own(case: LimCase, fleet: Fle
     steps = fleet.probe.steps(LAYERS)
     assert len(steps) >= 10
     check_steps(case, steps[::3])
-    grown = {name: total - before[name] for name, total in server.counters().items()}
+    grown = server.counted_since(before)
     # In three full layers six rows have 256 tokens in common, and three another 256. In three sparse layers the sets of
     # either problem's rows have most of their 256 tokens in common.
     full = 3 * (5 * 256 + 2 * 2 * 256)

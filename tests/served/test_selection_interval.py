@@ -62,7 +62,7 @@ def test_a_set_is_kept_between_selections(case: LimCase, fleet: Fleet, every_thi
                     assert middle(kept, case) == chosen[layer], place
                 assert kept[-1] == length - 1, place
                 check_attention(q, k[kept], v[kept], record["scale"], record["out"][0], place)
-    grown = {name: total - before[name] for name, total in every_third.counters().items()}
+    grown = every_third.counted_since(before)
     assert grown["selections"] == len(SELECTION_LAYERS) * -(-grown["decode_steps"] // INTERVAL)
     lengths = range(len(PROMPT) + 1, len(PROMPT) + 1 + grown["decode_steps"])
     full = [LAYERS - ROLES.count("sparse") if n % INTERVAL == 0 else ROLES.count("dense") for n in range(len(lengths))]
@@ -77,7 +77,7 @@ def test_forks_and_later_turns_begin_warm(case: LimCase, every_third: Server) ->
     before = every_third.counters()
     every_third.generate([[*PROMPT, *random_prompt(3 + n, 710 + n)] for n in range(3)], TOKENS)
     every_third.generate_one([*PROMPT, *first.tokens, *random_prompt(4, 720)], TOKENS)
-    grown = {name: total - before[name] for name, total in every_third.counters().items()}
+    grown = every_third.counted_since(before)
     assert (grown["requests"], grown["warm_starts"]) == (4, 4)
     every_third.generate_one(random_prompt(500, 730), TOKENS)
     assert every_third.counters()["warm_starts"] == before["warm_starts"] + 4, "nothing is known of a new prompt"
@@ -90,7 +90,7 @@ def test_a_flush_forgets_everything(case: LimCase, every_third: Server) -> None:
         every_third.flush_cache()
         before = every_third.counters()
         every_third.generate_one(PROMPT, TOKENS)
-        grown = {name: total - before[name] for name, total in every_third.counters().items()}
+        grown = every_third.counted_since(before)
         assert (grown["requests"], grown["warm_starts"]) == (1, 0)
         assert grown["selections"] == len(SELECTION_LAYERS) * -(-grown["decode_steps"] // INTERVAL)
 
@@ -130,7 +130,7 @@ def test_early_layers_attend_to_the_set_of_the_step_before(case: LimCase, fleet:
                 attended = served_set(record, 0, length)
             check_attention(q, k[attended], v[attended], record["scale"], record["out"][0], place)
         last = middle(served_set(step[SELECTION_LAYERS[0]], 0, length), case)
-    grown = {name: total - before[name] for name, total in early.counters().items()}
+    grown = early.counted_since(before)
     lengths = range(len(PROMPT) + 1, len(PROMPT) + 1 + grown["decode_steps"])
     full = [LAYERS - ROLES.count("sparse"), *[len(SELECTION_LAYERS)] * (len(lengths) - 1)]
     attended = [layers * n + (LAYERS - layers) * rule.budget for layers, n in zip(full, lengths, strict=True)]
@@ -144,7 +144,7 @@ def test_early_layers_of_a_fork_attend_to_what_its_prefix_remembers(case: LimCas
     early.generate_one(PROMPT, TOKENS)
     before = early.counters()
     early.generate_one([*PROMPT, *random_prompt(3, 730)], TOKENS)
-    grown = {name: total - before[name] for name, total in early.counters().items()}
+    grown = early.counted_since(before)
     assert (grown["requests"], grown["warm_starts"]) == (1, 1)
     lengths = range(len(PROMPT) + 4, len(PROMPT) + 4 + grown["decode_steps"])
     selecting = len(SELECTION_LAYERS)

@@ -24,10 +24,6 @@ def branches(prompt: list[int], count: int, seed: int) -> list[list[int]]:
     return [[*prompt, *random_prompt(5 + n, seed + n)] for n in range(count)]
 
 
-def growth(server: Server, before: dict[str, int]) -> dict[str, int]:
-    return {name: total - before[name] for name, total in server.counters().items()}
-
-
 def test_branches_of_one_prefix(case: LimCase, fleet: Fleet, server: Server) -> None:
     prompts = branches(PROBLEMS[0], 8, 500)
     alone = [server.generate_one(prompt) for prompt in prompts]
@@ -35,7 +31,7 @@ def test_branches_of_one_prefix(case: LimCase, fleet: Fleet, server: Server) -> 
     with fleet.probe.recording():
         assert same_tokens(server.generate(prompts), alone)
     check_steps(case, fleet.probe.steps(LAYERS)[::5])
-    grown = growth(server, before)
+    grown = server.counted_since(before)
     # The prefix is in the cache, so that all eight hold its slots from the first step on: seven of them read nothing
     # of the 512 tokens (in granules of 128) in one dense and two selection layers.
     assert grown["tokens_shared"] >= 3 * 7 * 512 * grown["decode_steps"] * 0.9
@@ -52,7 +48,7 @@ def test_requests_over_several_prefixes_with_a_common_start(case: LimCase, fleet
         together = server.generate([prompts[n] for n in order], 12)
     assert same_tokens(together, [alone[n] for n in order])
     check_steps(case, fleet.probe.steps(LAYERS)[::4])
-    grown = growth(server, before)
+    grown = server.counted_since(before)
     # Sixteen rows: 256 tokens of all, and 256 more of each problem's four.
     assert grown["tokens_shared"] >= 3 * (15 * 256 + 4 * 3 * 256) * grown["decode_steps"] * 0.7
 
@@ -72,7 +68,7 @@ def test_equal_prompts_that_arrive_together(case: LimCase, server: Server) -> No
     before = server.counters()
     answers = server.generate([prompt] * 4)
     assert same_tokens(answers, answers[:1] * 4)
-    assert growth(server, before)["tokens_shared"] > 0
+    assert server.counted_since(before)["tokens_shared"] > 0
     assert same_tokens(answers[:1], [server.generate_one(prompt)])
 
 

@@ -195,6 +195,10 @@ class Server:
         """The plugin's counters."""
         return self.lessismore()["counters"]
 
+    def counted_since(self, before: dict[str, int]) -> dict[str, int]:
+        """By how much the plugin's counters have grown."""
+        return {name: total - before[name] for name, total in self.counters().items()}
+
 
 def answer_from(item: dict[str, Any]) -> Answer:
     """An `Answer` from one object of `/generate`'s reply."""

@@ -1,6 +1,7 @@
 """Random LoRA adapters for the tiny checkpoint, as PEFT saves them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -32,3 +33,8 @@ def write_adapter(folder: Path, model: Path, *, seed: int, rank: int = 4, scale:
     config |= {"target_modules": list(PROJECTIONS), "bias": "none", "base_model_name_or_path": str(model)}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+def write_adapters(folder: Path, model: Path, names: Sequence[str]) -> list[str]:
+    """Write different adapters of the checkpoint `model` in `folder`, and return what --lora-paths takes of them."""
+    return [f"{name}={write_adapter(folder / name, model, seed=seed)}" for seed, name in enumerate(names)]
