@@ -1,7 +1,6 @@
 """Mathematics: what of a generation is its answer, and which answers are one."""
 
 import importlib.util
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,12 +17,11 @@ from sgl_lim.programs.run_records import Generation
 
 _RULES = 2  # changes with what counts as an answer, or as the same one
 
-# Seconds of processor time. Every request is tried for a moment, which is enough for most; those that need more share
-# what is left for a problem. So what is costly takes nothing from the rest.
+# Seconds of processor time, not of the clock: a busy machine must not change a grade. Every request is tried for a
+# moment, which is enough for most; the others get more. Only requests that come to no end are paid for. So all answers
+# that can be computed are compared, however many there are, and what is costly takes nothing from them.
 _MOMENT, _READ, _COMPARE = 0.12, 0.3, 0.7  # for one request: at first, then to read an answer, or to compare two
-_MOMENTS, _MORE = 10.0, 5.0  # for all requests of one problem: at first, and then
-# Seconds on the clock since a problem was begun, once one of its requests came to no end: for moments, and for more.
-_MOMENTS_CLOCK, _MORE_CLOCK = 20.0, 4.0
+_MOMENTS, _MORE = 10.0, 3.5  # for all requests of one problem that come to no end: at first, and then
 
 
 class MathGrader:
@@ -86,9 +84,7 @@ class _MathComparison:
     def __init__(self, process: MathProcess, stopped: Callable[[], bool]) -> None:
         self._process = process
         self._stopped = stopped
-        self._purses = [_Purse(_MOMENTS, _MOMENTS_CLOCK, _MOMENT), _Purse(_MORE, _MORE_CLOCK, None)]
-        self._is_costly = False
-        self._began = time.monotonic()
+        self._purses = [_Purse(_MOMENTS, _MOMENT), _Purse(_MORE, None)]
         self._readings: dict[str, _Reading] = {}
         self._same: dict[frozenset[Form], bool] = {}
 
@@ -122,24 +118,22 @@ class _MathComparison:
 
     def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
         for purse in self._purses:
-            if purse.left <= 0 or (self._is_costly and time.monotonic() - self._began > purse.clock):
+            if purse.left <= 0:
                 continue
             limit = purse.most or seconds
             try:
                 reply = self._process.ask(request, limit, self._stopped)
             except WorkerLost as error:
                 raise _broken(error) from error
-            purse.left -= limit if reply is None else reply["seconds"]
             if reply is not None:
                 return reply
-            self._is_costly = True
+            purse.left -= limit
         return None
 
 
 @dataclass
 class _Purse:
     left: float  # seconds of processor time
-    clock: float  # seconds
     most: float | None  # at a time; None for what the request may take
 
 

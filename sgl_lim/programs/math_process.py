@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 _START_SECONDS = 120.0  # for its imports, on a machine that is busy
-_STARVED = 20.0  # a request may take so many times its limit on the clock, where other processes take the processor
+_HUNG_SECONDS = 60.0  # a request without a reply waits for something, or the whole machine stands still
 _GRACE_SECONDS = 0.5  # for all that is still to compare when the run is stopped
 _POLL_SECONDS = 0.05
 
@@ -80,7 +80,7 @@ class MathProcess:
             self._process.stdin.flush()
         except OSError as error:
             raise WorkerLost(self._why()) from error
-        reply = self._line(seconds * _STARVED, stopped)
+        reply = self._line(_HUNG_SECONDS, stopped)
         if reply is None:
             self.close()  # it waits for something, so that no limit of processor time ends it
             self._launch()

@@ -31,15 +31,18 @@ port = int(sys.argv[sys.argv.index("--port") + 1])
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 SILENT = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+# In naps: a signal that arrives just before a long sleep begins would be noticed when the sleep ends.
 USER = """
-import sys, time
+import faulthandler, sys, time
 from pathlib import Path
 from sgl_lim.programs import server_process
 from sgl_lim.programs.server_process import Launch, running_server
 server_process.LAUNCHER = ("-c", sys.argv[2])
 with running_server(Launch((), Path(sys.argv[1])), timeout=60):
     print("ready", flush=True)
-    time.sleep(600)
+    faulthandler.dump_traceback_later(50)
+    while True:
+        time.sleep(0.1)
 """
 
 

@@ -47,7 +47,9 @@ def test_a_run_can_be_interrupted_while_sglang_is_imported(tmp_path: Path) -> No
 
 
 def test_an_interrupted_command_has_no_traceback() -> None:
-    code = "from sgl_lim import command; import time; command.run(lambda: print(1, flush=True) or time.sleep(600))"
+    # In naps: a signal that arrives just before a long sleep begins would be noticed when the sleep ends.
+    naps = "[time.sleep(0.1) for _ in range(6000)]"
+    code = f"from sgl_lim import command; import time; command.run(lambda: print(1, flush=True) or {naps})"
     with start(f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}") as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.readline()
