@@ -212,7 +212,7 @@ def test_an_interrupted_comparison_hands_the_signal_on(tmp_path: Path, dense: St
     try:
         wait_until(lambda: has_lines(tmp_path / "dense.jsonl", 2), "two answered problems", beside=process)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     finally:
         process.kill()
         release.set()

@@ -131,7 +131,7 @@ def test_a_signal_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) 
         tree = psutil.Process(process.pid).children(recursive=True)
         assert len(tree) == 3 and len(running(tmp_path)) == 2
         process.send_signal(number)
-        assert process.wait(60) == 128 + number
+        assert process.wait(120) == 128 + number
         assert not running(tmp_path) and not any(map(server_process.is_running, tree))
     finally:
         process.kill()

@@ -314,7 +314,7 @@ def test_an_interrupted_run_is_resumed(cli: Cli, number: signal.Signals, code: i
     try:
         wait_until(lambda: has_lines(cli.output, 2), "two answered problems", beside=process)
         process.send_signal(number)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=120)
     finally:
         process.kill()
         release.set()

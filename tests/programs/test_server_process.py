@@ -40,7 +40,7 @@ from sgl_lim.programs.server_process import Launch, running_server
 server_process.LAUNCHER = ("-c", sys.argv[2])
 with running_server(Launch((), Path(sys.argv[1])), timeout=60):
     print("ready", flush=True)
-    faulthandler.dump_traceback_later(50)
+    faulthandler.dump_traceback_later(100)
     while True:
         time.sleep(0.1)
 """
@@ -125,7 +125,7 @@ def test_a_signal_to_the_program_ends_its_servers(number: signal.Signals, tmp_pa
         assert user.stdout is not None and user.stdout.readline() == "ready\n"
         assert len(running(log)) == 4
         user.send_signal(number)
-        assert user.wait(60) in (128 + number, -number)
+        assert user.wait(120) in (128 + number, -number)
         assert not running(log)
     finally:
         user.kill()

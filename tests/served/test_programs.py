@@ -180,7 +180,7 @@ def test_a_killed_run_is_resumed(cli: Cli, number: signal.Signals) -> None:
     try:
         wait_until(lambda: has_lines(cli.output, 2), "two answered problems", beside=process)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
@@ -201,7 +201,7 @@ def test_an_interrupted_clients_requests_leave_the_server(cli: Cli) -> None:
     try:
         wait_until(lambda: running_requests(cli.url) > 0, "a running request", beside=process)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=120)
         wait_until(lambda: not running_requests(cli.url), "the end of requests whose client is gone")
     finally:
         process.kill()
