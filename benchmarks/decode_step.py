@@ -26,7 +26,8 @@ A backend that fails has no speed. Which tokens a selection picks beyond the bud
     python -m benchmarks.decode_step --model-path M --backends fa3 lessismore:budget=2048,aggregate=max \\
         --cases 1x2048 16x32768 1x32768/16x256 --output out/decode_step.csv --sglang-args='--mem-fraction-static 0.85'
 
-One device only.
+With `--tp-size N` a model's heads are spread over N devices. Each has a process, all take the same steps, and the first
+device's times are reported.
 """
 
 import argparse
@@ -47,6 +48,7 @@ from torch import Tensor
 
 from benchmarks.decode_step_worker import Outcome, work
 from benchmarks.forest import Forest
+from benchmarks.ranks import on_every_rank
 from benchmarks.results_file import append_rows, require_columns
 from sgl_lim import command
 from sgl_lim.methods import LessIsMore
@@ -138,7 +140,7 @@ def run_worker(
     return outcome
 
 
-def worker_argv(backend: Backend, args: argparse.Namespace) -> list[str]:
+def worker_argv(backend: Backend, args: argparse.Namespace, ranks: int = 1) -> list[str]:
     """SGLang's arguments, the same for all backends but for the backend's name; the user's come last and win."""
     cases = [args.profile] if args.profile else args.cases
     batches = sorted({case.batch for case in cases} | ({CHECKED_REQUESTS} if args.check else set()))
@@ -147,6 +149,7 @@ def worker_argv(backend: Backend, args: argparse.Namespace) -> list[str]:
         *("--load-format", "dummy", "--skip-tokenizer-init"),
         *("--sampling-backend", "pytorch", "--grammar-backend", "none"),
         *("--disable-prefill-cuda-graph", "--cuda-graph-bs-decode", *map(str, batches)),
+        *(("--tp-size", str(ranks)) if ranks > 1 else ()),
         *shlex.split(args.sglang_args),
     ]
 
@@ -280,8 +283,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--profile", type=Forest.parse, metavar="BxC", help="list the kernels of one step; time nothing"
     )
+    parser.add_argument("--tp-size", type=int, default=1, metavar="N", help="devices (default: %(default)s)")
     add_worker_flags(parser)
     args = parser.parse_args(argv)
+    if args.tp_size < 1:
+        parser.error("--tp-size must be at least 1")
     if bool(args.cases) == bool(args.profile):
         parser.error("give either --cases or --profile")
     if args.steps < 1 or args.warmup < 0:
@@ -293,7 +299,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     """Run every backend's worker in turn; print a table, append rows to `--output`."""
     if sys.argv[1:2] == ["--worker"]:
-        work(json.loads(sys.argv[2]))
+        on_every_rank(work, json.loads(sys.argv[2]))
         return
     args = parse(sys.argv[1:])
     if args.output:
@@ -302,10 +308,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     first: Outcome | None = None
     for backend in args.backends:
-        worker = worker_argv(backend, args)
+        worker = worker_argv(backend, args, args.tp_size)
         print(f"== {backend.spec}: {backend.command(worker)}", file=sys.stderr)
         job = {
             "argv": worker,
+            "ranks": args.tp_size,
             "shuffle_slots": args.shuffle_slots,
             "warmup": args.warmup,
             "steps": args.steps,

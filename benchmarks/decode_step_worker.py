@@ -10,6 +10,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,8 +99,11 @@ class Bench:
         self.sampling: dict[str, float] = {"temperature": 0}
 
     @classmethod
-    def load(cls: type[SomeBench], argv: list[str], shuffle_slots: bool) -> SomeBench:
-        """A model set up as SGLang's own static benchmark does it, its KV pool filled with noise."""
+    def load(cls: type[SomeBench], argv: list[str], shuffle_slots: bool, rank: int = 0, ranks: int = 1) -> SomeBench:
+        """A model set up as SGLang's own static benchmark does it, its KV pool filled with noise.
+
+        Of several tensor-parallel ranks it is one's part of the model, on the device of the rank's number.
+        """
         from sglang.srt.plugins import load_plugins
 
         load_plugins()  # the mains that serve do this; a benchmark must do it itself, before flags are parsed
@@ -107,15 +111,18 @@ class Bench:
         from sglang.srt.server_args import PortArgs, prepare_server_args
 
         server_args = prepare_server_args(argv)
-        if server_args.tp_size != 1:
-            raise ValueError(f"this benchmark drives one device, got --tp-size {server_args.tp_size}")
+        if server_args.tp_size != ranks:
+            raise ValueError(
+                f"this benchmark has {ranks} ranks, and SGLang was told --tp-size {server_args.tp_size}; the benchmark "
+                "itself has to be given --tp-size, if it takes that, and not --sglang-args"
+            )
         one_batch._set_envs_and_config(server_args)
         one_batch.initialize_moe_config(server_args)
         one_batch.initialize_fp8_gemm_config(server_args)
         one_batch.initialize_fp4_gemm_config(server_args)
         one_batch.ModelRunner = cls.runner_class(one_batch.ModelRunner, server_args)
         one_batch.get_tokenizer = lambda *args, **options: None  # `load_model` wants one; we send token ids
-        wrapped, _ = one_batch.load_model(server_args, PortArgs.init_new(server_args), gpu_id=0, tp_rank=0)
+        wrapped, _ = one_batch.load_model(server_args, PortArgs.init_new(server_args), gpu_id=rank, tp_rank=rank)
         runner: Any = wrapped.torch_runner
         bench = cls(runner, one_batch, torch.get_device_module(runner.device), shuffle_slots=shuffle_slots)
         if server_args.load_format == "dummy":
@@ -309,11 +316,16 @@ def fill_with_noise(buffer: Tensor, chunk: int = 1 << 16) -> None:
         part.copy_(torch.randn(part.shape, device=part.device).to(part.dtype))
 
 
-def work(job: dict[str, Any]) -> None:
-    """A worker: check, then time or profile, saving the outcome as it grows."""
+def work(job: dict[str, Any]) -> bool:
+    """A worker: check, then time or profile, saving the outcome as it grows. Of several ranks the first saves.
+
+    Returns:
+        Whether this rank did as much as the others.
+    """
     outcome, path = Outcome(), Path(job["outcome"])
+    save = partial(outcome.save, path) if job["rank"] == 0 else lambda: None
     try:
-        bench = Bench.load(job["argv"], job["shuffle_slots"])
+        bench = Bench.load(job["argv"], job["shuffle_slots"], job["rank"], job["ranks"])
         outcome.machine = machine_line()
         if job["profile"]:
             outcome.kernels = bench.kernels(Forest.parse(job["profile"]), job["warmup"])
@@ -322,24 +334,33 @@ def work(job: dict[str, Any]) -> None:
             outcome.finite = bool(outcome.logits.isfinite().all())
         if job["sparse"]:
             outcome.finite &= bool(bench.logits(Forest.parse(job["sparse"]), own_noise=False).isfinite().all())
-        outcome.save(path)
+        save()
         # Only now: a sampler that is not greedy leaves probabilities where the logits were.
         if "sampling" in job:
             bench.sampling = job["sampling"]
         for name in job["cases"]:
-            case = Forest.parse(name)
-            try:
-                alone = bench.time_alone(case, job["warmup"], job["steps"])
-                outcome.pipelined[name] = bench.time_pipelined(case, job["warmup"], job["steps"])
-                outcome.times[name] = alone
-            except Exception as error:
-                outcome.errors[name] = reason(error)
-            if outcome.errors.get(name) == "out of memory":
-                torch.get_device_module(bench.runner.device).empty_cache()
-            outcome.save(path)
+            time_case(bench, name, job, outcome)
+            save()
     except Exception as error:
         outcome.error = reason(error)
-    outcome.save(path)
+    save()
+    return not outcome.error
+
+
+def time_case(bench: Bench, name: str, job: dict[str, Any], outcome: Outcome) -> None:
+    """Fill an outcome with one case."""
+    case = Forest.parse(name)
+    try:
+        alone = bench.time_alone(case, job["warmup"], job["steps"])
+        outcome.pipelined[name] = bench.time_pipelined(case, job["warmup"], job["steps"])
+        outcome.times[name] = alone
+    except Exception as error:
+        outcome.errors[name] = reason(error)
+        # All ranks find that there is no room. After anything else they would no longer be at the same step.
+        if job["ranks"] > 1 and not isinstance(error, NoRoom):
+            raise
+    if outcome.errors.get(name) == "out of memory":
+        torch.get_device_module(bench.runner.device).empty_cache()
 
 
 def reason(error: Exception) -> str:

@@ -164,6 +164,7 @@ def main() -> None:
     if args.output:
         require_columns(args.output, COLUMNS)
     job: dict[str, Any] = {
+        "ranks": 1,
         "shuffle_slots": args.shuffle_slots,
         "warmup": args.warmup,
         "steps": args.steps,

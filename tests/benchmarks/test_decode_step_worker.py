@@ -159,10 +159,11 @@ def test_a_case_whose_second_timing_fails_has_neither(tmp_path: Path, monkeypatc
 
     model = SimpleNamespace(time_alone=lambda case, warmup, steps: [3.0], time_pipelined=time_pipelined)
     model.runner = SimpleNamespace(device="cpu")
-    monkeypatch.setattr(Bench, "load", lambda argv, shuffle_slots: model)
+    monkeypatch.setattr(Bench, "load", lambda argv, shuffle_slots, rank, ranks: model)
     job = {"argv": [], "shuffle_slots": False, "warmup": 1, "steps": 1, "cases": ["1x2", "3x4"], "profile": None}
     path = tmp_path / "outcome.pt"
-    decode_step_worker.work({**job, "checked": [], "sparse": "", "outcome": str(path)})
+    whole = {**job, "rank": 0, "ranks": 1, "checked": [], "sparse": "", "outcome": str(path)}
+    assert decode_step_worker.work(whole)
     found = Outcome(**torch.load(path))
     assert (found.times, found.pipelined, found.errors) == ({"3x4": [3.0]}, {"3x4": [2.0]}, {"1x2": "pool"})
 
