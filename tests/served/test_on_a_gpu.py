@@ -1,13 +1,14 @@
-"""Adapters, experts and the host cache on a GPU, with CUDA graphs and in bf16, beside SGLang's `triton` backend.
+"""Adapters, experts and the host cache on a GPU, with CUDA graphs, and two GPUs beside one.
 
-Logits of random weights are nearly flat, so that in bf16 greedy answers part at ties. Log-probabilities are compared up
-to there. How far they may be apart is measured: as far as that backend is from itself with another number of KV splits.
-`--junitxml FILE` keeps what was found.
+In bf16 they stand beside SGLang's `triton` backend. Logits of random weights are nearly flat, so that greedy answers
+part at ties. Log-probabilities are compared up to there. How far they may be apart is measured: as far as that backend
+is from itself with another number of KV splits. Two GPUs compute in float32, where nothing but another set parts them
+from one GPU. `--junitxml FILE` keeps what was found.
 """
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,21 @@ OURS = ("--attention-backend", "lessismore", "--lim-dense-backend", "triton", "-
 LAYERS = ("--lim-selection-layers", "1,3")
 KEEP_SETS = ("--lim-selection-layers", "2,6", "--lim-selection-interval", "4", "--lim-early-sets", "on")
 GRAPHS = "cuda graph: True"
+# Triton multiplies float32 in TF32 otherwise.
+EXACT = (("TRITON_F32_DEFAULT", "ieee"),)
+# Of log-probabilities in float32. Rounding may exchange a token of a set for one that scores alike (1e-3 was seen). A
+# budget that differs by four tokens moves them by 0.5.
+LARGEST_ROUNDING = 1e-2
+METHODS = {
+    "union": (),
+    "max": ("--lim-aggregate", "max"),
+    "sum": ("--lim-aggregate", "sum"),
+    "kv-heads": ("--lim-scope", "kv_head"),
+    "group": ("--lim-prefix-selection", "group"),
+    "adaptive": ("--lim-aggregate", "max", "--lim-top-p", "0.9", "--lim-recency", "auto"),
+    "tidaldecode": ("--lim-method", "tidaldecode"),
+    "quest": ("--lim-method", "quest", "--page-size", "16"),
+}
 Record = Callable[[str, object], None]
 
 
@@ -60,10 +76,10 @@ def distance(first: list[Answer], second: list[Answer]) -> Distance:
     return Distance(sum(a.tokens == b.tokens for a, b in pairs), largest)
 
 
-def spec(name: str, model: Path, *args: str, pool: int = 32768) -> ServerSpec:
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+def spec(name: str, model: Path, *args: str, pool: int = 32768, gpus: str = "0") -> ServerSpec:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", gpus)
     sizes = ("--max-total-tokens", str(pool))
-    return ServerSpec(name, model, (*ON_GPU, *sizes, *args), env=(("CUDA_VISIBLE_DEVICES", gpu), *AS_USERS))
+    return ServerSpec(name, model, (*ON_GPU, *sizes, *args), env=(("CUDA_VISIBLE_DEVICES", visible), *AS_USERS))
 
 
 def compared(
@@ -148,3 +164,39 @@ def test_the_host_cache(method: tuple[str, ...], pool: ServerPool, record_proper
     record_property("from the GPU, computed", distance(expected, expected_first))
     assert GRAPHS in ours.log()
     assert distance(again, expected) == Distance(len(prompts), 0.0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_two_gpus_answer_as_one(
+    method: tuple[str, ...], pool: ServerPool, tmp_path: Path, record_property: Record
+) -> None:
+    """Each rank has half of the heads, and the set is that of all heads: any other would change the answers."""
+    model = write_tiny_model(tmp_path / "two", head_dim=HEAD_DIM)
+    args = (*OURS, *LAYERS, *method, "--dtype", "float32")
+    one, two = (
+        replace(made, env=(*made.env, *EXACT))
+        for made in (
+            spec("one-gpu", model, *args),
+            spec("two-gpus", model, *args, "--tp-size", "2", gpus="0,1"),
+        )
+    )
+    prefix = random_prompt(1200, 3)
+    prompts = [random_prompt(length, length) for length in (200, 900, 1500, 2000)]
+    prompts += [[*prefix, *random_prompt(4 + n, n)] for n in range(4)]
+
+    def ask(server: Server) -> tuple[list[Answer], dict[str, int]]:
+        server.generate_one(prefix, 1)
+        before = server.counters()
+        return server.generate(prompts, NEW_TOKENS), server.counted_since(before)
+
+    expected, counted = ask(pool.get(one, beside=two))
+    server = pool.get(two)
+    found, counted_by_two = ask(server)
+    apart = distance(found, expected)
+    record_property("two GPUs, one GPU", apart)
+    record_property("counters", {"one": counted, "two": counted_by_two})
+    assert GRAPHS in server.log()
+    assert counted["tokens_attended"] < 0.8 * counted["tokens_dense"]
+    assert apart.same == len(prompts) and apart.logprobs < LARGEST_ROUNDING
+    assert counted_by_two == pytest.approx(counted, rel=1e-3)
