@@ -70,13 +70,14 @@ def test_a_slow_machine_changes_no_grade(math_grader: MathGrader, monkeypatch: p
         nonlocal moments
         if seconds < 0.2:
             moments += 1
+            time.sleep(0.03)  # the last answer is read after more than four seconds
             return None
         return ask(request, 10 * seconds, stopped)
 
     monkeypatch.setattr(math_grader._process, "ask", moments_are_too_short)
     texts = [f"{a}x^2+{b}xy" for a in range(1, 13) for b in range(1, 13)]
-    graded = grade(problem("x(5x+4y)"), boxes(texts), math_grader)
-    assert [text for text, sample in zip(texts, graded.samples, strict=True) if sample.correct] == ["5x^2+4xy"]
+    graded = grade(problem("12x(x+y)"), boxes(texts), math_grader)
+    assert [text for text, sample in zip(texts, graded.samples, strict=True) if sample.correct] == ["12x^2+12xy"]
     assert not any(sample.by_spelling for sample in graded.samples) and moments > 80
 
 
