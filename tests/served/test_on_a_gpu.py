@@ -8,7 +8,7 @@ from one GPU. `--junitxml FILE` keeps what was found.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -76,10 +76,12 @@ def distance(first: list[Answer], second: list[Answer]) -> Distance:
     return Distance(sum(a.tokens == b.tokens for a, b in pairs), largest)
 
 
-def spec(name: str, model: Path, *args: str, pool: int = 32768, gpus: str = "0") -> ServerSpec:
+def spec(
+    name: str, model: Path, *args: str, pool: int = 32768, gpus: str = "0", env: tuple[tuple[str, str], ...] = ()
+) -> ServerSpec:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", gpus)
     sizes = ("--max-total-tokens", str(pool))
-    return ServerSpec(name, model, (*ON_GPU, *sizes, *args), env=(("CUDA_VISIBLE_DEVICES", visible), *AS_USERS))
+    return ServerSpec(name, model, (*ON_GPU, *sizes, *args), env=(("CUDA_VISIBLE_DEVICES", visible), *AS_USERS, *env))
 
 
 def compared(
@@ -174,13 +176,8 @@ def test_two_gpus_answer_as_one(
     """Each rank has half of the heads, and the set is that of all heads: any other would change the answers."""
     model = write_tiny_model(tmp_path / "two", head_dim=HEAD_DIM)
     args = (*OURS, *LAYERS, *method, "--dtype", "float32")
-    one, two = (
-        replace(made, env=(*made.env, *EXACT))
-        for made in (
-            spec("one-gpu", model, *args),
-            spec("two-gpus", model, *args, "--tp-size", "2", gpus="0,1"),
-        )
-    )
+    one = spec("one-gpu", model, *args, env=EXACT)
+    two = spec("two-gpus", model, *args, "--tp-size", "2", gpus="0,1", env=EXACT)
     prefix = random_prompt(1200, 3)
     prompts = [random_prompt(length, length) for length in (200, 900, 1500, 2000)]
     prompts += [[*prefix, *random_prompt(4 + n, n)] for n in range(4)]
