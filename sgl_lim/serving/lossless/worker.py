@@ -82,6 +82,11 @@ class SelfSpecWorker(BaseSpecWorker):
         self._passes, memory, seconds = capture(runner, self._passes)
         self._additional_graph_memory_usage.update(memory)
         self._additional_graph_time_usage.update(seconds)
+        if runner.device == "cuda":
+            from sgl_lim.serving.lossless.reservations import compile_reservations
+
+            table, page = runner.req_to_token_pool.req_to_token, runner.token_to_kv_pool.page_size
+            compile_reservations(table, page, runner.max_running_requests)
         most = most_rows(runner, self._passes)
         costs = versions.agreed(Meter(runner, self._passes, most).measure()) if self._config.vary_drafts else None
         self._chooser = Chooser(self._counts, costs, most_rows=most)
