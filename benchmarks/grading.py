@@ -8,6 +8,7 @@ compute are graded as the samples of one problem, on the clock. Exit code 1 if a
 import argparse
 import itertools
 import random
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from sgl_lim import command
 from sgl_lim.programs.builtin_problems import BUILTIN, builtin_problems
 from sgl_lim.programs.graders import Grader
 from sgl_lim.programs.grading import grade, make_grader
-from sgl_lim.programs.problems import Problem
+from sgl_lim.programs.problems import Problem, ProblemError
 from sgl_lim.programs.run_records import Generation
 
 FORMS: dict[str, Callable[[str], str]] = {
@@ -93,7 +94,11 @@ def main() -> int:
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="holds aime2024.jsonl … (default: the hub)")
     parser.add_argument("--pairs", type=int, default=100_000, metavar="N", help="random pairs (default: %(default)s)")
     args = parser.parse_args()
-    answers = [problem.answer for name in BUILTIN for problem in builtin_problems(name, args.data_dir).problems]
+    try:
+        answers = [problem.answer for name in BUILTIN for problem in builtin_problems(name, args.data_dir).problems]
+    except ProblemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     grader = make_grader("math")
     print(f"grader: {grader.name}; {len(answers)} answers, {len(set(answers))} spellings")
     missed = misread(answers, grader)

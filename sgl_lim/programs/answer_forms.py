@@ -9,7 +9,9 @@ import unicodedata
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from sgl_lim.programs.answer_latex import display_math, residue, usual_commands
 from sgl_lim.programs.answer_text import closing_brace
+from sgl_lim.programs.answer_units import scaled, split_unit
 
 # Report: "the answer holds invisible, full-width, bold or other Unicode characters, and counts as wrong".
 _CHARACTERS = str.maketrans(
@@ -45,23 +47,22 @@ _SPACES = re.compile(
 )
 # Report: "bold Markdown, choices and dollars count as wrong".
 _MARKDOWN = re.compile(r"^\s*(?:\*\*|__)(.*?)(?:\*\*|__)\s*$")
-_CHOICE = re.compile(r"\(?([A-J])\)(?:\s*:?\s*(?:\\unit\s)?\s*(.+))?")
+_CHOICE = re.compile(r"\(?([A-J])\)(?:\s*:?\s*(?:\\unit\s)?\s*(?![,;])(.+))?|([A-J])[.:]\s+(.+)")
+_OTHER_CHOICE = re.compile(r"(?:^|[,;\s])\(?[A-J](?:[).:]|\s|$)|^[A-Za-z]+$")
+_CHOSEN = re.compile(r"^\s*(?:option|choice)\s+(?=\(?[A-J]\b)", re.IGNORECASE)
 _DOLLARS = re.compile(r"\s*\$?\s*\\\$")
 # Report: "a remark in the box counts as wrong": \text{The answer is } 9, 9 (nine), 9 with a tick.
 _REMARKS = re.compile(
     r"^\s*(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is)?\s*:?\s+(?=\S)"
-    r"|(?<=\d)\s*(?:\\unit\s*)?\([A-Za-z]{3,}[A-Za-z\s]*\)\s*$|\\(?:checkmark|blacksquare|square|qed)(?![A-Za-z])|[✓✔✅■∎]",
+    r"|(?<=[\d}])(?:\s+|\s*\\unit\s*)\((?!not|reject|wrong|exclud|sin|cos|tan|log|ln|sqrt)"
+    r"(?:[A-Za-z]{3,}[A-Za-z\s-]*|(?:since|because)\b[^()]*)\)\s*$"
+    r"|\\(?:checkmark|blacksquare|square|qed)(?![A-Za-z])|[✓✔✅■∎]",
     re.IGNORECASE,
 )
-# Report: "12 percent is not 12%", and "other names of one command, such as \dfrac and \langle, are not read".
+# Report: "12 percent is not 12%".
 _PERCENT = re.compile(r"\s+per\s?cent\b|(?<=\d)\s*%", re.IGNORECASE)
-_BRACKETS = {"langle": "(", "rangle": ")", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]"}
-_BRACKET = re.compile(rf"\\({'|'.join(_BRACKETS)})(?![A-Za-z])")
-_DOTS = re.compile(r"\\[cl]?dots[cob]?(?![A-Za-z])|\.\.\.")
-_FRACTIONS = re.compile(r"\\[dtc]frac(?![A-Za-z])")
-_RELATIONS = re.compile(r"\\(le|ge|ne)(?:q|qslant)(?![A-Za-z])")
 # Report: "1{,}000, 1\,000 and 1,000 are not 1000"; a comma in brackets parts elements.
-_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\d.])\d{1,3}(?: \d{3})+(?!\d)")
+_GROUPED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|(?<![\d.])[1-9]\d{0,2}(?: \d{3})+(?!\d)")
 _JOINED = re.compile(r"(?<=\d)(?:\{,\}\s*|,\\!\s*)(?=\d{3})")
 # Report: "pi/2, sqrt(3) and infinity count as wrong"; "1e-7 is e - 7"; "x \in [1, 2] is not [1, 2]".
 _PLAIN_WORDS = re.compile(
@@ -72,36 +73,31 @@ _SCIENTIFIC = re.compile(r"^([-+]?(?:\d+\.?\d*|\.\d+))[eE]([-+]?\d+)$")
 _COMMAND_OF = {"infinity": "infty", "inf": "infty", "oo": "infty"}
 _MEMBER = re.compile(r"^\s*(?:[A-Za-z]|\\[a-z]+)\s*\\in(?![a-z])\s*")
 _NAMED = re.compile(r"^\s*((?:[A-Za-z]|\\[A-Za-z]+)[\w{}'\\]*(?:\s*\([A-Za-z,\s]*\))?)\s*=\s*([^=<>]*)$")
+# Report: "f(2) = 7, \gcd(24, 36) = 12 and minimum value = 2 are not 7, 12 and 2"; x(x - 3) = 0 stays an equation.
+_VALUE_OF = re.compile(
+    r"\s*(?:\\(?:gcd|lcm)|lcm|gcd|det|rank|arg)\s*\([^=<>()]*\)\s*=\s*([^=<>]*)"
+    r"|\s*\\(?:lim(?![A-Za-z])[^=<>]*|(?:det|min|max|inf|sup|deg|dim)(?![A-Za-z])[^=<>+\-]*)=\s*([^=<>]*)"
+)
+_CALL = r"(?:[fghpqFGHPQT]|\\Pr)(?:\^\{?-1\}?)?'*\s*\("
+_CALLED = re.compile(rf"\s*({_CALL}[^=<>]*\))\s*=\s*([^=<>]*)")
+_INNER_CALL = re.compile(rf"{_CALL}[^()]*\)")
+_WORDS_FOR = re.compile(r"^\s*([A-Za-z]{3,}(?:\s+(?:\\unit\s+)?[A-Za-z]+)*)\s*=\s*([^=<>]*)$")
+_TURNED = re.compile(r"^((?:\\(?:frac|sqrt|pi|cdot|times|binom|ln|log)(?![A-Za-z])|[^A-Za-z=<>,\\])+)=\s*([A-Za-z])$")
+_COORDINATE = re.compile(r"\s*([xyz])\s*=\s*([^=<>]+)")
+_ARTICLE = re.compile(r"^(?:an?|the)\s+(?=[A-Za-z]{3,}[A-Za-z' -]*$)", re.IGNORECASE)
+# Report: "all real numbers is not \mathbb{R}".
+_ALL_REALS = re.compile(r"^(?:all\s+reals?(?:\s+numbers?)?|\\mathbb\s*\{?\s*R\s*\}?|\\R)$", re.IGNORECASE)
+_ORDINAL = re.compile(r"(?<=\d)(?<!\^\d)\s*(?:\^\s*)?\{?\s*(?:\\unit\s*)?(?:st|nd|rd|th)\s*\}?$")
 _BASED = re.compile(
-    r"\(?([0-9A-Za-z]+)\)?\s*(?:_\s*\{?\s*(?:base)?\s*([A-Za-z]+|\d+)\s*\}?"
+    r"\(?([0-9A-Za-z]+)\)?\s*(?:_\s*\{?\s*\(?(?:base)?\s*([A-Za-z]+|\d+)\s*\)?\s*\}?"
     r"|\s+(?:\\unit\s*)?\(?(?:in\s+)?base[\s-]+(\w+)\)?)"
 )
 _BASES = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
-_UNITS = {
-    "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km",
-    "millimeter": "mm", "millimetre": "mm", "inch": "in", "inche": "in", "foot": "ft", "feet": "ft", "mile": "mi",
-    "yard": "yd", "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h", "day": "day", "week": "week",
-    "month": "month", "year": "year", "degree": "degree", "deg": "degree", "radian": "rad", "dollar": "dollar",
-    "usd": "dollar", "cent": "cent", "gram": "g", "kilogram": "kg", "liter": "l", "litre": "l",
-    "pound": "lb", "ounce": "oz", "kph": "km/h", "mph": "mi/h",
-}  # fmt: skip
-_KNOWN_UNITS = frozenset([*_UNITS.values(), "am", "pm", "n", "j", "w", "v", "k", "c", "f"])
-_SHORT_UNITS = r"cm|mm|km|ft|in|kg|mi|yd|lb|oz|mph|hr|min|sec|deg|sq|cu"
-_POWER = r"(?:\s*\^\s*\{?[23]\}?)?"
-# Report: "a unit behind the number counts as wrong": words in a wrapper, known or long words without one, degrees.
-_UNIT = re.compile(
-    r"(?<=[\d})a-z%])\s*("
-    rf"\\unit\s*[A-Za-z][A-Za-z .\-/]*(?:/\s*\\unit\s*[A-Za-z]+)?{_POWER}"
-    rf"|(?:\s|(?<=\d))(?:{_SHORT_UNITS})\b[A-Za-z .\-/]*{_POWER}|\s(?:per\s+)?[A-Za-z]{{4,}}[A-Za-z .\-/]*{_POWER}"
-    r"|\s(?:m|ft|km|mi|cm|g|kg)\s*/\s*(?:s|h|hr|min|L|l|ml)(?:\s*\^\s*\{?2\}?)?|\s[ms]\s*\^\s*\{?[23]\}?"
-    r"|\^\s*\{?\\circ\}?(?:\s*(?:\\unit)?\s*[CF])?)\s*$"
-)
 _BEFORE_UNIT = re.compile(r"[\dA-Za-z})\]%](?:\\[,;:! ]|[\s~])*$")
 _LETTER_UNIT = re.compile(
     r"(?<=[\d}/])((?:\\[,; ]|~|\s)*)\\(?:text|mathrm|mbox|textrm)\s*\{(?:\\[,; ]|~|\s)*([mgshLlNJWVKCF])\s*\}"
 )
-_NO_UNITS = re.compile(r"\b(?:or|and|mod|if|for|where|not|base|to)\b|\\")
 _DECIMAL = re.compile(
     r"([-+]?)\s*(\d*\.?\d+|\d+\.)\s*(?:(?:\\times|\\cdot)\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?)?\s*(\\?%)?"
 )
@@ -109,6 +105,7 @@ _REPEATING = re.compile(r"([-+]?)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}
 _RATIO = re.compile(
     r"([-+]?)\s*(?:\\frac\s*(?:\{\s*([-+]?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))|(\d+)\s*/\s*(\d+))"
 )
+_MIXED = re.compile(r"([-+]?)\s*(\d+)\s*(?:\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|\s(\d+)\s*/\s*(\d+))")
 _LONGEST = 1000  # characters of an answer that is read; a longer one is compared by its spelling
 
 
@@ -125,6 +122,8 @@ class Form:
     ulp: Fraction | None = None  # the last place of a `number` with a decimal point, which may be rounded there
     percent: bool = False
     choice: str | None = None  # "B" of `(B) 42`
+    modulus: int | None = None  # 7 of `3 (mod 7)`
+    listed: str | None = None  # "100, 200" of `100,200`, which may also be one number
 
     @property
     def as_equation(self) -> str:
@@ -143,32 +142,37 @@ def read(answer: str) -> Form:
     if len(answer) > _LONGEST:
         return Form(" ".join(answer.split()))
     text = _mathematics(answer)
+    if not _GROUPED.search(text) or re.search(r"[(\[]|\\\{", text):
+        return _form(answer, text)
+    joined = _GROUPED.sub(lambda number: re.sub(r"[^\d]", "", number.group()), text)
+    listed = text.replace(",", ", ") if re.fullmatch(r"-?\d+(?:,\d+)+", text) else None
+    return replace(_form(answer, joined), listed=listed)
+
+
+def _form(answer: str, text: str) -> Form:
+    """The form of the mathematics of an answer."""
     based = _BASED.fullmatch(text)
     if based and (numeral := _numeral(based.group(1), based.group(2) or based.group(3))):
         return numeral
     choice, text = _choice(text)
+    text, modulus, variable = residue(_in_order(text))
     name, text = _name(text)
-    unit, text = _unit(text)
+    unit, text = split_unit(scaled(text))
     if _DOLLARS.match(answer):
         unit = unit or "dollar"
-    return _plain(Form(text, unit, name, choice=choice))
+    text = _ALL_REALS.sub(r"(-\\infty, \\infty)", _ARTICLE.sub("", text))
+    return _plain(Form(text, unit, name or variable, choice=choice, modulus=modulus))
 
 
 def _mathematics(answer: str) -> str:
     """`answer` without dress: characters, wrappers, spaces, final marks, words of mathematics."""
     text = _MARKDOWN.sub(r"\1", "".join(map(_character, answer)).translate(_CHARACTERS))
-    text = _LETTER_UNIT.sub(r" \\unit \2", _SIZES.sub(" ", _COLOUR.sub("", text)))
+    text = _LETTER_UNIT.sub(r" \\unit \2", _SIZES.sub(" ", _COLOUR.sub("", display_math(text))))
     text = re.sub(r"\\(?:\(|\)|\[|\])|(?<!\\)\$|`", " ", text)
     text = _PERCENT.sub(r"\\%", text.replace(r"\$", ""))  # report: "$36 and 36 dollars are not 36"
-    text = _unwrap(text)
-    text = text.replace(r"\varnothing", r"\emptyset")
-    text = _DOTS.sub(r"\\ldots ", _FRACTIONS.sub(r"\\frac", text))
-    text = _BRACKET.sub(lambda bracket: _BRACKETS[bracket.group(1)], text)
-    text = _JOINED.sub("", _RELATIONS.sub(r"\\\1", text))
-    text = _SPACES.sub(" ", text)
-    if not re.search(r"[(\[]|\\\{", text):
-        text = _GROUPED.sub(lambda number: re.sub(r"[^\d]", "", number.group()), text)
-    text = re.sub(r"\{\s*(-?[\w.]+)\s*\}$", r"{\1}", text.strip())
+    text = _SPACES.sub(" ", _JOINED.sub("", usual_commands(_unwrap(text))))
+    text = re.sub(r"\{\s*(-?[\w.]+)\s*\}$", r"{\1}", re.sub(r"\{\s*([-+])\s*\}", r"\1", text.strip()))
+    text = _CHOSEN.sub("", _ORDINAL.sub("", re.sub(r"^negative\s+(?=\d)", "-", text)))
     return _plain_words(_final_marks(_REMARKS.sub("", text)))
 
 
@@ -219,6 +223,7 @@ def _plain_words(text: str) -> str:
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<=\d)(?=(?:sqrt|pi)(?![A-Za-z]))", " ", text)
     text = _PLAIN_WORDS.sub(lambda word: f"\\{_COMMAND_OF.get(word.group(), word.group())} ", text)
+    text = re.sub(r"\\sqrt\s+(\d+(?:\.\d+)?)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<![A-Za-z])\\?exp\s*\(([^()]*)\)", r"e^{\1}", text)
     text = re.sub(r"\*\*|\^\^", "^", text)
     text = text.replace("*", r" \cdot ").replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
@@ -233,32 +238,52 @@ def _plain_words(text: str) -> str:
 
 def _name(text: str) -> tuple[str | None, str]:
     """Report: "x = 5 is not 5", and "n = 2, 3 equals n = 1, 2" (#14): the name before the value, and the value."""
+    if turned := _TURNED.match(text):
+        return turned.group(2), turned.group(1).strip()
+    if words := _WORDS_FOR.match(text):
+        return re.sub(r"\\unit|\s", "", words.group(1)).casefold(), words.group(2).strip()
+    if value := _VALUE_OF.fullmatch(text):
+        return None, (value.group(1) or value.group(2)).strip()
+    if (called := _CALLED.fullmatch(text)) and _is_call(called.group(1)):
+        return re.sub(r"\s", "", called.group(1)), called.group(2).strip()
     named = _NAMED.match(text)
     if named is None or named.group(1).count("{") != named.group(1).count("}"):
         return None, text  # the equals sign stands in an index, as that of a sum
     return re.sub(r"\s", "", named.group(1)), named.group(2).strip()
 
 
+def _is_call(text: str) -> bool:
+    """Whether `text` is one function of a number, of another call, or the probability of events; no product."""
+    depth = 0
+    for place, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if character == ")" and not depth and place < len(text) - 1:
+            return False
+    argument = text[text.index("(") + 1 : -1]
+    while _INNER_CALL.search(argument):
+        argument = _INNER_CALL.sub("1", argument)
+    letters = set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", argument)))
+    return not depth and (not letters or (text[0] in "P\\" and "".join(letters).isupper()))
+
+
+def _in_order(text: str) -> str:
+    """Report: "y = 3, x = 4 equals (3, 4)": values of different names, by their names."""
+    found = [_COORDINATE.fullmatch(part) for part in text.split(",")]
+    names = [part.group(1) for part in found if part is not None]
+    if len(names) < max(2, len(found)) or len(set(names)) < len(names):
+        return text
+    return ", ".join(part.group().strip() for part in sorted(filter(None, found), key=lambda part: part.group(1)))
+
+
 def _choice(text: str) -> tuple[str | None, str]:
     """Report: "(B) is not B, and (B) 42 is neither": the letter of a choice, and what it stands for."""
     found = _CHOICE.fullmatch(text)
-    return (None, text) if found is None else (found.group(1), found.group(2) or found.group(1))
-
-
-def _unit(text: str) -> tuple[str | None, str]:
-    """The unit, if it is a known one, and the text without it."""
-    found = _UNIT.search(text)
-    words = "" if found is None else found.group(1).replace(r"\circ", "").replace(r"\unit", "")
-    text = text.replace(r"\unit ", "") if found is None or _NO_UNITS.search(words) else text[: found.start()].strip()
-    if found is None or _NO_UNITS.search(words):
-        return None, re.sub(r"\s+", " ", text)
-    words = re.sub(r"[{}\s.]+", " ", words).strip().lower()
-    if words.startswith("^"):
-        return "degree", text
-    power = "^2" if re.search(r"square|sq\b|\^ ?2", words) else "^3" if re.search(r"cubic|cu\b|\^ ?3", words) else ""
-    word = re.sub(r"square|cubic|\bsq\b|\bcu\b|\^ ?\d", "", words).strip()
-    word = _UNITS.get(word) or _UNITS.get(word.removesuffix("s")) or word.replace(" ", "")
-    return (word + power if word in _KNOWN_UNITS or "/" in word else None), text
+    if found is None:
+        return None, text
+    letter, meaning = found.group(1) or found.group(3), found.group(2) or found.group(4)
+    if meaning and _OTHER_CHOICE.search(meaning):
+        return None, text
+    return letter, meaning or letter
 
 
 def _numeral(digits: str, named: str) -> Form | None:
@@ -276,17 +301,25 @@ def _plain(form: Form) -> Form:
     text = form.text
     if found := _DECIMAL.fullmatch(text):
         return _decimal(form, *found.groups())
+    if re.fullmatch(r"[^%,]+\\%", text):  # report: "33\frac13\% is not \frac{100}{3}\%"
+        bare = _plain(replace(form, text=text[:-2].strip()))
+        return replace(bare, percent=True)
     if found := _REPEATING.fullmatch(text):  # report: "0.333... with a bar is not 1/3"
         sign, whole, once, again = found.groups()
-        number = Fraction(f"{whole}.{once}0") + Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(once))
-        return replace(form, number=-number if sign == "-" else number)
-    if found := _RATIO.fullmatch(text):
-        sign, *parts = found.groups()
-        above, below = [part for part in parts if part is not None]
-        if int(below):
-            number = Fraction(int(above), int(below))
-            return replace(form, number=-number if sign == "-" else number)
-    return form
+        repeated = Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(once))
+        return _signed(form, sign, Fraction(f"{whole}.{once}0") + repeated)
+    sign, *parts = found.groups() if (found := _RATIO.fullmatch(text) or _MIXED.fullmatch(text)) else ("",)
+    numbers = [int(part) for part in parts if part is not None]
+    if not numbers or not numbers[-1]:
+        return form
+    *whole_part, above, below = numbers
+    if whole_part:
+        form = replace(form, text=rf"{sign}{whole_part[0]}\frac{{{above}}}{{{below}}}")
+    return _signed(form, sign, sum(whole_part) + Fraction(above, below))
+
+
+def _signed(form: Form, sign: str, number: Fraction) -> Form:
+    return replace(form, number=-number if sign == "-" else number)
 
 
 def _decimal(form: Form, sign: str, digits: str, exponent: str | None, percent: str | None) -> Form:

@@ -6,7 +6,7 @@ the last line; a last line that is nothing but a value. Whatever else a generati
 
 import re
 
-from sgl_lim.programs.thinking_tags import after_thinking
+from sgl_lim.programs.thinking_tags import SPECIAL_TOKENS, after_thinking
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?:\[[^\[\]]*\]\s*)?")
 _TAGGED = re.compile(
@@ -14,8 +14,9 @@ _TAGGED = re.compile(
 )
 _ANNOUNCED = re.compile(r"(?:\bis|\bare|\bbe|=|:|\banswer)[\s*$]*$", re.IGNORECASE)
 _STATED = re.compile(
-    r"\banswer\b(?:\s*\*\*)?(?:[^.\n:=]{0,80}?\s(?:is|are|was|equals|will be|must be|should be|comes out to)\b|\s*[:=]"
-    r"|[^.\n:=]{0,60}[:=])(?:\s*\*\*)?\s*:?\s*|\bfinal answer\b\**\s*\n\s*|^####\s|答案(?:应该)?(?:是|为|[:：])\s*",
+    r"\banswer\b(?:\s*\*\*)?(?:[^.\n:=]{0,80}?\s(?:is|are|was|equals|(?:will|must|should) be|comes out to)\b"
+    r"|\s*[:=]|[^.\n:=]{0,60}[:=])(?:\s*\*\*)?\s*:?\s*|\bfinal answer\b\**\s*\n\s*|^####\s"
+    r"|答案(?:应该)?(?:是|为|[:：])\s*",
     re.IGNORECASE | re.MULTILINE,
 )
 _REFUSED = re.compile(r"\b(?:not|no|unknown|unclear|impossible to|cannot|can't|could|couldn't|unable|none of)\b", re.I)
@@ -45,10 +46,21 @@ def answer_text(text: str, *, finish_reason: str, thinking_opened: bool) -> str 
     final = after_thinking(text, opened=thinking_opened)
     if final is None:
         return None
+    final = _without_end_tokens(final)
     marks = [*_boxes(final), *_tags(final)]
     if marks:
         return max(marks, key=lambda mark: mark[0])[1]
     return _stated(final) or _bold(final) or _alone(final)
+
+
+def _without_end_tokens(text: str) -> str:
+    """Report: "42.<|im_end|> is no answer": `text` without the special tokens that it ends with."""
+    end = len(text)
+    for token in reversed(list(SPECIAL_TOKENS.finditer(text))):
+        if text[token.end() : end].strip():
+            break
+        end = token.start()
+    return text[:end]
 
 
 def _boxes(text: str) -> list[tuple[int, str | None]]:

@@ -13,7 +13,6 @@ from sympy import (
     Expr,
     FiniteSet,
     Float,
-    Integer,
     Mul,
     Or,
     Pow,
@@ -70,14 +69,19 @@ def equal_numbers(one: Any, other: Any, float_rounding: int, numeric_precision: 
     parts = [library.get_pct_val(side) for side in (one, other)]
     if (parts[0] is None) != (parts[1] is None):  # 12% is 12 where per cent are asked for
         bare = [side if part is None else part for part, side in zip(parts, (one, other), strict=True)]
-        if _equal(*bare):
+        if equals(*bare):
             return True
-    return _equal(library.safe_sympy_doit(one), library.safe_sympy_doit(other))
+    if equals(library.safe_sympy_doit(one), library.safe_sympy_doit(other)):
+        return True
+    # Report: "log_2 0.5 is not -1": what is computed from decimals is exact only if they are.
+    exact = [side if isinstance(side, Float) else _exact(side) for side in (one, other)]
+    return exact != [one, other] and equals(*map(library.safe_sympy_doit, exact))
 
 
-def _equal(one: Any, other: Any) -> bool:
+def equals(one: Any, other: Any) -> bool:
+    """Whether two expressions are one, by their values if they are numbers, else as they are written."""
     if one.free_symbols or other.free_symbols or not (one.is_number and other.is_number):
-        return bool(one == other)
+        return bool(_exact(one) == _exact(other))
     if one in (nan, zoo, oo, -oo) or other in (nan, zoo, oo, -oo):
         return bool(one == other)
     if isinstance(one, Float) != isinstance(other, Float):
@@ -197,10 +201,11 @@ def _bits_of_power(power: Pow, base_bits: float, exponent_bits: float) -> float:
     base, exponent = power.args
     if exponent.free_symbols or not exponent.is_number:
         return base_bits + exponent_bits
-    size = abs(int(exponent)) if isinstance(exponent, Integer) else 2.0 ** min(exponent_bits, 60)
+    # Of other exponents only a bound is known.
+    size = abs(float(exponent)) if isinstance(exponent, (Rational, Float)) else 2.0 ** min(exponent_bits, 60)
     if isinstance(base, Add) and base.free_symbols and size > _MOST_EXPANDED:
         raise TooLarge
-    return float(base_bits * min(size, 1 << 60))
+    return float(base_bits * min(max(size, 1.0), 1 << 60))
 
 
 def _check_terms(expression: Any) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 from sgl_lim import command
 from sgl_lim.programs.answer_forms import Form, read
 from sgl_lim.programs.answer_text import answer_text
-from sgl_lim.programs.exact_answers import for_library, plainly_same
+from sgl_lim.programs.exact_answers import for_library, plainly_same, read_alike
 from sgl_lim.programs.graders import Answer, Comparison, GradingError
 from sgl_lim.programs.math_process import MathProcess, WorkerLost
 from sgl_lim.programs.problems import Problem
 from sgl_lim.programs.run_records import Generation
 
-_RULES = 2  # changes with what counts as an answer, or as the same one
+_RULES = 3  # changes with what counts as an answer, or as the same one
 
 # Seconds of processor time, not of the clock: a busy machine must not change a grade. Every request is tried for a
 # moment, which is enough for most; the others get more. Only requests that come to no end are paid for. So all answers
@@ -91,8 +91,9 @@ class _MathComparison:
     def same(self, one: Answer, other: Answer) -> bool:
         pair = frozenset((one.value, other.value))
         if pair not in self._same:
-            plain = plainly_same(one.value, other.value)
-            self._same[pair] = self._by_library(one.value, other.value) if plain is None else plain
+            forms = read_alike(one.value, other.value)
+            plain = plainly_same(*forms)
+            self._same[pair] = self._by_library(*forms) if plain is None else plain
         return self._same[pair]
 
     def by_spelling(self, answer: Answer) -> bool:

@@ -31,6 +31,7 @@ from sgl_lim.programs.exact_math import (
     joined,
     number_text,
 )
+from sgl_lim.programs.exact_parsing import multiply_as_written, plain_value, with_usual_symbols
 
 _MEMORY_BYTES = 4 << 30  # of address space
 _LONGEST = 1000  # characters of an answer that is read
@@ -51,6 +52,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     compare_exactly()
+    multiply_as_written()
     for text in _USUAL:
         _read(text)
     for one, other in _USUAL_PAIRS:
@@ -86,7 +88,7 @@ def _read(text: str) -> dict[str, Any]:
     try:
         parsed = _parse(text)
         return {"costly": False, "number": number_text(parsed[0]) if parsed else None}
-    except (TooLarge, MemoryError):
+    except (TooLarge, MemoryError, RecursionError):
         return {"costly": True, "number": None}
 
 
@@ -96,7 +98,7 @@ def _same(one: str, other: str) -> bool:
 
     try:
         first, second = _parse(one), _parse(other)
-    except (TooLarge, MemoryError):
+    except (TooLarge, MemoryError, RecursionError):
         return False
     for these, those in ((first, second), (second, first)):
         if these and is_equation(these[0]) and not (those and is_relation(those[0])):
@@ -117,15 +119,15 @@ def _parse(text: str) -> list[Any]:
 
     if len(text) > _LONGEST:
         raise TooLarge
-    # Without the units of ours already, it would drop the m of 2m.
+    # Units are gone already, and it would drop the m of 2m. What fractions and roots take stands in braces.
     as_it_stands = NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
+        basic_latex=True, units=False, malformed_operators=False, nits=True, boxed="none", equations=False
     )
     config = LatexExtractionConfig(normalization_config=as_it_stands)
     found = parse(f"${text}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
     for expression in found:
         check_size(expression)
-    return [joined(expression) for expression in found]
+    return [joined(plain_value(with_usual_symbols(expression))) for expression in found]
 
 
 if __name__ == "__main__":

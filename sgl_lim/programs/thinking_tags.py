@@ -22,7 +22,7 @@ _CLOSE = re.compile(
     re.IGNORECASE,
 )
 _LONGEST = 100  # characters of a tag
-_SPECIAL = re.compile(r"<\|[^<>|]*\|>|</?s>|<(?:eos|bos|end_of_turn)>", re.IGNORECASE)
+SPECIAL_TOKENS = re.compile(r"<\|[^<>|]*\|>|</?s>|<(?:eos|bos|end_of_turn)>", re.IGNORECASE)
 
 
 def opens_thinking(prompt: str) -> bool:
@@ -52,7 +52,7 @@ def after_thinking(text: str, *, opened: bool) -> str | None:
     if closing is None:
         return None if opened else before + text
     rest = text[closing.end() :]
-    if not opened and not _CLOSE.sub("", _SPECIAL.sub("", rest)).strip():
+    if not opened and not _CLOSE.sub("", SPECIAL_TOKENS.sub("", rest)).strip():
         return text[: closing.start()]
     return _without_more_thinking(rest)
 
