@@ -104,4 +104,6 @@ def test_a_grammar_that_runs_out_of_tokens_keeps_what_was_generated(server: Serv
     reason = events[-1]["meta_info"]["finish_reason"]
     assert reason["type"] == "abort" and "no token of the vocabulary is left" in reason["message"]
     assert "after 0 generated" not in reason["message"]
-    assert events[-1]["text"].strip().isdigit()
+    # Each token of this tokenizer begins a word.
+    digits = events[-1]["text"].split()
+    assert len(digits) in (1, 2) and all(digit.isdigit() for digit in digits)
