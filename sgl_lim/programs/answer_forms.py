@@ -9,7 +9,7 @@ import unicodedata
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from sgl_lim.programs.answer_latex import display_math, residue, usual_commands
+from sgl_lim.programs.answer_latex import close_spaced_roots, display_math, residue, usual_commands
 from sgl_lim.programs.answer_text import closing_brace
 from sgl_lim.programs.answer_units import scaled, split_unit
 
@@ -102,9 +102,7 @@ _DECIMAL = re.compile(
     r"([-+]?)\s*(\d*\.?\d+|\d+\.)\s*(?:(?:\\times|\\cdot)\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?)?\s*(\\?%)?"
 )
 _REPEATING = re.compile(r"([-+]?)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
-_RATIO = re.compile(
-    r"([-+]?)\s*(?:\\frac\s*(?:\{\s*([-+]?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))|(\d+)\s*/\s*(\d+))"
-)
+_RATIO = re.compile(r"([-+]?)\s*(?:\\frac\s*\{\s*([-+]?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d+)\s*/\s*(\d+))")
 _MIXED = re.compile(r"([-+]?)\s*(\d+)\s*(?:\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|\s(\d+)\s*/\s*(\d+))")
 _LONGEST = 1000  # characters of an answer that is read; a longer one is compared by its spelling
 
@@ -223,7 +221,7 @@ def _plain_words(text: str) -> str:
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<=\d)(?=(?:sqrt|pi)(?![A-Za-z]))", " ", text)
     text = _PLAIN_WORDS.sub(lambda word: f"\\{_COMMAND_OF.get(word.group(), word.group())} ", text)
-    text = re.sub(r"\\sqrt\s+(\d+(?:\.\d+)?)", r"\\sqrt{\1}", text)
+    text = close_spaced_roots(text)
     text = re.sub(r"(?<![A-Za-z])\\?exp\s*\(([^()]*)\)", r"e^{\1}", text)
     text = re.sub(r"\*\*|\^\^", "^", text)
     text = text.replace("*", r" \cdot ").replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
@@ -254,16 +252,14 @@ def _name(text: str) -> tuple[str | None, str]:
 
 def _is_call(text: str) -> bool:
     """Whether `text` is one function of a number, of another call, or the probability of events; no product."""
-    depth = 0
-    for place, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if character == ")" and not depth and place < len(text) - 1:
-            return False
-    argument = text[text.index("(") + 1 : -1]
+    opening = text.index("(")
+    if closing_brace(text, opening, "()") != len(text) - 1:
+        return False
+    argument = text[opening + 1 : -1]
     while _INNER_CALL.search(argument):
         argument = _INNER_CALL.sub("1", argument)
     letters = set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", argument)))
-    return not depth and (not letters or (text[0] in "P\\" and "".join(letters).isupper()))
+    return not letters or (text[0] in "P\\" and "".join(letters).isupper())
 
 
 def _in_order(text: str) -> str:

@@ -24,7 +24,7 @@ _DEGREE = re.compile(
 )
 # Report: "\sin 30^\circ is not 1/2": without its degrees it is the sine of 30 radians.
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\\circ(?![A-Za-z])")
-_OF_ANGLES = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+OF_ANGLES = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 # Report: "699 \pmod{1000} and N \equiv 699 \pmod{1000} are not 699".
 _RESIDUE = re.compile(
     r"(?:([A-Za-z])?\s*(\\equiv)\s*)?(-?\d+)\s*(?:\\unit\s*)?\(?\s*(\\[pb]?mod|mod)\s*\{?\s*(\d+)\s*\}?\s*\)?"
@@ -46,12 +46,16 @@ def usual_commands(text: str) -> str:
     text = _BRACKET.sub(lambda bracket: _BRACKETS[bracket.group(1)], text)
     text = _RELATIONS.sub(r"\\\1", _DOTS.sub(r"\\ldots ", text))
     text = _DEGREE.sub(r"^\\circ ", text)
-    if _OF_ANGLES.search(text):
+    if OF_ANGLES.search(text):
         text = _DEGREES.sub(r"{(\1 \\cdot \\frac{\\pi}{180})}", text)
     text = re.sub(r"\\log_\s*\{?e\}?(?![A-Za-z])", r"\\ln ", text)
     text = re.sub(r"\\log_\s?(\d)\s?(\d+(?:\.\d+)?)", r"\\log_{\1}{\2}", text)
-    # Report: "√12 is √1 times 2"; a space is what separates.
-    return close_arguments(re.sub(r"\\sqrt\s+(\d+(?:\.\d+)?)", r"\\sqrt{\1}", text))
+    return close_arguments(close_spaced_roots(text))
+
+
+def close_spaced_roots(text: str) -> str:
+    """Report: "√12 is √1 times 2": of a number behind a root and a space, the root is of all its digits."""
+    return re.sub(r"\\sqrt\s+(\d+(?:\.\d+)?)", r"\\sqrt{\1}", text)
 
 
 def close_arguments(text: str) -> str:

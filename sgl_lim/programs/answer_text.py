@@ -84,15 +84,15 @@ def _boxes(text: str) -> list[tuple[int, str | None]]:
     return found
 
 
-def closing_brace(text: str, opening: int) -> int | None:
-    """Position of the brace that closes the one at `opening`; None if none does."""
+def closing_brace(text: str, opening: int, pair: str = "{}") -> int | None:
+    """Position of the brace, or other bracket of a pair, that closes the one at `opening`; None if none does."""
     depth, position = 0, opening
     while position < len(text):
         if text[position] == "\\":
             position += 1
-        elif text[position] == "{":
+        elif text[position] == pair[0]:
             depth += 1
-        elif text[position] == "}":
+        elif text[position] == pair[1]:
             depth -= 1
             if depth == 0:
                 return position

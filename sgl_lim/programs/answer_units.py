@@ -2,6 +2,8 @@
 
 import re
 
+from sgl_lim.programs.answer_latex import OF_ANGLES
+
 _UNITS = {
     "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km",
     "millimeter": "mm", "millimetre": "mm", "inch": "in", "inche": "in", "foot": "ft", "feet": "ft", "mile": "mi",
@@ -18,7 +20,8 @@ _UNIT = re.compile(
     r"(?<=[\d})a-z%])\s*("
     rf"\\unit\s*[A-Za-z][A-Za-z .\-/]*(?:/\s*\\unit\s*[A-Za-z]+)?{_POWER}"
     rf"|(?:\s|(?<=\d))(?:{_SHORT})\b[A-Za-z .\-/]*{_POWER}|\s(?:per\s+)?[A-Za-z]{{4,}}[A-Za-z .\-/]*{_POWER}"
-    r"|\s(?:[ap]\.?m\b\.?|[AP]\.?M\b\.?)|\s(?:m|ft|km|mi|cm|g|kg)\s*/\s*(?:s|h|hr|min|L|l|ml)(?:\s*\^\s*\{?2\}?)?|\s[ms]\s*\^\s*\{?[23]\}?"
+    r"|\s(?:[ap]\.?m\b\.?|[AP]\.?M\b\.?)"
+    r"|\s(?:m|ft|km|mi|cm|g|kg)\s*/\s*(?:s|h|hr|min|L|l|ml)(?:\s*\^\s*\{?2\}?)?|\s[ms]\s*\^\s*\{?[23]\}?"
     r"|\^\s*\{?\\circ\s*\}?(?:\s*(?:\\unit)?\s*[CF])?)\s*$"
 )
 # Report: "5 squared, 5 times six and 6 less than x are 5": words that compute or say something are no unit.
@@ -33,7 +36,6 @@ _NO_UNITS = re.compile(
 )
 # Report: "two real roots equals two complex roots": a unit belongs to a number or a letter, and not to words.
 _COUNTED = re.compile(r"\d|\\(?!unit)")
-_OF_ANGLES = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")  # the degree is the angle's
 _LETTERS = re.compile(r"(?:[^A-Za-z]*[A-Za-z]{1,2}(?![A-Za-z]))+[^A-Za-z]*")
 # Report: "5 million is 5".
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
@@ -61,7 +63,8 @@ def split_unit(text: str) -> tuple[str | None, str]:
     counted = text[: found.start()].strip()
     words = re.sub(r"[{}\s.]+", " ", words).strip().lower()
     if words.startswith("^"):
-        return (None, plain) if _OF_ANGLES.search(counted) else ("degree", counted)
+        # The degree may be an angle's, of which the text has a function.
+        return (None, plain) if OF_ANGLES.search(counted) else ("degree", counted)
     power = "^2" if re.search(r"square|sq\b|\^ ?2", words) else "^3" if re.search(r"cubic|cu\b|\^ ?3", words) else ""
     word = re.sub(r"square|cubic|\bsq\b|\bcu\b|\^ ?\d", "", words).strip()
     word = _UNITS.get(word) or _UNITS.get(word.removesuffix("s")) or word.replace(" ", "")

@@ -70,7 +70,7 @@ def _both_signs(text: str) -> str:
         return text
     opening, inner, closing = (r"\{", text[2:-2], r"\}") if _shape(text) == "braces" else ("", text, "")
     elements: list[str] = []
-    for element in elements_of(inner):
+    for element in _elements_of(inner):
         both = [element] if not _SIGNS.search(element) else [_with_sign(element, upper) for upper in (True, False)]
         elements += both
     return opening + ", ".join(elements) + closing
@@ -81,7 +81,7 @@ def _with_sign(element: str, upper: bool) -> str:
     return _SIGNS.sub(lambda sign: f" {signs[sign.group(1)]} ", element).strip().removeprefix("+").strip()
 
 
-def elements_of(text: str) -> list[str]:
+def _elements_of(text: str) -> list[str]:
     """What stands between the commas that no bracket encloses."""
     parts, depth = [""], 0
     for character in text:

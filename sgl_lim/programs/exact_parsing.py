@@ -8,7 +8,7 @@ from sympy.matrices import MatrixBase
 
 from sgl_lim.programs.exact_math import equals
 
-_PLAIN_FRACTION = re.compile(r"\\frac\{?\d+\}?\{?\d+\}?")
+_PLAIN_FRACTION = re.compile(r"\\frac\{\d+\}\{\d+\}")
 
 
 def multiply_as_written() -> None:

@@ -33,6 +33,7 @@ from sgl_lim.programs.exact_math import (
 )
 from sgl_lim.programs.exact_parsing import multiply_as_written, plain_value, with_usual_symbols
 
+_COSTLY = TooLarge, MemoryError, RecursionError
 _MEMORY_BYTES = 4 << 30  # of address space
 _LONGEST = 1000  # characters of an answer that is read
 _USUAL = (  # parsed once before the first fork, because the parser learns from each form
@@ -88,7 +89,7 @@ def _read(text: str) -> dict[str, Any]:
     try:
         parsed = _parse(text)
         return {"costly": False, "number": number_text(parsed[0]) if parsed else None}
-    except (TooLarge, MemoryError, RecursionError):
+    except _COSTLY:
         return {"costly": True, "number": None}
 
 
@@ -98,7 +99,7 @@ def _same(one: str, other: str) -> bool:
 
     try:
         first, second = _parse(one), _parse(other)
-    except (TooLarge, MemoryError, RecursionError):
+    except _COSTLY:
         return False
     for these, those in ((first, second), (second, first)):
         if these and is_equation(these[0]) and not (those and is_relation(those[0])):

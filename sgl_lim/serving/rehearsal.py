@@ -7,7 +7,8 @@ Layers that choose pages for themselves, and the lossless mode's drafts and veri
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,17 +60,20 @@ def compile_ahead(lim: LimState, runner: Any) -> None:
     batches = captured_batches(runner)
     if not (lim.rows.req_to_token.is_cuda and batches and isinstance(lim.method, Ranked)):
         return
+    with rehearsed_for(f"{len(batches)} batch sizes"):
+        rehearse(stage_of(lim, runner), batches)
+
+
+@contextmanager
+def rehearsed_for(purpose: str) -> Iterator[None]:
+    """`lim_kernels.rehearsal.rehearsed`, which then says for what its kernels are and how long they took."""
     from lim_kernels.rehearsal import rehearsed
 
     began = time.perf_counter()
     with rehearsed() as compiled:
-        rehearse(stage_of(lim, runner), batches)
-    logger.info(
-        "sgl-lim: %d kernels ready for %d batch sizes after %.1f s",
-        len(compiled.raw_futures),
-        len(batches),
-        time.perf_counter() - began,
-    )
+        yield
+    taken = time.perf_counter() - began
+    logger.info("sgl-lim: %d kernels ready for %s after %.1f s", len(compiled.raw_futures), purpose, taken)
 
 
 def stage_of(lim: LimState, runner: Any) -> Stage:

@@ -1,11 +1,10 @@
 """Does a first start compile few kernels, and not more for more batch sizes?"""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+
+from support.compiling import printed_by
 
 MOST = {"union": 50, "max": 43, "union-set": 53, "max-set": 46, "group": 60, "interval": 60, "top-p": 48}
 """Variants for SGLang's default list of 36 batch sizes; 79 and more before they were reduced."""
@@ -13,11 +12,7 @@ MOST = {"union": 50, "max": 43, "union-set": 53, "max-set": 46, "group": 60, "in
 
 def run(*arguments):
     """The lines that the command prints, in a process without Triton's interpreter."""
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    command = [sys.executable, "-m", "benchmarks.kernel_variants", *arguments]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in printed_by("-m", "benchmarks.kernel_variants", *arguments)]
 
 
 def test_a_default_start_compiles_few_kernels():

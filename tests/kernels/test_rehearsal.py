@@ -1,8 +1,6 @@
 """Do kernels compile ahead, beside one another, and are they the ones that are launched afterwards?"""
 
-import os
-import subprocess
-import sys
+from support.compiling import printed_by
 
 SCRIPT = """
 import torch
@@ -38,11 +36,4 @@ print("done")
 
 
 def test_kernels_compile_ahead(tmp_path):
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env=variables | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "done", done.stderr[-3000:]
+    assert printed_by("-c", SCRIPT, cache=tmp_path)[-1] == "done"

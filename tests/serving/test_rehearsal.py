@@ -1,8 +1,6 @@
 """Is what a backend would launch rehearsed from its own state, without memory and without other ranks?"""
 
-import os
-import subprocess
-import sys
+from support.compiling import printed_by
 
 SCRIPT = """
 import torch
@@ -27,9 +25,4 @@ print("done")
 
 
 def test_a_backend_s_launches_are_rehearsed():
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    paths = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=variables | {"PYTHONPATH": paths}, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "done", done.stderr[-3000:]
+    assert printed_by("-c", SCRIPT)[-1] == "done"

@@ -4,15 +4,12 @@ Only speculation launches them. SGLang compiles them as they come: one for each 
 another where free slots begin at an odd place. Each makes a round wait for 50 to 100 ms, once on a machine.
 """
 
-import logging
-import time
-
 import torch
 from sglang.srt.mem_cache import allocation
 from sglang.srt.mem_cache.allocator.paged import alloc_extend_kernel
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from sgl_lim.serving.rehearsal import rehearsed_for
 
 
 def compile_reservations(table: Tensor, page: int, most_rows: int) -> None:
@@ -22,17 +19,9 @@ def compile_reservations(table: Tensor, page: int, most_rows: int) -> None:
         table: int32 [R, T], SGLang's `ReqToTokenPool.req_to_token`, on a GPU.
         page: KV slots of a page.
     """
-    from lim_kernels.rehearsal import rehearsed
-
-    began = time.perf_counter()
-    with rehearsed() as compiled:
+    with rehearsed_for("reserving KV slots"):
         for power in range((most_rows - 1).bit_length() + 1):
             _reserve(table, page, rows=2**power)
-    logger.info(
-        "sgl-lim: %d kernels that reserve KV slots ready after %.1f s",
-        len(compiled.raw_futures),
-        time.perf_counter() - began,
-    )
 
 
 def _reserve(table: Tensor, page: int, rows: int) -> None:

@@ -1,10 +1,8 @@
 """Do the kernels that reserve KV slots compile before requests come, for every batch that can come?"""
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+from support.compiling import printed_by
 
 SCRIPT = """
 import torch
@@ -43,12 +41,5 @@ print("done")
 
 @pytest.mark.parametrize(("page", "kernels"), [(1, [14]), (16, [7, 7, 3])])
 def test_no_round_waits_for_a_kernel_that_reserves_its_slots(page, kernels, tmp_path):
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.replace("{page}", str(page))],
-        env=variables | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-2:] == [str(kernels), "done"]
+    printed = printed_by("-c", SCRIPT.replace("{page}", str(page)), cache=tmp_path)
+    assert printed[-2:] == [str(kernels), "done"]
